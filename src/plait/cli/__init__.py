@@ -1,0 +1,70 @@
+"""The command line: `plait VERB`, the same as `python -m plait VERB`.
+
+One module a verb, each with `add_parser(subparsers)` and `run(args) -> int`. Modules import what
+is heavy inside `run`, so that parsing is quick.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from plait import __version__
+
+_VERBS = ("init", "check", "train", "evaluate", "generate", "export", "methods")
+
+# What a user can put right: said on one line, exit code 2. All else is a failure, exit code 1.
+_USER_ERRORS = (
+    ValueError,
+    TypeError,
+    ImportError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; return 0 for success, 2 for a user's error, 1 for any other failure."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except BrokenPipeError:
+        # The reader of our output (`| head`) went away; nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except _USER_ERRORS as error:
+        return _report(args, error, 2)
+    except KeyboardInterrupt:
+        print(f"plait {args.verb}: interrupted.", file=sys.stderr)
+        return 1
+    except Exception as error:
+        return _report(args, error, 1)
+
+
+def _report(args: argparse.Namespace, error: BaseException, code: int) -> int:
+    """Print an error on stderr, with the traceback when --debug is given."""
+    if args.debug:
+        traceback.print_exception(error)
+        return code
+    name = "" if code == 2 else f"{type(error).__name__}: "
+    print(f"plait {args.verb}: {name}{error}", file=sys.stderr)
+    if code == 1:
+        print("Run it with --debug to see where.", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="plait", description="Fine-tune with many LoRA methods.")
+    parser.add_argument("--version", action="version", version=f"plait {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb in _VERBS:
+        module = importlib.import_module(f"plait.cli.{verb}")
+        subparser = module.add_parser(subparsers)
+        subparser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        subparser.set_defaults(run=module.run)
+    return parser

@@ -1,0 +1,515 @@
+"""The config of a run: YAML and command-line overrides in, checked dataclasses out.
+
+Every section is a plain dataclass checked by pydantic; an unknown key is an error with the
+nearest known name. PyYAML reads `1e-4` as a string; checking against the declared type makes it
+a number. The sections `method` and `training` take their keys from the method's own config class
+and from `transformers.TrainingArguments`.
+"""
+
+import copy
+import dataclasses
+import difflib
+import enum
+import math
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from plait.run.baselines import BASELINES
+
+if typing.TYPE_CHECKING:
+    from peft import PeftConfig
+
+_STRICT = ConfigDict(extra="forbid")
+_Count = Annotated[int, Field(ge=1)]
+_Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+ModelTask = Literal["causal_lm", "classification", "regression"]
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The base model. name: hub id, local folder or `builtin:tiny`."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    name: str = "builtin:tiny"
+    revision: str | None = None
+    task: ModelTask = "causal_lm"
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    """The fine-tuning method.
+
+    name: a plait method or a baseline. options: checked keywords of that method's config class.
+    lr_scale: parameter name -> factor on its learning rate (its weight decay is divided by it).
+    """
+
+    name: str = "lora"
+    options: dict[str, Any] = field(default_factory=dict)
+    lr_scale: dict[str, float] | None = None
+
+
+@dataclass(kw_only=True)
+class ColumnsConfig:
+    """Where the data keeps what plait needs: a column name, or its index from 0."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    prompt: str | int | None = None
+    completion: str | int | None = None
+    messages: str | int | None = None
+    text: str | int | None = None
+    text_pair: str | int | None = None
+    label: str | int | None = None
+    task: str | int | None = None
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The rows. Lengths are in tokens, limits in rows; paths are relative to the working folder."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    train: str | list[str] = "builtin:shift"
+    validation: Annotated[_Fraction | str | list[str] | None, Field(union_mode="left_to_right")] = (
+        None
+    )
+    test: str | list[str] | None = None
+    split: str = "train"
+    subset: str | None = None
+    format: Literal["jsonl", "json", "csv", "tsv", "txt", "parquet"] | None = None
+    delimiter: Annotated[str, Field(min_length=1)] | None = None
+    header: bool = True
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    prompt_template: str | None = None
+    completion_template: str | None = None
+    max_length: _Count = 512
+    truncate: bool = False
+    train_on_prompt: bool = False
+    add_eos: bool = True
+    limit: _Count | None = None
+    validation_limit: _Count | None = None
+    test_limit: _Count | None = None
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """How a model is evaluated. max_new_tokens is in tokens."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    generate: bool = True
+    max_new_tokens: _Count = 64
+    batch_size: _Count = 32
+
+
+@dataclass(kw_only=True)
+class OutputConfig:
+    """Where the run folder goes."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    dir: Annotated[str, Field(min_length=1)] = "runs/first"
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One checked run. training: keywords of TrainingArguments, plait's defaults filled in."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: dict[str, Any] = field(default_factory=dict)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+# plait's defaults where they differ from transformers'. 2e-4 with a cosine and a short warm-up is
+# common for LoRA on billion-parameter models; small models want ten times as much.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,  # below 1: a fraction of all steps
+    "per_device_train_batch_size": 8,
+    "num_train_epochs": 3.0,
+    "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # a NaN loss must be seen, not averaged away
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "seed": 42,
+    "report_to": "none",
+}
+
+_TRAINING_OURS = {
+    "output_dir": "Set output.dir, the run folder.",
+    "resume_from_checkpoint": "Resume with: plait train FILE --resume.",
+    "remove_unused_columns": "plait chooses the columns the model gets.",
+    "hub_token": "Set the environment variable HF_TOKEN; a config is stored with the run.",
+}
+
+# Fields of a PeftConfig that say where an adapter comes from, not what it is.
+_PEFT_INTERNAL = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "runtime_config",
+}
+
+_TASK_TYPES = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS", "regression": "SEQ_CLS"}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the remedy for an unknown name: the nearest known one, or the list of all."""
+    names = [str(n) for n in known]
+    near = difflib.get_close_matches(str(name), names, n=1)
+    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(sorted(names))}."
+
+
+class _Source:
+    """Says in an error where a key came from: the file or the command line."""
+
+    def __init__(self, file: str, overridden: Iterable[str] = ()):
+        self.file = file
+        self.overridden = set(overridden)
+
+    def at(self, key: str) -> str:
+        given = any(key == o or key.startswith(f"{o}.") for o in self.overridden)
+        return f"{'command line' if given else self.file}: {key}"
+
+    def unknown(self, key: str, known: Iterable[str]) -> str:
+        return f"{self.at(key)} is not known. {did_you_mean(key.rpartition('.')[2], known)}"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a config file and apply overrides of the form `section.key=value` (value in YAML).
+
+    Raises FileNotFoundError for a missing file and ValueError for everything that is wrong in it,
+    each with the file, the dotted key, the value and the remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: there is no such config file. Write one with: plait init {path}"
+        )
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {_yaml_problem(error)}. Correct the YAML there.") from None
+    return config_from_dict({} if raw is None else raw, overrides, str(path))
+
+
+def config_from_dict(raw: Any, overrides: Sequence[str] = (), file: str = "config") -> RunConfig:
+    """Check a nested dict as `load_config` does; `file` names it in errors."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: is a {type(raw).__name__}. Give sections: {_sections()}.")
+    raw = copy.deepcopy(raw)
+    source = _Source(file, [_override(raw, text) for text in overrides])
+    for name, value in raw.items():
+        if name not in RunConfig.__dataclass_fields__:
+            raise ValueError(source.unknown(str(name), RunConfig.__dataclass_fields__))
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{source.at(name)} is {value!r}. It should be keys and values.")
+    section = {name: raw.get(name) or {} for name in RunConfig.__dataclass_fields__}
+    data = _checked(DataConfig, section["data"], "data", source)
+    config = RunConfig(
+        model=_checked(ModelConfig, section["model"], "model", source),
+        method=_method(section["method"], source),
+        data=data,
+        training=_training(section["training"], data, source),
+        evaluation=_checked(EvaluationConfig, section["evaluation"], "evaluation", source),
+        output=_checked(OutputConfig, section["output"], "output", source),
+    )
+    try:
+        peft_config(config.method, config.model.task)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source.at('method')}: {error}") from error
+    return config
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return the nested dict that `config_from_dict` reads back to an equal config."""
+    result = dataclasses.asdict(config)
+    method = result["method"]
+    lr_scale = {} if method["lr_scale"] is None else {"lr_scale": method["lr_scale"]}
+    result["method"] = {"name": method["name"], **method["options"], **lr_scale}
+    columns = result["data"]["columns"]
+    result["data"]["columns"] = {k: v for k, v in columns.items() if v is not None}
+    return result
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return the resolved config as YAML; `load_config` reads it back to an equal config."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method: its name, type, default (None for a required one) and help."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+
+def method_options(name: str) -> dict[str, Option]:
+    """Return the options that `method:` takes for this method; {} for full fine-tuning.
+
+    Raises ValueError with the nearest name when there is no such method.
+    """
+    baseline = BASELINES.get(name)
+    cls = _config_class(name)
+    if cls is None:
+        return {}
+    fixed = baseline.fixed if baseline else {}
+    defaults = {"target_modules": "all-linear", **(baseline.defaults if baseline else {})}
+    renamed = baseline.renamed if baseline else {}
+    hints = typing.get_type_hints(cls)
+    options = {}
+    for f in dataclasses.fields(cls):
+        if f.name in _PEFT_INTERNAL or f.name in fixed or f.name in renamed:
+            continue
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        default = defaults.get(f.name, None if default is dataclasses.MISSING else default)
+        help_text = " ".join(str(f.metadata.get("help", "")).split())
+        options[f.name] = Option(f.name, hints[f.name], default, help_text)
+    for ours, theirs in renamed.items():
+        o = options[theirs]
+        options[ours] = Option(ours, o.type, o.default, f"The same as {theirs}.")
+    return options
+
+
+def method_names() -> list[str]:
+    """Return every name that `method.name` can be: plait's methods, then the baselines."""
+    import plait
+
+    return [m.key for m in plait.methods()] + list(BASELINES)
+
+
+def peft_config(
+    method: MethodConfig, task: ModelTask, total_steps: int | None = None
+) -> "PeftConfig | None":
+    """Build the peft config of a method; None for full fine-tuning.
+
+    total_steps: planned optimizer steps, for methods with a schedule. AdaLoRA takes its
+    total_step, a tinit of a tenth and a tfinal of three tenths of it; while the number is unknown
+    its total_step is 2**31 - 1, to be replaced before training. Raises what the config class
+    raises for its own checks.
+    """
+    cls = _config_class(method.name)
+    if cls is None:
+        return None
+    options: dict[str, Any] = {"target_modules": "all-linear"}
+    baseline = BASELINES.get(method.name)
+    if baseline:
+        options |= baseline.defaults | baseline.fixed
+    for key, value in method.options.items():
+        options[baseline.renamed.get(key, key) if baseline else key] = value
+    if method.name == "adalora":
+        _fill_adalora(options, total_steps)
+    elif "total_steps" in cls.__dataclass_fields__ and options.get("total_steps") is None:
+        options["total_steps"] = total_steps
+    return cls(task_type=_TASK_TYPES[task], **options)
+
+
+def _fill_adalora(options: dict[str, Any], total_steps: int | None) -> None:
+    """Complete AdaLoRA's ranks and schedule; raise where upstream would crash in training."""
+    options.setdefault("init_r", math.ceil(1.5 * options["target_r"]))
+    if options["init_r"] <= options["target_r"]:
+        raise ValueError(
+            f"adalora: init_r = {options['init_r']} leaves nothing to prune to target_r = "
+            f"{options['target_r']}. Give an init_r above target_r."
+        )
+    if options.get("total_step") is None:
+        options["total_step"] = total_steps or 2**31 - 1
+        if total_steps:
+            options.setdefault("tinit", total_steps // 10)
+            options.setdefault("tfinal", total_steps * 3 // 10)
+
+
+def _config_class(name: str) -> Any:
+    """Return the config class of a method, None for `full`."""
+    if name in BASELINES:
+        import peft
+
+        cls = BASELINES[name].config
+        return None if cls is None else vars(peft)[cls]
+    from plait.core.registry import find
+
+    return find(name).config
+
+
+def _method(raw: dict[str, Any], source: _Source) -> MethodConfig:
+    """Check the `method` section against the options of the method it names."""
+    raw = dict(raw)
+    name = raw.pop("name", MethodConfig.name)
+    if name not in BASELINES and name not in method_names():
+        raise ValueError(
+            f"{source.at('method.name')} is {name!r}, which is no method. "
+            f"{did_you_mean(name, method_names())}"
+        )
+    lr_scale = raw.pop("lr_scale", None)
+    if lr_scale is not None:
+        positive = dict[str, Annotated[float, Field(gt=0)]]
+        lr_scale = _value(positive, lr_scale, "method.lr_scale", source)
+    known = method_options(name)
+    renamed = BASELINES[name].renamed if name in BASELINES else {}
+    options = {}
+    for key, value in raw.items():
+        at = f"method.{key}"
+        if key not in known:
+            fixed = BASELINES[name].fixed if name in BASELINES else {}
+            if key in fixed:
+                raise ValueError(
+                    f"{source.at(at)} cannot be set: {name} means {key} = {fixed[key]}. Remove it."
+                )
+            remedy = did_you_mean(key, [*known, "lr_scale"])
+            raise ValueError(f"{source.at(at)} is not an option of {name}. {remedy}")
+        if key in renamed and renamed[key] in raw:
+            raise ValueError(
+                f"{source.at(at)} and method.{renamed[key]} are the same option of {name}. "
+                "Give one of them."
+            )
+        value = _value(known[key].type, value, at, source)
+        if key in ("r", "init_r", "target_r") and value is not None and value < 1:
+            raise ValueError(f"{source.at(at)} is {value}. Give a rank of at least 1.")
+        options[key] = value
+    return MethodConfig(name=name, options=options, lr_scale=lr_scale)
+
+
+def _training(raw: dict[str, Any], data: DataConfig, source: _Source) -> dict[str, Any]:
+    """Check the `training` section against TrainingArguments and fill in plait's defaults."""
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    known = [n for n in TrainingArguments.__dataclass_fields__ if n not in _TRAINING_OURS]
+    given = {}
+    for key, value in raw.items():
+        at = f"training.{key}"
+        if key in _TRAINING_OURS:
+            raise ValueError(f"{source.at(at)} cannot be set. {_TRAINING_OURS[key]}")
+        if key not in known:
+            raise ValueError(source.unknown(at, known))
+        value = _value(_enum_only(hints[key]), value, at, source)
+        given[key] = value.value if isinstance(value, enum.Enum) else value
+    evaluates = {} if data.validation is None else {"eval_strategy": "epoch"}
+    return TRAINING_DEFAULTS | evaluates | given
+
+
+def _enum_only(hint: Any) -> Any:
+    """Drop `str` from `Enum | str`, which would let every misspelt value pass."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        members = typing.get_args(hint)
+        if any(isinstance(m, type) and issubclass(m, enum.Enum) for m in members):
+            kept = tuple(m for m in members if m is not str)
+            return kept[0] if len(kept) == 1 else typing.Union[kept]  # noqa: UP007
+    return hint
+
+
+def _checked(section: type, raw: dict[str, Any], prefix: str, source: _Source) -> Any:
+    """Validate one section into its dataclass."""
+    return _value(section, raw, prefix, source)
+
+
+def _value(hint: Any, value: Any, key: str, source: _Source) -> Any:
+    """Validate a value against a type; a ValueError names every wrong key below `key`."""
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        problems: dict[str, tuple[Any, list[str]]] = {}
+        unknown = []
+        for detail in error.errors(include_url=False):
+            if detail["type"] == "unexpected_keyword_argument":
+                owner = _field_type(hint, detail["loc"][:-1])
+                dotted = ".".join([key, *(str(p) for p in detail["loc"])])
+                unknown.append(source.unknown(dotted, owner.__dataclass_fields__))
+                continue
+            steps, inner = _real_path(value, detail["loc"])
+            dotted = ".".join([key, *steps])
+            message = detail["msg"].removeprefix("Input should be ")
+            problems.setdefault(dotted, (inner, []))[1].append(message)
+        wrong = [
+            f"{source.at(dotted)} is {inner!r}. It should be {' or '.join(messages)}."
+            for dotted, (inner, messages) in problems.items()
+        ]
+        raise ValueError("\n".join(unknown + wrong)) from None
+
+
+def _field_type(hint: Any, path: Sequence[str | int]) -> Any:
+    """Return the dataclass at `path` below a dataclass."""
+    for part in path:
+        hint = typing.get_type_hints(hint)[str(part)]
+    return hint
+
+
+def _real_path(value: Any, loc: Sequence[str | int]) -> tuple[list[str], Any]:
+    """Follow pydantic's location while it names keys of the value (not branches of a union)."""
+    steps = []
+    for part in loc:
+        in_list = isinstance(value, list) and isinstance(part, int)
+        if not in_list and not (isinstance(value, dict) and part in value):
+            break
+        value = value[part]
+        steps.append(str(part))
+    return steps, value
+
+
+def _override(raw: dict[str, Any], text: str) -> str:
+    """Set `a.b=c` in a nested dict in place; return the dotted key."""
+    key, sign, value = text.partition("=")
+    parts = key.split(".")
+    if not sign or len(parts) < 2 or not all(parts):
+        raise ValueError(f"command line: {text!r} is not an override. Write section.key=value.")
+    here = raw
+    for depth, part in enumerate(parts[:-1], 1):
+        below = here.get(part)
+        here[part] = {} if below is None else below
+        here = here[part]
+        if not isinstance(here, dict):
+            raise ValueError(
+                f"command line: {key} is below {'.'.join(parts[:depth])}, which is {here!r} and "
+                "has no keys. Set that key itself."
+            )
+    try:
+        here[parts[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"command line: {text!r}: {_yaml_problem(error)}. Quote it.") from None
+    return key
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice; PyYAML would keep the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Say on one line where YAML is broken."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
+def _sections() -> str:
+    return ", ".join(RunConfig.__dataclass_fields__)
