@@ -75,7 +75,13 @@ class ColumnsConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """The rows. Lengths are in tokens, limits in rows; paths are relative to the working folder."""
+    """The rows. Lengths are in tokens, limits in rows; paths are relative to the working folder.
+
+    train, validation, test: file paths, a hub id, or `builtin:NAME?key=value`. `SOURCE#PART` names
+    the split of a hub set or the key of a JSON object of lists; without it, `split` for train,
+    "validation" and "test" for the others. header, quotes: None means csv has both, tsv has a
+    header, txt neither.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     train: str | list[str] = "builtin:shift"
@@ -87,7 +93,8 @@ class DataConfig:
     subset: str | None = None
     format: Literal["jsonl", "json", "csv", "tsv", "txt", "parquet"] | None = None
     delimiter: Annotated[str, Field(min_length=1)] | None = None
-    header: bool = True
+    header: bool | None = None
+    quotes: bool | None = None
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     prompt_template: str | None = None
     completion_template: str | None = None
@@ -164,6 +171,7 @@ _PEFT_INTERNAL = {
     "revision",
     "inference_mode",
     "runtime_config",
+    "plait_version",
 }
 
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS", "regression": "SEQ_CLS"}
@@ -457,8 +465,7 @@ def _real_path(value: Any, loc: Sequence[str | int]) -> tuple[list[str], Any]:
     """Follow pydantic's location while it names keys of the value (not branches of a union)."""
     steps = []
     for part in loc:
-        in_list = isinstance(value, list) and isinstance(part, int)
-        if not in_list and not (isinstance(value, dict) and part in value):
+        if not (isinstance(value, dict) and part in value):
             break
         value = value[part]
         steps.append(str(part))
