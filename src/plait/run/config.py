@@ -239,7 +239,8 @@ def config_from_dict(raw: Any, overrides: Sequence[str] = (), file: str = "confi
         output=_checked(OutputConfig, section["output"], "output", source),
     )
     try:
-        peft_config(config.method, config.model.task)
+        # The data names the tasks later; one name stands for them while the rest is checked.
+        peft_config(config.method, config.model.task, tasks=["unknown"])
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source.at('method')}: {error}") from error
     return config
@@ -306,14 +307,17 @@ def method_names() -> list[str]:
 
 
 def peft_config(
-    method: MethodConfig, task: ModelTask, total_steps: int | None = None
+    method: MethodConfig,
+    task: ModelTask,
+    total_steps: int | None = None,
+    tasks: list[str] | None = None,
 ) -> "PeftConfig | None":
     """Build the peft config of a method; None for full fine-tuning.
 
     total_steps: planned optimizer steps, for methods with a schedule. AdaLoRA takes its
     total_step, a tinit of a tenth and a tfinal of three tenths of it; while the number is unknown
-    its total_step is 2**31 - 1, to be replaced before training. Raises what the config class
-    raises for its own checks.
+    its total_step is 2**31 - 1, to be replaced before training. tasks: names of the data's tasks,
+    for a method that routes by task. Raises what the config class raises for its own checks.
     """
     cls = _config_class(method.name)
     if cls is None:
@@ -328,6 +332,8 @@ def peft_config(
         _fill_adalora(options, total_steps)
     elif "total_steps" in cls.__dataclass_fields__ and options.get("total_steps") is None:
         options["total_steps"] = total_steps
+    if options.get("routing") == "task" and not options.get("tasks"):
+        options["tasks"] = tasks
     return cls(task_type=_TASK_TYPES[task], **options)
 
 

@@ -88,7 +88,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBund
     # Labels and tasks come from the whole source, so that a limit or a split keeps them all.
     reader = _Reader(config, rows["train"][0])
     labels = reader.label_names(rows["train"])
-    tasks = reader.task_names(rows["train"])
+    tasks = config.method.options.get("tasks") or reader.task_names(rows["train"])
 
     held_out = data.validation
     if isinstance(held_out, int | float):
@@ -105,7 +105,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBund
     rows = {split: _limited(found, limits[split], data.seed) for split, found in rows.items()}
 
     routed = config.method.options.get("routing") == "task"
-    if routed and tasks is None:
+    if routed and not reader.has_task:
         raise ValueError(
             "method.routing is 'task', but the rows have no task column. "
             "Name it in data.columns.task."
@@ -353,7 +353,7 @@ def _all_tasks(
     tasks: list[str],
     routed: bool,
 ) -> list[str]:
-    """Return the training tasks, then those met only in other splits (an error when routed)."""
+    """Return `tasks`, then those met besides (an error when rows are routed by task)."""
     known = list(tasks)
     for split, found in read.items():
         for row, values in zip(rows[split], found, strict=True):
@@ -361,8 +361,8 @@ def _all_tasks(
                 continue
             if routed:
                 raise ValueError(
-                    f"{row.where}: the task {values['task']!r} is not among the training tasks "
-                    f"({_listed(tasks)}), so no adapter is trained for it. Remove the row."
+                    f"{row.where}: the task {values['task']!r} is not among the tasks of the "
+                    f"method ({_listed(tasks)}). Remove the row."
                 )
             known.append(values["task"])
     return known

@@ -1,0 +1,340 @@
+"""Load base models and tokenizers, and put a method on them.
+
+Weights are read from safetensors only. What a checkpoint lacks for its task (a new classification
+head) starts random from `training.seed`, is trained, and is saved with the adapter.
+"""
+
+import importlib.util
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from plait.run.config import ModelConfig, RunConfig, method_options, peft_config
+from plait.run.data import DataBundle
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_HEADS = ("classifier", "score")  # peft trains and saves these for classification by itself
+_FLOAT_BASE_ONLY = {
+    "pissa": "it splits the base weight",
+    "unilora": "its scales take the base weight's type, which is not a float (peft 0.21.2)",
+    "full": "packed weights cannot be trained",
+}
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer, padding on the right; without a pad token it pads with eos.
+
+    Raises FileNotFoundError for a model that is not there, ValueError when nothing can pad.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            _source(model), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except OSError as error:
+        raise FileNotFoundError(_not_there(model, "tokenizer", error)) from error
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"model.name: the tokenizer of {model.name} has no pad, eos or unk token to pad with. "
+            "Add a pad token to its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def load_base(
+    model: ModelConfig, num_labels: int | None = None, id2label: dict[int, str] | None = None
+) -> PreTrainedModel:
+    """Load the base model of a run, frozen weights and all.
+
+    num_labels: outputs of the head for classification and regression (1). id2label: its names.
+    Raises FileNotFoundError for a model or weights that are not there; ValueError for pickles,
+    damaged files, and models that do not fit `model.task`; ImportError without bitsandbytes.
+    """
+    return _load(model, num_labels, id2label)[0]
+
+
+def build_model(config: RunConfig, data: DataBundle) -> PeftModel | PreTrainedModel:
+    """Load the base model and put the config's method on it; a plain model for `full`.
+
+    The model is in training mode. Sets the global seed to `training.seed`, from which a new head
+    is drawn. Raises what load_base raises, and ValueError for target modules that match nothing,
+    a rank or a vector length that the layers do not allow, and rows longer than the model reads.
+    """
+    set_seed(config.training["seed"])
+    id2label = None if data.labels is None else dict(enumerate(data.labels))
+    outputs = {"classification": len(data.labels or ()), "regression": 1}.get(config.model.task)
+    base, new = _load(config.model, outputs, id2label)
+    _check_length(base.config, data)
+    quantized = config.model.quantization != "none"
+    if quantized and config.method.name in _FLOAT_BASE_ONLY:
+        raise ValueError(
+            f"method.name: {config.method.name} does not work on a {config.model.quantization} "
+            f"base: {_FLOAT_BASE_ONLY[config.method.name]}. Set model.quantization: none, or use "
+            "another method."
+        )
+    options = dict(config.method.options)
+    if new:
+        options["modules_to_save"] = [*(options.get("modules_to_save") or ()), *new]
+    layers = adaptable_layers(base)
+    if "fan_in_fan_out" in method_options(config.method.name):  # how GPT-2 stores its weights
+        options.setdefault("fan_in_fan_out", any(isinstance(m, Conv1D) for m in layers.values()))
+    method = replace(config.method, options=options)
+    wanted = peft_config(
+        method,
+        config.model.task,
+        total_steps=planned_steps(config.training, len(data.train)),
+        tasks=data.tasks,
+    )
+    if wanted is None:
+        return base.train()
+    if quantized:
+        base = prepare_model_for_kbit_training(
+            base, use_gradient_checkpointing=bool(config.training.get("gradient_checkpointing"))
+        )
+    _check_targets(layers, wanted, method.name)
+    return get_peft_model(base, wanted).train()
+
+
+def planned_steps(training: dict[str, Any], rows: int) -> int:
+    """Return the optimizer steps that the Trainer will make on one device."""
+    if training.get("max_steps", -1) > 0:
+        return training["max_steps"]
+    batches = rows / training["per_device_train_batch_size"]
+    batches = math.floor(batches) if training.get("dataloader_drop_last") else math.ceil(batches)
+    per_epoch = max(1, math.ceil(batches / training.get("gradient_accumulation_steps", 1)))
+    return math.ceil(per_epoch * training["num_train_epochs"])
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers that `all-linear` adapts, by name: all but the output and heads."""
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not output
+        and name.partition(".")[0] not in _HEADS
+    }
+
+
+# ------------------------------------------------------------------------------------ loading
+
+
+def _load(
+    model: ModelConfig, num_labels: int | None, id2label: dict[int, str] | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """Return the model and the modules, heads aside, that its checkpoint has no weights for."""
+    source = _source(model)
+    _check_files(Path(source), model.name)
+    common: dict[str, Any] = {
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+    }
+    try:
+        config = AutoConfig.from_pretrained(source, **common)
+        _check_architecture(config, model)
+        if num_labels is not None:
+            config.num_labels = num_labels
+        if id2label is not None:
+            config.id2label = id2label
+            config.label2id = {name: i for i, name in id2label.items()}
+        if model.task == "regression":
+            config.problem_type = "regression"
+        causal = model.task == "causal_lm"
+        auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+        loaded, report = auto.from_pretrained(
+            source,
+            config=config,
+            dtype=model.dtype,
+            quantization_config=_quantization(model),
+            use_safetensors=True,
+            output_loading_info=True,
+            **common,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{model.name}: weights damaged ({error}). Load them anew.") from None
+    except OSError as error:
+        raise FileNotFoundError(_not_there(model, "model", error)) from error
+    if loaded.config.pad_token_id is None:
+        loaded.config.pad_token_id = load_tokenizer(model).pad_token_id
+    missing = sorted({key.rpartition(".")[0] for key in report["missing_keys"]})
+    if missing and model.task == "causal_lm":
+        raise ValueError(
+            f"{model.name}: the weights of {missing[0]} and {len(missing) - 1} more modules are "
+            "missing. Give a complete causal language model."
+        )
+    heads = (name for name in missing if name.partition(".")[0] not in _HEADS)
+    return loaded, list(heads)
+
+
+def _source(model: ModelConfig) -> str:
+    """Return what transformers loads: a folder or a hub id."""
+    if model.name == "builtin:tiny":
+        from plait.assets import tiny_model_dir
+
+        return str(tiny_model_dir())
+    if model.name.startswith("builtin:"):
+        raise ValueError(f"model.name is {model.name!r}. The only built-in model is builtin:tiny.")
+    path = Path(model.name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or model.name.startswith((".", "~")) or path.exists():
+        raise FileNotFoundError(
+            f"model.name: {model.name} is no folder here. Correct the path, or give a hub id."
+        )
+    return model.name
+
+
+def _check_files(folder: Path, name: str) -> None:
+    """Check a local model folder: weights there, as safetensors, each file whole."""
+    if not folder.is_dir():
+        return
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+        if pickles:
+            raise ValueError(
+                f"model.name: {name} holds its weights as a pickle ({pickles[0]}), which can run "
+                "any code when it is read. Convert it to safetensors."
+            )
+        raise FileNotFoundError(
+            f"model.name: {name} has no weights (no .safetensors file). "
+            "Give a folder written by save_pretrained."
+        )
+    for file in weights:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged or cut off ({error}). Copy it again.") from None
+
+
+def _check_architecture(config: PretrainedConfig, model: ModelConfig) -> None:
+    if model.task != "causal_lm":
+        return
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"model.task is causal_lm, but {model.name} is an encoder-decoder "
+            f"({config.model_type}). Give a decoder such as a Llama."
+        )
+    values = config.to_dict()
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not values.get("is_decoder"):
+        raise ValueError(
+            f"model.task is causal_lm, but {model.name} is an encoder ({config.model_type}). "
+            "Set model.task: classification or regression, or give a decoder."
+        )
+
+
+def _quantization(model: ModelConfig) -> BitsAndBytesConfig | None:
+    if model.quantization == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"model.quantization is {model.quantization}, which needs bitsandbytes. "
+            'Install it with: pip install "plait[quant]"'
+        )
+    compute = torch.bfloat16 if model.dtype == "auto" else vars(torch)[model.dtype]
+    return BitsAndBytesConfig(
+        load_in_4bit=model.quantization == "4bit",
+        load_in_8bit=model.quantization == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def _not_there(model: ModelConfig, what: str, error: OSError) -> str:
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return (
+        f"model.name: the {what} of {model.name} cannot be loaded ({reason}). "
+        "Correct the path or the hub id."
+    )
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+def _check_length(config: PretrainedConfig, data: DataBundle) -> None:
+    positions = config.to_dict().get("max_position_embeddings")
+    limit = min(positions or data.longest, data.tokenizer.model_max_length)
+    if data.longest > limit:
+        raise ValueError(
+            f"data: the longest row has {data.longest} tokens, the model reads {limit}. "
+            f"Set data.max_length: {limit} and data.truncate: true."
+        )
+
+
+def _check_targets(layers: dict[str, nn.Module], wanted: PeftConfig, method: str) -> None:
+    """Raise when a target matches no layer, or a layer has sizes the method cannot take."""
+    options = wanted.to_dict()
+    targets = options["target_modules"]
+    if targets != "all-linear":
+        names = [targets] if isinstance(targets, str) else sorted(targets or ())
+        unmatched = [n for n in names if not _matches(n, layers, isinstance(targets, str))]
+        if unmatched:
+            candidates = sorted({name.rpartition(".")[2] for name in layers})
+            raise ValueError(
+                f"method.target_modules: {', '.join(map(repr, unmatched))} matches no linear "
+                f"layer of this model. It has {', '.join(candidates)}; or use all-linear."
+            )
+    else:
+        wanted = replace(wanted, target_modules=list(layers))
+    layers = {n: m for n, m in layers.items() if check_target_module_exists(wanted, n)}
+    for name, layer in layers.items():
+        out_features, in_features = _sizes(layer)
+        smaller = min(in_features, out_features)
+        if method == "pissa" and options["r"] > smaller:
+            raise ValueError(
+                f"method.r is {options['r']}, but pissa takes singular vectors of {name}, which "
+                f"has {smaller}. Give r: {smaller} or less, or leave that layer out."
+            )
+        if method == "vblora":
+            length = options["vector_length"]
+            if in_features % length or out_features % length:
+                raise ValueError(
+                    f"method.vector_length is {length}, which does not divide {name} "
+                    f"({out_features} x {in_features}). Give a common divisor of all layers, "
+                    f"such as {_common_divisor(layers.values())}."
+                )
+
+
+def _matches(target: str, layers: Iterable[str], pattern: bool) -> bool:
+    """Whether a target (a name ending, or a regular expression) fits one of the layers."""
+    if pattern:
+        return any(re.fullmatch(target, name) for name in layers)
+    return any(name == target or name.endswith(f".{target}") for name in layers)
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    """Return (out_features, in_features), of a bitsandbytes layer too."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    assert isinstance(layer, nn.Linear)
+    return layer.out_features, layer.in_features
+
+
+def _common_divisor(layers: Iterable[nn.Module]) -> int:
+    return math.gcd(*(size for layer in layers for size in _sizes(layer)))
