@@ -1,0 +1,478 @@
+"""The one file that knows peft's insides: a tuner model and a tuner layer that host any Delta.
+
+`host` gives a method its own peft type (`PLAIT_<KEY>`), parameter prefix and layer class, so that
+checkpoints describe themselves. The base weight is never edited except by merge.
+"""
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    register_peft_method,
+    resolve_quantization_backend,
+)
+from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers.pytorch_utils import Conv1D
+
+from plait.core import events
+from plait.core.config import DeltaConfig
+from plait.core.delta import (
+    Delta,
+    DenseDelta,
+    FrozenLinear,
+    LowRankDelta,
+    NotMergeable,
+    TaskTable,
+    TokenRouter,
+    task_index,
+)
+from plait.core.init import seeded
+from plait.core.route import Route, Rows
+
+BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Add a member to peft's closed enum of methods; idempotent.
+
+    The single exception to "no patching": `register_peft_method` refuses a name that the enum
+    lacks, and there are no entry points. Guarded by a test against the installed peft.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)
+    return member
+
+
+def host(key: str, config: type[DeltaConfig], delta: type[Delta]) -> None:
+    """Register a method with peft: its type, prefix, layer class and tuner class."""
+    name = f"plait_{key}"
+    peft_type = add_peft_type(name.upper())
+    if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(
+            f"peft already hosts a method of type {peft_type.value}. Choose another key."
+        )
+    layer = type(
+        f"{delta.__name__}Layer", (PlaitLayer,), {"prefix": f"{name}_", "delta_cls": delta}
+    )
+    layer.adapter_layer_names = (f"{name}_delta",)
+    tuner = type(
+        f"{delta.__name__}Model", (PlaitModel,), {"prefix": f"{name}_", "tuner_layer_cls": layer}
+    )
+    register_peft_method(name=name, config_cls=config, model_cls=tuner, prefix=f"{name}_")
+
+
+def _watch_peft_model(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """When a PeftModel takes a PlaitModel as its base_model, watch its forward for task_ids.
+
+    PeftModelFor* name `task_ids` in their forward and drop it for every method but Poly, and the
+    tuner is made before its PeftModel, so torch's public registration hook is the way to meet it.
+    """
+    if isinstance(child, PlaitModel) and isinstance(parent, PeftModel):
+        parent.register_forward_pre_hook(child.route.take, with_kwargs=True)
+        parent.register_forward_hook(child.route.give, always_call=True)
+
+
+register_module_module_registration_hook(_watch_peft_model)
+
+
+class PlaitLayer(nn.Module, BaseTunerLayer):
+    """A frozen linear layer with its Deltas, one for each adapter.
+
+    `plait_delta[adapter]` is the Delta; the state dict shows it under the method's own prefix.
+    """
+
+    prefix: str
+    delta_cls: type[Delta]
+
+    def __init__(self, base_layer: nn.Module, name: str, route: Route, **quantization: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name, self.route = name, route
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(base, **quantization)
+        self.transposed = isinstance(base, Conv1D)  # GPT-2 stores (in, out)
+        if self.transposed:
+            self.in_features, self.out_features = base.weight.shape
+        elif isinstance(base, nn.Linear) or self.quantization_backend is not None:
+            self.in_features, self.out_features = base.in_features, base.out_features
+        else:
+            raise ValueError(
+                f"Target module {name} is a {type(base).__name__}; plait adapts torch.nn.Linear, "
+                "transformers' Conv1D and quantised linear layers. Leave it out of target_modules."
+            )
+        self.add_module(self.adapter_layer_names[0], nn.ModuleDict())
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.unmerged: Tensor | None = None  # the base weight while adapters are merged
+
+    @property
+    def plait_delta(self) -> nn.ModuleDict:
+        """Adapter name -> Delta."""
+        return self.get_submodule(self.adapter_layer_names[0])  # type: ignore[return-value]
+
+    def base_weight(self) -> Tensor:
+        """The base weight as (out, in), dequantised."""
+        weight = self.get_base_weight()
+        return weight.T if self.transposed else weight
+
+    def add_delta(self, adapter: str, config: DeltaConfig) -> None:
+        """Create the Delta of an adapter with this layer's rank and scale."""
+        own = copy.copy(config)
+        own.r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, self.name), config.r)
+        own.lora_alpha = config.alpha_pattern.get(
+            get_pattern_key(config.alpha_pattern, self.name), config.lora_alpha
+        )
+        weight = self.get_base_layer().weight
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        base = FrozenLinear(
+            name=self.name,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            dtype=wide,
+            read=self.base_weight,
+            blank=config.awaits_weights or not config.init_weights,
+        )
+        gen = seeded(config.seed, self.name)
+        delta = self.delta_cls(base, own, gen)
+        if not config.init_weights:
+            delta.randomize(gen)
+        delta.adapter = config
+        delta.awaits_weights = config.awaits_weights
+        if not any(p.is_meta for p in delta.parameters()):  # low_cpu_mem_usage: filled on load
+            delta.to(device=weight.device, dtype=wide)
+        self.plait_delta[adapter] = delta
+        events.watch(delta)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Move an adapter to the layer's device; factors stay fp32 whatever the base is."""
+        if adapter_name in self.plait_delta:
+            self.plait_delta[adapter_name].to(device or self.get_base_layer().weight.device)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the updates of the active adapters, (.., out)."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        rows = self.route.now(x.shape[0]) if self.route.used else None
+        if rows is not None and rows.names is not None:
+            return self._mixed(x, rows, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        active = [self.plait_delta[a] for a in self.active_adapters if a in self.plait_delta]
+        if len(active) == 1 and isinstance(active[0], DenseDelta) and self._joint(active[0]):
+            self._enter(active[0])
+            return active[0](x, self.base_layer.weight, self.base_layer.bias)
+        y = self.base_layer(x, *args, **kwargs)
+        for delta in active:
+            y = y + self._update(delta, x, rows).to(y.dtype)
+        return y
+
+    def _update(self, delta: nn.Module, x: Tensor, rows: Rows | None) -> Tensor:
+        """The update (.., out) of one Delta on its rows of the batch."""
+        self._enter(delta)
+        if not torch.is_floating_point(x):
+            raise TypeError(
+                f"{self.name}: the input has dtype {x.dtype}; plait needs a floating one."
+            )
+        if isinstance(delta, LowRankDelta) and isinstance(delta.mix(), TaskTable):
+            return delta(x, self._task_ids(delta, x, rows))
+        return delta(x)
+
+    def _enter(self, delta: Any) -> None:
+        """Count a training forward for the guard; refuse weights that never came."""
+        if delta.awaits_weights:
+            raise RuntimeError(
+                f"{self.name}: this adapter was made from a saved config and its weights were not "
+                "loaded. Use PeftModel.from_pretrained(base, path), or a new config for a new adapter."
+            )
+        if delta.has_events and delta.training and torch.is_grad_enabled():
+            delta.forwards += 1
+
+    def _task_ids(self, delta: LowRankDelta, x: Tensor, rows: Rows | None) -> Tensor | None:
+        if rows is not None and rows.task_ids is not None:
+            return rows.task_ids
+        if self.route.default_task is None or delta.training:
+            return None  # the Delta's error names the remedy
+        return torch.full(x.shape[:1], self.route.default_task, device=x.device)
+
+    def _mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+        """One batch, an adapter for each row; rows of BASE keep the base layer's output."""
+        names = rows.names or ()
+        if self.merged:
+            raise ValueError(
+                "adapter_names cannot be used while adapters are merged. Call unmerge_adapter() first."
+            )
+        if len(names) != x.shape[0]:
+            raise ValueError(
+                f"adapter_names has {len(names)} entries, the batch at {self.name} has {x.shape[0]} "
+                "rows. Give one name for each row."
+            )
+        y = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(names):
+            if name not in self.plait_delta:  # BASE, or an adapter that leaves this layer alone
+                continue
+            own = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
+            ids = rows.task_ids[own] if rows.task_ids is not None else None
+            update = self._update(self.plait_delta[name], x[own], Rows(None, ids))
+            y = y.index_add(0, own, update.to(y.dtype))
+        return y
+
+    def _joint(self, delta: DenseDelta) -> bool:
+        """Whether W + dW can be used at once: a plain, unwrapped nn.Linear and no dropout."""
+        base = self.base_layer
+        return (
+            type(base) is nn.Linear
+            and type(base.weight) is nn.Parameter
+            and not (delta.training and delta.dropout)
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+        )
+
+    def get_delta_weight(self, adapter: str, **choice: Any) -> Tensor:
+        """dW of an adapter in the base weight's own layout, on its device.
+
+        Args:
+            adapter: name.
+            choice: `task=` for a task table, `approx="mean"` for a token router.
+
+        Raises:
+            NotMergeable: the update depends on the input.
+        """
+        delta: Any = self.plait_delta[adapter]
+        weight = delta.weight(**choice)
+        return weight.T.contiguous() if self.transposed else weight
+
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        task: str | None = None,
+        approx: Literal["mean"] | None = None,
+    ) -> None:
+        """Add the updates to the base weight; a copy of it is kept for unmerge.
+
+        Args:
+            safe_merge: refuse a result that is not finite, the weight stays as it was.
+            adapter_names: None: the active ones.
+            task: which task of a task table.
+            approx: "mean" for a token router.
+
+        Raises:
+            NotMergeable: the update depends on the input, or the base is quantised.
+            ValueError: safe_merge found values that are not finite.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.plait_delta]
+        if not names:
+            return
+        base = self.get_base_layer()
+        if self.quantization_backend is not None:
+            raise NotMergeable(
+                f"{self.name} is {type(base).__name__}: merging needs a dequantised base. "
+                "Export to plain LoRA instead (--to lora)."
+            )
+        before = base.weight.detach()
+        merged = before.to(torch.promote_types(before.dtype, torch.float32))
+        for name in names:
+            events.check_fired(self.plait_delta[name])  # type: ignore[arg-type]
+            merged = merged + self.get_delta_weight(name, task=task, approx=approx).to(merged)
+        merged = merged.to(before.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"{self.name}: NaNs detected in the merged weights. The adapter "
+                f"{', '.join(names)} seems to be broken; the base weight is unchanged."
+            )
+        if self.unmerged is None:
+            self.unmerged = before
+        base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the kept base weight back, bit for bit."""
+        if self.unmerged is None:
+            return
+        base = self.get_base_layer()
+        base.weight = nn.Parameter(
+            self.unmerged.to(base.weight.device), requires_grad=base.weight.requires_grad
+        )
+        self.unmerged = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether dW exists without an input."""
+        return self.delta_cls.mergeable
+
+    def __repr__(self) -> str:
+        """Marked, as peft's own layers are."""
+        return "plait." + super().__repr__()
+
+
+class PlaitModel(BaseTuner):
+    """The tuner of every method: injects PlaitLayers, routes batches, merges."""
+
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        layers = (m for m in model.modules() if isinstance(m, PlaitLayer))
+        found = next(layers, None)  # adapters added without a tuner object share the first route
+        self.route = found.route if found is not None else Route()
+        if found is None:
+            self.route.install(model)
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As upstream; a target that matches nothing is answered with what could be targeted."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except ValueError as error:
+            if type(error).__name__ != "NoMatchingPeftModuleError":
+                raise
+            found = {n.rpartition(".")[2] for n, m in model.named_modules() if _linear(m)}
+            raise type(error)(
+                f"{error} Linear layers of this model: {', '.join(sorted(found))}."
+            ) from None
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            target.add_delta(adapter_name, peft_config)  # type: ignore[operator]
+            return
+        layer = self.tuner_layer_cls(  # type: ignore[call-arg]
+            target, current_key, self.route, **get_quantization_kwargs(self.model)
+        )
+        layer.add_delta(adapter_name, peft_config)  # type: ignore[attr-defined]
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # type: ignore[attr-defined]
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        setattr(parent, child_name, new_module)
+
+    def layers(self) -> Iterator[PlaitLayer]:
+        """The adapted layers, in the order of the model."""
+        return (m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls))  # type: ignore[misc]
+
+    def set_task(self, task: str | None) -> None:
+        """The task of evaluation forwards that come without task_ids; None: none.
+
+        Raises:
+            ValueError: no adapter has tasks, or none of that name.
+        """
+        tables = [
+            mix
+            for layer in self.layers()
+            for delta in layer.plait_delta.values()
+            if isinstance(delta, LowRankDelta) and isinstance(mix := delta.mix(), TaskTable)
+        ]
+        if not tables:
+            raise ValueError(f"set_task({task!r}): no adapter of this model has tasks.")
+        self.route.default_task = None if task is None else task_index(tables[0].tasks, task)
+        self.route.used = True
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Route the rows of this call; upstream calls it around forward and generate."""
+        names, ids = kwargs.get("adapter_names"), kwargs.get("task_ids")
+        if names is None and ids is None:
+            yield
+            return
+        if names is not None:
+            known = {a for layer in self.layers() for a in layer.plait_delta} | {BASE}
+            unknown = sorted(set(names) - known)
+            if unknown:
+                raise ValueError(
+                    f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
+                    f"This model has: {', '.join(sorted(known))}."
+                )
+        model, generates = self.model, ids is not None and hasattr(self.model, "generate")
+        if generates:  # generate() refuses arguments that the base model's forward does not name
+            model.generate = functools.partial(_generate, type(model).generate, model)  # type: ignore
+        try:
+            with self.route.over(tuple(names) if names is not None else None, ids):
+                yield
+        finally:
+            if generates:
+                del model.generate
+
+    def merge_adapter(
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        **choice: Any,
+    ) -> None:
+        """Merge into the base weights; `task=`, `approx=` as in PlaitLayer.merge."""
+        self._check(adapter_names, choice)
+        self._check_merge_allowed()
+        for layer in self.layers():
+            layer.merge(safe_merge, adapter_names, **choice)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        **choice: Any,
+    ) -> nn.Module:
+        """Merge and return the base model; `task=`, `approx=` as in PlaitLayer.merge."""
+        self._check(adapter_names, choice)
+        if choice:
+            for layer in self.layers():
+                layer.merge(safe_merge, adapter_names, **choice)
+            return self._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _check(self, adapter_names: Sequence[str] | None, choice: dict[str, Any]) -> None:
+        """Raise before the first weight changes where a merge is not possible."""
+        for layer in self.layers():
+            for name in adapter_names or layer.active_adapters:
+                delta = dict(layer.plait_delta.items()).get(name)
+                if isinstance(delta, LowRankDelta) and isinstance(
+                    delta.mix(), TokenRouter | TaskTable
+                ):
+                    delta.folded(**choice)
+                    return
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether dW exists without an input."""
+        return all(layer.supports_lora_conversion(adapter_name) for layer in self.layers())
+
+
+def _generate(generate: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    kwargs.pop("task_ids", None)  # the route has them
+    return generate(model, *args, **kwargs)
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D) or "in_features" in vars(module)

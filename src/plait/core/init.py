@@ -1,0 +1,80 @@
+"""Start values. Every draw comes from a passed generator; the global random state is not touched."""
+
+import math
+import zlib
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+OVERSAMPLING = 8
+POWER_ITERATIONS = 4
+
+
+def seeded(*key: object) -> torch.Generator:
+    """A CPU generator keyed by values, such as (seed, layer name) or (seed, t, layer name).
+
+    Draws that must agree between ranks, checkpoint recomputation and resumed runs use this.
+    """
+    return torch.Generator("cpu").manual_seed(zlib.crc32("/".join(map(str, key)).encode()))
+
+
+def gaussian(gen: torch.Generator, *shape: int, std: float) -> Tensor:
+    """N(0, std^2) of the given shape, fp32, on the CPU."""
+    return torch.randn(*shape, generator=gen) * std
+
+
+def kaiming(gen: torch.Generator, *shape: int) -> Tensor:
+    """Kaiming-uniform with a = sqrt 5, that is U(-1, 1) / sqrt(fan_in); fan_in is the last axis."""
+    return (torch.rand(*shape, generator=gen) * 2 - 1) / math.sqrt(shape[-1])
+
+
+def svd_start(
+    weight: Tensor,
+    rank: int,
+    scaling: float,
+    method: Literal["randomized", "exact"],
+    gen: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """The principal part of a weight as factors: scaling * B0 @ A0 is its best rank-`rank` part.
+
+    A0 = sqrt(S / s) V^T and B0 = U sqrt(S / s), both fp32 (fp64 for an fp64 weight).
+    The randomised form takes `rank + 8` columns and 4 power iterations with its own generator
+    (`torch.svd_lowrank` takes none and advances the global one).
+
+    Args:
+        weight: (out, in), floating; a meta tensor gives meta factors.
+        rank: number of singular triples, 1 <= rank <= min(out, in).
+        scaling: the method's s.
+        method: "randomized" or "exact".
+        gen: of the random test matrix; not used by "exact".
+
+    Returns:
+        A0 (rank, in) and B0 (out, rank).
+
+    Raises:
+        ValueError: rank out of range, or an unknown method.
+    """
+    out_features, in_features = weight.shape
+    if not 1 <= rank <= min(weight.shape):
+        raise ValueError(
+            f"A start from singular vectors has rank 1 to {min(weight.shape)} for a weight of shape "
+            f"({out_features}, {in_features}); {rank} was asked for. Lower the rank."
+        )
+    if method not in ("randomized", "exact"):
+        raise ValueError(f'svd = {method!r} is not known. Use "randomized" or "exact".')
+    if weight.is_meta:
+        return weight.new_empty(rank, in_features), weight.new_empty(out_features, rank)
+    if method == "exact":
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        q = min(rank + OVERSAMPLING, *weight.shape)
+        Q = torch.randn(in_features, q, generator=gen).to(weight)
+        Q = torch.linalg.qr(weight @ Q).Q
+        for _ in range(POWER_ITERATIONS):
+            Q = torch.linalg.qr(weight.T @ Q).Q
+            Q = torch.linalg.qr(weight @ Q).Q
+        U, S, Vh = torch.linalg.svd(Q.T @ weight, full_matrices=False)
+        U = Q @ U
+    root = (S[:rank] / scaling).sqrt()
+    return root[:, None] * Vh[:rank], U[:, :rank] * root

@@ -1,0 +1,118 @@
+"""The registry: what a method is called, what it says of itself, and how to find it."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from plait.core import bridge
+from plait.core.config import DeltaConfig
+from plait.core.delta import Delta
+
+D = TypeVar("D", bound=type[Delta])
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of `plait methods`.
+
+    key: name in configs. config, delta: the classes. title: the paper's name. paper: arXiv id or
+    venue. formula: one line. parameters: trainable parameters of a layer, as a formula.
+    rank: attainable rank of dW. mergeable, exact_export: class facts; "per task" where they hold
+    for one task at a time. names: other names, ambiguous ones included.
+    """
+
+    key: str
+    config: type[DeltaConfig]
+    delta: type[Delta]
+    title: str
+    paper: str
+    formula: str
+    parameters: str
+    rank: str
+    names: tuple[str, ...] = ()
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the update can be merged into the base weight."""
+        return self.delta.mergeable
+
+    @property
+    def exact_export(self) -> bool:
+        """Whether a plain LoRA holds the update exactly."""
+        return self.delta.exact_export
+
+    @property
+    def summary(self) -> str:
+        """First line of the method file's docstring."""
+        import sys
+
+        return (sys.modules[self.delta.__module__].__doc__ or self.title).strip().splitlines()[0]
+
+
+_methods: dict[str, Method] = {}
+
+
+def register(
+    key: str,
+    config: type[DeltaConfig],
+    *,
+    paper: str,
+    title: str = "",
+    formula: str = "",
+    parameters: str = "",
+    rank: str = "",
+    names: tuple[str, ...] = (),
+) -> Callable[[D], D]:
+    """Class decorator: give a Delta the whole host, the command line and the contract tests.
+
+    Example:
+        >>> import plait
+        >>> plait.find("dual_lora").paper
+        '2512.03402'
+
+    Args:
+        key: lower-case name; the peft type becomes `PLAIT_<KEY>`.
+        config: the method's DeltaConfig subclass, used by this method alone.
+        paper: arXiv id or venue.
+        title, formula, parameters, rank, names: see Method.
+
+    Raises:
+        ValueError: the key or the config class is taken, or the key is not a lower-case identifier.
+    """
+
+    def wrap(delta: D) -> D:
+        if not (key.isidentifier() and key.islower()):
+            raise ValueError(f"register: key {key!r} is not a lower-case identifier. Rename it.")
+        if key in _methods:
+            raise ValueError(f"register: the key {key!r} is taken by {_methods[key].delta}.")
+        if config.key:
+            raise ValueError(
+                f"register: {config.__name__} belongs to {config.key!r}. Subclass it for {key!r}."
+            )
+        config.key = key
+        bridge.host(key, config, delta)
+        _methods[key] = Method(
+            key, config, delta, title or key, paper, formula, parameters, rank, names
+        )
+        return delta
+
+    return wrap
+
+
+def methods() -> list[Method]:
+    """All registered methods, in the order of registration."""
+    return list(_methods.values())
+
+
+def find(name: str) -> Method:
+    """The method of a key.
+
+    Raises:
+        ValueError: unknown; the message suggests the nearest key.
+    """
+    if name in _methods:
+        return _methods[name]
+    near = difflib.get_close_matches(name, _methods, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(_methods)}."
+    raise ValueError(f"Method {name!r} is not known. {hint}")
