@@ -1,19 +1,22 @@
 """The command line: `plait VERB`, the same as `python -m plait VERB`.
 
-One module a verb, each with `add_parser(subparsers)` and `run(args) -> int`. Modules import what
+Each module of this package is a verb, with `add_parser(subparsers)` and `run(args) -> int`. Modules import what
 is heavy inside `run`, so that parsing is quick.
 """
 
 import argparse
 import importlib
 import os
+import pkgutil
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from plait import __version__
 
-_VERBS = ("init", "check", "train", "evaluate", "generate", "export", "methods")
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # What a user can put right: said on one line, exit code 2. All else is a failure, exit code 1.
 _USER_ERRORS = (
@@ -29,7 +32,10 @@ _USER_ERRORS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; return 0 for success, 2 for a user's error, 1 for any other failure."""
+    """Run one verb.
+
+    Returns 0 for success, 2 for a user's error, 1 for any other failure, 130 when interrupted.
+    """
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -41,9 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(args, error, 2)
     except KeyboardInterrupt:
         print(f"plait {args.verb}: interrupted.", file=sys.stderr)
-        return 1
+        return 130
     except Exception as error:
         return _report(args, error, 1)
+
+
+def console() -> "Console":
+    """Return the console for standard output; text is printed as it is, without markup."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False)
 
 
 def _report(args: argparse.Namespace, error: BaseException, code: int) -> int:
@@ -62,8 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="plait", description="Fine-tune with many LoRA methods.")
     parser.add_argument("--version", action="version", version=f"plait {__version__}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for verb in _VERBS:
-        module = importlib.import_module(f"plait.cli.{verb}")
+    for found in pkgutil.iter_modules(__path__):
+        if found.name.startswith("_"):  # what several verbs share
+            continue
+        module = importlib.import_module(f"{__name__}.{found.name}")
         subparser = module.add_parser(subparsers)
         subparser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
         subparser.set_defaults(run=module.run)

@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -260,6 +261,11 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 def dump_config(config: RunConfig) -> str:
     """Return the resolved config as YAML; `load_config` reads it back to an equal config."""
     return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+def starter_config() -> str:
+    """Return a commented config of a first run, for `plait init`."""
+    return resources.files("plait.run").joinpath("starter.yaml").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,9 @@ def _quantization(model: ModelConfig) -> BitsAndBytesConfig | None:
         load_in_8bit=model.quantization == "8bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=compute,
+        # What a checkpoint has no weights for cannot be packed, and is trained (transformers 5.23
+        # leaves out the last layer only where it has no bias).
+        llm_int8_skip_modules=None if model.task == "causal_lm" else [*_HEADS, ".*pooler"],
     )
 
 

@@ -1,0 +1,126 @@
+"""`plait check`: look at a run before it starts."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from plait.run.check import CheckReport
+    from plait.run.data import Overlap
+
+
+def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:
+    """Add the verb and its arguments."""
+    text = "validate a config, count parameters, show one example; trains nothing"
+    parser = subparsers.add_parser("check", help=text, description=text.capitalize() + ".")
+    parser.add_argument("file", help="config file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. method.r=16")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report of a config."""
+    from plait.cli import console
+    from plait.cli._show import quiet
+    from plait.run.check import check
+    from plait.run.config import load_config
+
+    with quiet():
+        report = check(load_config(args.file, args.overrides))
+    render(report, console())
+    return 0
+
+
+def render(report: "CheckReport", console: "Console") -> None:
+    """Print a report; tokens with loss are green, or in [[...]] where there is no colour."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in _facts(report):
+        table.add_row(name, value)
+    console.print(table)
+    console.print()
+    _print_example(report, console)
+    for found in report.overlaps:
+        _print_overlap(found, console)
+    folder = Path(report.config.output.dir)
+    taken = ", which exists: train with --resume, or elsewhere" if folder.exists() else ""
+    console.print(f"\nNothing was trained. The run folder will be {folder}{taken}.", soft_wrap=True)
+
+
+def _facts(report: "CheckReport") -> list[tuple[str, str]]:
+    config = report.config
+    percent = 100 * report.trainable / report.total
+    memory = report.memory
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())
+    facts = [
+        ("model", f"{config.model.name} ({report.model}), {config.model.task}"),
+        ("method", f"{config.method.name} on {report.adapted} layers"),
+        ("trainable", f"{report.trainable:,} of {report.total:,} parameters ({percent:.3g} %)"),
+    ]
+    if report.stored is None:
+        facts[1] = ("method", "full: every weight is trained")
+    else:
+        facts.append(("stored", f"{report.stored:,} numbers in the adapter's file"))
+    facts += [
+        ("rows", ", ".join(f"{name} {count:,}" for name, count in report.rows.items())),
+        ("longest row", f"{report.longest} tokens (data.max_length {config.data.max_length})"),
+    ]
+    if report.labels is not None:
+        facts.append(("labels", _some(report.labels)))
+    if report.tasks is not None:
+        facts.append(("tasks", _some(report.tasks)))
+    facts += [
+        ("steps", f"{report.steps:,} optimizer steps"),
+        ("memory", f"about {_bytes(sum(memory.values()))}: {parts}"),
+    ]
+    return facts
+
+
+def _print_example(report: "CheckReport", console: "Console") -> None:
+    from rich.text import Text
+
+    text = Text()
+    for piece, trained in report.example:
+        if trained and not console.is_terminal:
+            piece = f"[[{piece}]]"
+        text.append(piece, style="bold green" if trained else "")
+    if report.target is None:
+        how = "green" if console.is_terminal else "in [[...]]"
+        console.print(f"First training row, tokens with loss {how}:", style="bold")
+    else:
+        console.print(f"First training row, to predict {report.target}:", style="bold")
+    console.print(text, soft_wrap=True)
+
+
+def _print_overlap(found: "Overlap", console: "Console") -> None:
+    from rich.text import Text
+
+    if not found.rows:
+        console.print(f"\nNone of the {found.total:,} {found.split} rows occurs in train.")
+        return
+    share = 100 * found.rows / found.total
+    console.print(
+        f"\n{found.rows:,} of {found.total:,} {found.split} rows ({share:.1f} %) also occur in "
+        f"train, {found.identical:,} of them with the same answer. Remove them from train for an "
+        "honest metric. Among them:",
+        style="bold yellow",
+    )
+    for example in found.examples:
+        console.print(Text(f"  {example}", overflow="ellipsis", no_wrap=True))
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    more = "" if len(names) <= most else f" and {len(names) - most} more"
+    return f"{len(names)}: {', '.join(names[:most])}{more}"
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"

@@ -1,0 +1,27 @@
+"""`plait init`: write a commented config to start from."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:
+    """Add the verb and its arguments."""
+    text = "write a commented config to start from"
+    parser = subparsers.add_parser("init", help=text, description=text.capitalize() + ".")
+    parser.add_argument("file", help="file to write; an existing one is refused")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the starter config."""
+    from plait.run.config import starter_config
+    from plait.run.folder import write_atomic
+
+    path = Path(args.file)
+    if path.exists():
+        raise FileExistsError(f"{path}: exists already. Give another name, or remove it.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.parent} is missing. Make it first.")
+    write_atomic(path, starter_config())
+    print(f"{path} written. Look at it with: plait check {path}")
+    return 0
