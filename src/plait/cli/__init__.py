@@ -1,7 +1,7 @@
 """The command line: `plait VERB`, the same as `python -m plait VERB`.
 
-Each module of this package is a verb, with `add_parser(subparsers)` and `run(args) -> int`. Modules import what
-is heavy inside `run`, so that parsing is quick.
+Each module of this package is a verb, with `add_parser(subparsers)` and `run(args) -> int`; a name
+with a leading underscore is what verbs share. Modules import what is heavy inside `run`.
 """
 
 import argparse
