@@ -22,6 +22,7 @@ from plait.core import (
     register,
 )
 from plait.core.events import PlaitCallback, after_step, penalty
+from plait.core.export import LoraExport, to_lora
 from plait.methods.cola import ColaConfig
 from plait.methods.dual_lora import DualLoraConfig
 from plait.methods.dual_module import DualModuleLoraConfig
@@ -38,6 +39,7 @@ __all__ = [
     "DualLoraConfig",
     "DualModuleLoraConfig",
     "EventNeverFired",
+    "LoraExport",
     "LowRankDelta",
     "Method",
     "NotMergeable",
@@ -50,4 +52,5 @@ __all__ = [
     "methods",
     "penalty",
     "register",
+    "to_lora",
 ]

@@ -88,8 +88,8 @@ def _watch_peft_model(parent: nn.Module, name: str, child: nn.Module | None) -> 
     tuner is made before its PeftModel, so torch's public registration hook is the way to meet it.
     """
     if isinstance(child, PlaitModel) and isinstance(parent, PeftModel):
-        parent.register_forward_pre_hook(child.route.take, with_kwargs=True)
-        parent.register_forward_hook(child.route.give, always_call=True)
+        parent.register_forward_pre_hook(child.plait_route.take, with_kwargs=True)
+        parent.register_forward_hook(child.plait_route.give, always_call=True)
 
 
 register_module_module_registration_hook(_watch_peft_model)
@@ -124,6 +124,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.unmerged: Tensor | None = None  # the base weight while adapters are merged
+        self.train(base.training)
 
     @property
     def plait_delta(self) -> nn.ModuleDict:
@@ -152,15 +153,14 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             read=self.base_weight,
             blank=config.awaits_weights or not config.init_weights,
         )
-        gen = seeded(config.seed, self.name)
-        delta = self.delta_cls(base, own, gen)
+        delta = self.delta_cls(base, own, seeded(config.seed, self.name))
         if not config.init_weights:
-            delta.randomize(gen)
+            delta.randomize(seeded(config.seed, self.name, adapter))
         delta.adapter = config
         delta.awaits_weights = config.awaits_weights
         if not any(p.is_meta for p in delta.parameters()):  # low_cpu_mem_usage: filled on load
             delta.to(device=weight.device, dtype=wide)
-        self.plait_delta[adapter] = delta
+        self.plait_delta[adapter] = delta.train(self.training)
         events.watch(delta)
 
     def _move_adapter_to_device_of_base_layer(
@@ -169,6 +169,17 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         """Move an adapter to the layer's device; factors stay fp32 whatever the base is."""
         if adapter_name in self.plait_delta:
             self.plait_delta[adapter_name].to(device or self.get_base_layer().weight.device)
+
+    def cast(self, adapter: str, keep_wide: bool) -> None:
+        """Factors of fp32 (fp64 on an fp64 base), or in the base weight's dtype if it is floating."""
+        dtype = self.get_base_layer().weight.dtype
+        if keep_wide or not dtype.is_floating_point:
+            dtype = (
+                torch.promote_types(dtype, torch.float32)
+                if dtype.is_floating_point
+                else torch.float32
+            )
+        self.plait_delta[adapter].to(dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the updates of the active adapters, (.., out)."""
@@ -336,9 +347,9 @@ class PlaitModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         layers = (m for m in model.modules() if isinstance(m, PlaitLayer))
         found = next(layers, None)  # adapters added without a tuner object share the first route
-        self.route = found.route if found is not None else Route()
+        self.plait_route = found.route if found is not None else Route()
         if found is None:
-            self.route.install(model)
+            self.plait_route.install(model)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -368,7 +379,7 @@ class PlaitModel(BaseTuner):
             target.add_delta(adapter_name, peft_config)  # type: ignore[operator]
             return
         layer = self.tuner_layer_cls(  # type: ignore[call-arg]
-            target, current_key, self.route, **get_quantization_kwargs(self.model)
+            target, current_key, self.plait_route, **get_quantization_kwargs(self.model)
         )
         layer.add_delta(adapter_name, peft_config)  # type: ignore[attr-defined]
         if adapter_name not in self.active_adapters:
@@ -380,7 +391,13 @@ class PlaitModel(BaseTuner):
     ) -> None:
         setattr(parent, child_name, new_module)
 
-    def layers(self) -> Iterator[PlaitLayer]:
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """fp32 factors, or on request (`autocast_adapter_dtype=False`) those of the base's dtype."""
+        for layer in self.plait_layers():
+            if adapter_name in layer.plait_delta:
+                layer.cast(adapter_name, keep_wide=autocast_adapter_dtype)
+
+    def plait_layers(self) -> Iterator[PlaitLayer]:
         """The adapted layers, in the order of the model."""
         return (m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls))  # type: ignore[misc]
 
@@ -392,14 +409,14 @@ class PlaitModel(BaseTuner):
         """
         tables = [
             mix
-            for layer in self.layers()
+            for layer in self.plait_layers()
             for delta in layer.plait_delta.values()
             if isinstance(delta, LowRankDelta) and isinstance(mix := delta.mix(), TaskTable)
         ]
         if not tables:
             raise ValueError(f"set_task({task!r}): no adapter of this model has tasks.")
-        self.route.default_task = None if task is None else task_index(tables[0].tasks, task)
-        self.route.used = True
+        self.plait_route.default_task = None if task is None else task_index(tables[0].tasks, task)
+        self.plait_route.used = True
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -409,7 +426,7 @@ class PlaitModel(BaseTuner):
             yield
             return
         if names is not None:
-            known = {a for layer in self.layers() for a in layer.plait_delta} | {BASE}
+            known = {a for layer in self.plait_layers() for a in layer.plait_delta} | {BASE}
             unknown = sorted(set(names) - known)
             if unknown:
                 raise ValueError(
@@ -420,7 +437,7 @@ class PlaitModel(BaseTuner):
         if generates:  # generate() refuses arguments that the base model's forward does not name
             model.generate = functools.partial(_generate, type(model).generate, model)  # type: ignore
         try:
-            with self.route.over(tuple(names) if names is not None else None, ids):
+            with self.plait_route.over(tuple(names) if names is not None else None, ids):
                 yield
         finally:
             if generates:
@@ -435,7 +452,7 @@ class PlaitModel(BaseTuner):
         """Merge into the base weights; `task=`, `approx=` as in PlaitLayer.merge."""
         self._check(adapter_names, choice)
         self._check_merge_allowed()
-        for layer in self.layers():
+        for layer in self.plait_layers():
             layer.merge(safe_merge, adapter_names, **choice)
 
     def merge_and_unload(
@@ -448,14 +465,14 @@ class PlaitModel(BaseTuner):
         """Merge and return the base model; `task=`, `approx=` as in PlaitLayer.merge."""
         self._check(adapter_names, choice)
         if choice:
-            for layer in self.layers():
+            for layer in self.plait_layers():
                 layer.merge(safe_merge, adapter_names, **choice)
             return self._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _check(self, adapter_names: Sequence[str] | None, choice: dict[str, Any]) -> None:
         """Raise before the first weight changes where a merge is not possible."""
-        for layer in self.layers():
+        for layer in self.plait_layers():
             for name in adapter_names or layer.active_adapters:
                 delta = dict(layer.plait_delta.items()).get(name)
                 if isinstance(delta, LowRankDelta) and isinstance(
@@ -466,7 +483,7 @@ class PlaitModel(BaseTuner):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether dW exists without an input."""
-        return all(layer.supports_lora_conversion(adapter_name) for layer in self.layers())
+        return all(layer.supports_lora_conversion(adapter_name) for layer in self.plait_layers())
 
 
 def _generate(generate: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -44,7 +44,8 @@ def svd_start(
 
     Args:
         weight: (out, in), floating; a meta tensor gives meta factors.
-        rank: number of singular triples, 1 <= rank <= min(out, in).
+        rank: number of singular triples. Ranks beyond min(out, in) have no triple: they start as
+            in LoRA, Kaiming A and zero B, and add nothing to the attainable rank.
         scaling: the method's s.
         method: "randomized" or "exact".
         gen: of the random test matrix; not used by "exact".
@@ -53,14 +54,9 @@ def svd_start(
         A0 (rank, in) and B0 (out, rank).
 
     Raises:
-        ValueError: rank out of range, or an unknown method.
+        ValueError: an unknown method.
     """
     out_features, in_features = weight.shape
-    if not 1 <= rank <= min(weight.shape):
-        raise ValueError(
-            f"A start from singular vectors has rank 1 to {min(weight.shape)} for a weight of shape "
-            f"({out_features}, {in_features}); {rank} was asked for. Lower the rank."
-        )
     if method not in ("randomized", "exact"):
         raise ValueError(f'svd = {method!r} is not known. Use "randomized" or "exact".')
     if weight.is_meta:
@@ -77,4 +73,9 @@ def svd_start(
         U, S, Vh = torch.linalg.svd(Q.T @ weight, full_matrices=False)
         U = Q @ U
     root = (S[:rank] / scaling).sqrt()
-    return root[:, None] * Vh[:rank], U[:, :rank] * root
+    A0, B0 = root[:, None] * Vh[:rank], U[:, :rank] * root
+    spare = rank - len(root)
+    if spare:
+        A0 = torch.cat([A0, kaiming(gen, spare, in_features).to(A0)])
+        B0 = torch.cat([B0, B0.new_zeros(out_features, spare)], dim=1)
+    return A0, B0

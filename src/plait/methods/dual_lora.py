@@ -105,9 +105,14 @@ class DualLora(DenseDelta):
         """(r1 + r2)(in + out)."""
         return sum(config.split(config.r)) * (in_features + out_features)
 
+    def randomize(self, gen: torch.Generator) -> None:
+        """A random start with the gate open."""
+        super().randomize(gen)
+        self.t = torch.tensor(self.config.gate_steps)
+
     def gate(self) -> Tensor | float:
         """g: of the step under way in training (at g = 0 nothing learns), of t in evaluation."""
-        if self.t is None or not self.config.gate_steps or not self.config.init_weights:
+        if self.t is None or not self.config.gate_steps:
             return 1.0
         return ((self.t + int(self.training)) / self.config.gate_steps).clamp(max=1)
 
