@@ -220,7 +220,7 @@ class _Reader:
         if template is None:
             return self._text(row, part)
         values = {}
-        for name in _fields(template, f"data.{part}_template"):
+        for name in template_columns(template, f"data.{part}_template"):
             if name not in row.values:
                 raise ValueError(_missing(row, f"data.{part}_template", name))
             values[name] = _string(row.values[name], row.where, name)
@@ -261,7 +261,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(str, names)) or "none"
 
 
-def _fields(template: str, key: str) -> list[str]:
+def template_columns(template: str, key: str) -> list[str]:
     """Return the column names in a template; ValueError when it cannot be filled."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]

@@ -57,8 +57,13 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """The trained adapter, or the whole model after full fine-tuning."""
+        """The trained adapter."""
         return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The trained model after full fine-tuning, instead of an adapter."""
+        return self.path / "model"
 
     @property
     def checkpoints(self) -> Path:

@@ -1,0 +1,64 @@
+"""`plait train FILE`: train one run and show what it changed."""
+
+import argparse
+import sys
+
+
+def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:
+    """Describe the verb."""
+    parser = subparsers.add_parser(
+        "train", help="train a run", description="Train the run that a config file describes."
+    )
+    parser.add_argument("file", help="the config file; write one with: plait init FILE")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="set a key of the config"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue an interrupted run in its output.dir"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; 130 after Ctrl-C, 1 where training had to stop by itself."""
+    from rich.console import Console
+
+    from plait.cli._show import Status, comparison, quiet
+    from plait.run.callbacks import ProgressBar
+    from plait.run.config import dump_config, load_config
+    from plait.run.report import comparison_rows, read_environment, read_evaluation
+    from plait.run.train import train
+
+    console = Console()
+    bar = ProgressBar(console)
+    cfg = load_config(args.file, args.overrides)
+    console.print(dump_config(cfg), highlight=False, markup=False, soft_wrap=True)
+    again = " ".join(["plait train", args.file, *args.overrides, "--resume"])
+    try:
+        with quiet(), Status(console, "held-out metric") as status:
+            folder = train(cfg, resume=args.resume, callbacks=[bar], progress=status)
+    except KeyboardInterrupt as stopped:
+        bar.close()
+        print(f"\n{stopped or 'training: stopped.'}\nContinue it with: {again}", file=sys.stderr)
+        return 130
+    except FloatingPointError as error:
+        bar.close()
+        if args.debug:
+            raise
+        print(f"plait train: {error}", file=sys.stderr)
+        return 1
+    finally:
+        bar.close()
+    run = read_environment(folder)["run"]
+    percent = 100 * run["trainable"] / run["parameters"]
+    print(
+        f"{run['trainable']:,} trainable parameters ({percent:.3g} %), {run['steps']} steps in "
+        f"{run['seconds']:.1f} s"
+    )
+    rows = comparison_rows(read_evaluation(folder))
+    if rows:
+        console.print(comparison(rows))
+    else:
+        console.print("No held-out metric: data.validation and data.test are not set.")
+    console.print(f"run folder: {folder.path}", highlight=False, markup=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,144 @@
+"""Reading adapters back: every file checked, every weight accounted for, no pickles."""
+
+import json
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+_REMEDY = "Copy it again, or train again."
+_PICKLES = ("adapter_model.bin", "pytorch_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+
+def load_adapter(base: PreTrainedModel, path: Path, expected: PeftConfig) -> PeftModel:
+    """Put a saved adapter on its base model.
+
+    expected: what the run's config makes of its method; an adapter of another method is refused.
+    Raises FileNotFoundError for missing files, and ValueError for a pickle, a damaged file, an
+    adapter of another method, of another model's shapes, of a newer plait, or an incomplete one.
+    """
+    stored_numbers(path)
+    config = _read_config(path, expected)
+    with readable(path / WEIGHTS, _REMEDY), upstream_noise():
+        model = PeftModel.from_pretrained(base, str(path), config=config)
+    _check_complete(model, path)
+    return model
+
+
+def load_weights(model: PeftModel, path: Path, remedy: str = _REMEDY) -> None:
+    """Load saved weights into the adapter that a model already has, to train on.
+
+    remedy: what the error about a damaged file says to do.
+    Raises what load_adapter raises about the weights.
+    """
+    stored_numbers(path, remedy)
+    with readable(path / WEIGHTS, remedy):
+        model.load_adapter(str(path), model.active_adapters[0], is_trainable=True)
+    _check_complete(model, path)
+
+
+def stored_numbers(path: Path, remedy: str = _REMEDY) -> int:
+    """Return how many numbers the adapter's file holds.
+
+    Raises FileNotFoundError where there is none and ValueError where it is a pickle or damaged.
+    """
+    file = path / WEIGHTS
+    if not file.is_file():
+        pickled = [name for name in _PICKLES if (path / name).exists()]
+        if pickled:
+            raise ValueError(
+                f"{path / pickled[0]}: is a pickle, which can run any code when it is read. "
+                "Save the adapter as safetensors."
+            )
+        raise FileNotFoundError(f"{path}: {WEIGHTS} is missing. Give a folder with an adapter.")
+    with readable(file, remedy), safe_open(file, framework="pt") as opened:
+        shapes = [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118
+    total = 0
+    for shape in shapes:
+        count = 1
+        for size in shape:
+            count *= size
+        total += count
+    return total
+
+
+def _read_config(path: Path, expected: PeftConfig) -> PeftConfig:
+    file = path / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"{path}: {CONFIG} is missing. Give a folder with an adapter.")
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON ({error}). Save the adapter again.") from None
+    kind, wanted = saved.get("peft_type"), expected.to_dict()["peft_type"]
+    if kind != wanted:
+        known = kind in PEFT_TYPE_TO_CONFIG_MAPPING
+        raise ValueError(
+            f"{file}: the adapter is of type {kind}, the run's config.yaml asks for {wanted}. "
+            + (
+                "Put the adapter of this run back, or correct method.name."
+                if known
+                else "That type is not known here; install what made it."
+            )
+        )
+    try:
+        return PeftConfig.from_pretrained(str(path))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _check_complete(model: PeftModel, path: Path) -> None:
+    """Raise where the file's tensors are not exactly those of the model's adapter."""
+    needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with safe_open(path / WEIGHTS, framework="pt") as file:
+        saved = set(file.keys())
+    for names, what in ((needed - saved, "lacks"), (saved - needed, "has, but the model not,")):
+        if names:
+            raise ValueError(
+                f"{path / WEIGHTS}: {what} {sorted(names)[0]} and {len(names) - 1} more. The "
+                "adapter is of another model or another method's options; use the run's own."
+            )
+
+
+@contextmanager
+def upstream_noise() -> Iterator[None]:
+    """Drop what peft 0.21.2 warns of AdaLoRA without reason.
+
+    It takes a layer pruned to rank 0 for a lost shard, and the pattern of kept ranks for LoRA's.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*have invalid shape")
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        yield
+
+
+@contextmanager
+def readable(where: Path, remedy: str) -> Iterator[None]:
+    """Turn the errors of reading a cut-off file, or weights of another shape, into ValueErrors."""
+    try:
+        yield
+    except RuntimeError as error:
+        sizes = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        if sizes:
+            raise ValueError(
+                f"{where}: does not fit the base model ({len(sizes)} tensors of another shape): "
+                f"{sizes[0].rstrip('.')}. Use the base model and options that it was trained with."
+            ) from error
+        if "PytorchStreamReader" not in str(error):
+            raise
+        raise ValueError(f"{where}: damaged or cut off ({first_line(error)}). {remedy}") from error
+    except (SafetensorError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{where}: damaged or cut off ({first_line(error)}). {remedy}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, to stand in brackets."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,291 @@
+"""transformers' Trainer, made safe: checkpoints that are whole or absent, and a stop at NaN.
+
+The Trainer's own files stay what they are: adapter or model weights as safetensors; optimizer,
+scheduler and RNG states as torch files, which the Trainer reads with `weights_only=True`. The
+pickled training arguments it adds are left out, the run folder's config.yaml holds them.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.adalora import AdaLoraModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from plait.core.events import EventNeverFired
+from plait.run.adapter import first_line, load_weights, readable, upstream_noise
+from plait.run.callbacks import StopOnSignal
+from plait.run.config import RunConfig, did_you_mean
+from plait.run.data import DataBundle
+from plait.run.evaluate import evaluate_model
+from plait.run.folder import replace_dir
+
+_REMEDY = "Remove that checkpoint to resume from the one before it."
+_ADALORA = "adalora.safetensors"
+_WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+_STATES = (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt")
+
+
+class RunTrainer(Trainer):
+    """Trains one run; see plait.run.train. Its checkpoints lie in `checkpoints`."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        data: DataBundle,
+        stop: StopOnSignal,
+        model: PeftModel | PreTrainedModel,
+        args: TrainingArguments,
+        **kwargs: Any,
+    ):
+        self.cfg, self.data, self.stop, self.trained = cfg, data, stop, model
+        self.checkpoints = Path(str(args.output_dir))
+        self._staging: Path | None = None
+        super().__init__(model=model, args=args, **kwargs)
+
+    # ------------------------------------------------------------------------ optimizer, loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As upstream, then apply method.lr_scale."""
+        first = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if first and self.cfg.method.lr_scale:
+            scale_learning_rates(optimizer, self.trained, self.cfg.method.lr_scale)
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As upstream; a loss that is not finite ends the run before it reaches a weight."""
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            step = self.state.global_step + 1
+            raise FloatingPointError(self._broken(f"the loss is {loss.item()} in step {step}"))
+        return loss
+
+    def _broken(self, what: str) -> str:
+        last = latest_checkpoint(self.checkpoints)
+        kept = f"{last} is kept" if last else "there is no checkpoint yet"
+        return (
+            f"training: {what}; {kept}. Lower training.learning_rate, or look for rows that are "
+            "wrong."
+        )
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the validation rows as `plait evaluate` does, and log them.
+
+        Exact match is taken only where metric_for_best_model asks for it: it takes long.
+        """
+        wants = (self.args.metric_for_best_model or "").endswith("exact_match")
+        measured = evaluate_model(self.trained, self.data, "validation", self.cfg, generate=wants)
+        metrics = {
+            f"{metric_key_prefix}_{name}": value
+            for name, value in measured.items()
+            if isinstance(value, float)
+        }
+        if f"{metric_key_prefix}_mse" in metrics:  # the Trainer's own name for what it minimises
+            metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_mse"]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # ---------------------------------------------------------------------------- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError when a trained weight is not finite: such are never saved."""
+        step = self.state.global_step
+        for name, parameter in self.trained.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise FloatingPointError(
+                    self._broken(f"{name} is not finite any more after step {step}")
+                )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint under a temporary name, then rename it: it is whole or absent."""
+        step = self.state.global_step
+        self.check_finite()
+        if self.stop.requested:  # a checkpoint without optimizer state cannot be resumed
+            self.args.save_only_model = False
+        target = self.checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        try:
+            replace_dir(target, lambda folder: self._fill(folder, model, trial))
+        except EventNeverFired:
+            raise
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError
+            last = latest_checkpoint(self.checkpoints)
+            kept = (
+                f"{last} is kept: make room and resume." if last else "Make room and start again."
+            )
+            raise OSError(
+                f"{target}: could not be written ({first_line(error)}). {kept}"
+            ) from error
+        rotate_checkpoints(
+            output_dir=str(self.checkpoints),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+
+    def _fill(self, folder: Path, model: nn.Module, trial: Any) -> None:
+        """Let the Trainer write its checkpoint into `folder`."""
+        step = self.state.global_step
+        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        self._staging = folder
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        if self.state.best_global_step == step:  # upstream noted the temporary name
+            self.state.best_model_checkpoint = str(self.checkpoints / name)
+            self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
+        for file in list((folder / name).iterdir()):
+            file.rename(folder / file.name)
+        (folder / name).rmdir()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        with upstream_noise():
+            super()._save(output_dir, state_dict)
+        folder = self.checkpoints if output_dir is None else Path(output_dir)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        tuner = adalora_of(self.trained)
+        if tuner is not None:
+            save_adalora(tuner, folder / _ADALORA)
+
+    def load_weights(self, checkpoint: Path) -> None:
+        """Load the weights of a checkpoint, all of them or an error."""
+        self._load_from_checkpoint(str(checkpoint))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        folder = Path(resume_from_checkpoint)
+        tuner = adalora_of(self.trained)
+        with readable(folder, _REMEDY):
+            if tuner is not None:
+                load_adalora(tuner, folder / _ADALORA)
+            elif isinstance(self.trained, PeftModel):
+                load_weights(self.trained, folder, _REMEDY)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(Path(checkpoint or "."), _REMEDY):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(Path(checkpoint or "."), _REMEDY):
+            super()._load_rng_state(checkpoint)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the complete checkpoint with the highest step; None where there is none."""
+    steps = {}
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if number.isdigit() and is_complete(path):
+            steps[int(number)] = path
+    return steps[max(steps)] if steps else None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has all the files that resuming needs."""
+    weights = [checkpoint / name for name in _WEIGHTS if (checkpoint / name).is_file()]
+    states = [checkpoint / name for name in _STATES]
+    states += sorted(checkpoint.glob("rng_state*.pth"))
+    if not weights or not all(file.is_file() for file in states):
+        return False
+    return len(states) > len(_STATES)
+
+
+# ------------------------------------------------------------------------------- learning rates
+
+
+def scale_learning_rates(
+    optimizer: torch.optim.Optimizer, model: nn.Module, factors: Mapping[str, float]
+) -> None:
+    """Split the parameter groups: learning rate times the factor, weight decay divided by it.
+
+    factors: parameter name -> factor. A name is one part of the dotted name, `A` also means
+    `lora_A`. Decoupled weight decay (learning rate times decay) stays what it was.
+    Raises ValueError for a name that no trained parameter has.
+    """
+    parts = {id(p): name.split(".") for name, p in model.named_parameters() if p.requires_grad}
+    for key in factors:
+        if not any(_named(names, key) for names in parts.values()):
+            known = {part.removeprefix("lora_") for names in parts.values() for part in names}
+            raise ValueError(
+                f"method.lr_scale: no trained parameter is named {key}. {did_you_mean(key, known)}"
+            )
+    for group in list(optimizer.param_groups):
+        for key, factor in factors.items():
+            moved = [p for p in group["params"] if _named(parts[id(p)], key)]
+            if not moved:
+                continue
+            chosen = {id(p) for p in moved}
+            group["params"] = [p for p in group["params"] if id(p) not in chosen]
+            scaled = {
+                "params": moved,
+                "lr": group["lr"] * factor,
+                "weight_decay": group["weight_decay"] / factor,
+            }
+            optimizer.add_param_group({**group, **scaled})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def _named(parts: list[str], key: str) -> bool:
+    return key in parts or f"lora_{key}" in parts
+
+
+# -------------------------------------------------------------------------------------- AdaLoRA
+
+
+def adalora_of(model: nn.Module) -> Any:
+    """Return the AdaLoRA tuner of a model, None where it has another method."""
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    return tuner if isinstance(tuner, AdaLoraModel) else None
+
+
+def save_adalora(tuner: Any, path: Path) -> None:
+    """Write what resuming AdaLoRA needs: upstream saves neither the pruned ranks, which may
+    come back, nor the importance averages.
+    """
+    allocator = tuner.rankallocator
+    tensors = {
+        f"weight/{n}": p.detach() for n, p in tuner.model.named_parameters() if p.requires_grad
+    }
+    for average in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+        tensors |= {f"{average}/{n}": t for n, t in vars(allocator)[average].items()}
+    pattern = tuner.peft_config[tuner.trainable_adapter_name].rank_pattern
+    metadata = {"rank_pattern": json.dumps(pattern)}
+    save_file({k: t.contiguous() for k, t in tensors.items()}, path, metadata=metadata)
+
+
+def load_adalora(tuner: Any, path: Path) -> None:
+    """Put back what save_adalora wrote."""
+    allocator = tuner.rankallocator
+    weights = {n: p for n, p in tuner.model.named_parameters() if p.requires_grad}
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        allocator.reset_ipt()
+        for key in file.keys():  # noqa: SIM118 - not a dict
+            kind, _, name = key.partition("/")
+            tensor = file.get_tensor(key)
+            if kind == "weight":
+                weights[name].copy_(tensor)
+            else:
+                vars(allocator)[kind][name] = tensor.to(weights[name].device)
+        metadata = file.metadata()
+    tuner.peft_config[tuner.trainable_adapter_name].rank_pattern = json.loads(
+        metadata["rank_pattern"]
+    )
