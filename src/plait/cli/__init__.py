@@ -36,7 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0 for success, 2 for a user's error, 1 for any other failure, 130 when interrupted.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest:  # argparse stops taking overrides at the first option among them
+        if "overrides" not in args or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.overrides += rest
     try:
         return args.run(args)
     except BrokenPipeError:
