@@ -48,9 +48,10 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
     Raises FileNotFoundError for a model that is not there, ValueError when nothing can pad.
     """
+    source = _source(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            _source(model), revision=model.revision, trust_remote_code=model.trust_remote_code
+            source, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except OSError as error:
         raise FileNotFoundError(_not_there(model, "tokenizer", error)) from error

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -93,8 +94,10 @@ def _read_file(path: Path, kind: str, part: str, data: DataConfig) -> Iterator[R
             f"{path}: byte {error.object[error.start]:#x} is not UTF-8 text. "
             "Convert the file to UTF-8."
         ) from None
-    except gzip.BadGzipFile:
-        raise ValueError(f"{path}: not a gzip file. Rename it without .gz.") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{path}: not a whole gzip file ({error}). Copy it again, or rename it without .gz."
+        ) from None
 
 
 def _read_jsonl(path: Path, file: IO[str]) -> Iterator[Row]:
@@ -103,7 +106,7 @@ def _read_jsonl(path: Path, file: IO[str]) -> Iterator[Row]:
             continue
         where = f"{path}: line {number}"
         try:
-            value = json.loads(line)
+            value = json.loads(line.rstrip("\r\n"))
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{where}: not valid JSON ({error.msg}, column {error.colno}). Correct that line."
