@@ -72,7 +72,7 @@ def host(key: str, config: type[DeltaConfig], delta: type[Delta]) -> None:
             f"peft already hosts a method of type {peft_type.value}. Choose another key."
         )
     layer = type(
-        f"{delta.__name__}Layer", (PlaitLayer,), {"prefix": f"{name}_", "delta_cls": delta}
+        f"{delta.__name__}Linear", (PlaitLayer,), {"prefix": f"{name}_", "delta_cls": delta}
     )
     layer.adapter_layer_names = (f"{name}_delta",)
     tuner = type(
@@ -171,7 +171,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             self.plait_delta[adapter_name].to(device or self.get_base_layer().weight.device)
 
     def cast(self, adapter: str, keep_wide: bool) -> None:
-        """Factors of fp32 (fp64 on an fp64 base), or in the base weight's dtype if it is floating."""
+        """Factors in fp32 (fp64 on an fp64 base), or in the base weight's dtype."""
         dtype = self.get_base_layer().weight.dtype
         if keep_wide or not dtype.is_floating_point:
             dtype = (
@@ -217,9 +217,9 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         if delta.awaits_weights:
             raise RuntimeError(
                 f"{self.name}: this adapter was made from a saved config and its weights were not "
-                "loaded. Use PeftModel.from_pretrained(base, path), or a new config for a new adapter."
+                "loaded. Use PeftModel.from_pretrained(base, path), or a new config to train."
             )
-        if delta.has_events and delta.training and torch.is_grad_enabled():
+        if delta.needs_events and delta.training and torch.is_grad_enabled():
             delta.forwards += 1
 
     def _task_ids(self, delta: LowRankDelta, x: Tensor, rows: Rows | None) -> Tensor | None:
@@ -234,11 +234,11 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         names = rows.names or ()
         if self.merged:
             raise ValueError(
-                "adapter_names cannot be used while adapters are merged. Call unmerge_adapter() first."
+                "adapter_names cannot be used while adapters are merged. Call unmerge_adapter()."
             )
         if len(names) != x.shape[0]:
             raise ValueError(
-                f"adapter_names has {len(names)} entries, the batch at {self.name} has {x.shape[0]} "
+                f"adapter_names has {len(names)} entries, the batch at {self.name} {x.shape[0]} "
                 "rows. Give one name for each row."
             )
         y = self.base_layer(x, *args, **kwargs)
@@ -392,7 +392,7 @@ class PlaitModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """fp32 factors, or on request (`autocast_adapter_dtype=False`) those of the base's dtype."""
+        """fp32 factors, or on request (`autocast_adapter_dtype=False`) of the base's dtype."""
         for layer in self.plait_layers():
             if adapter_name in layer.plait_delta:
                 layer.cast(adapter_name, keep_wide=autocast_adapter_dtype)
