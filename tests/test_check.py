@@ -73,7 +73,7 @@ def error(config, kind=ValueError):
 @pytest.mark.parametrize("name", method_names())
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_every_method_goes_on_causal_models(models, rows, tmp_path, kind, name):
-    method = {"name": name} | ({"vector_length": 16} if name == "vblora" else {})
+    method = {"name": name} | ({"vector_length": 4} if name == "vblora" else {})
     config = run_config(models / kind, rows, tmp_path / "run", method=method)
     data = load_data(config, load_tokenizer(config.model))
     model = build_model(config, data)
@@ -264,21 +264,21 @@ def test_ranks_and_lengths_that_the_layers_do_not_allow(models, rows, tmp_path):
     def message(**method):
         return error(run_config(models / "llama", rows, tmp_path / "run", method=method))
 
-    assert message(name="pissa", r=17) == (
-        "method.r is 17, but pissa takes singular vectors of model.layers.0.self_attn.k_proj, "
-        "which has 16. Give r: 16 or less, or leave that layer out."
+    assert message(name="pissa", r=13) == (
+        "method.r is 13, but pissa takes singular vectors of model.layers.0.self_attn.k_proj, "
+        "which has 12. Give r: 12 or less, or leave that layer out."
     )
     assert message(name="vblora") == (
         "method.vector_length is 256, which does not divide model.layers.0.self_attn.q_proj "
-        "(32 x 32). Give a common divisor of all layers, such as 16."
+        "(24 x 24). Give a common divisor of all layers, such as 4."
     )
 
 
 def test_rows_longer_than_the_model_reads(models, films, tmp_path):
-    write_rows(films, [{"text": "good " * 40, "label": x} for x in ("yes", "no", "yes", "no")])
+    write_rows(films, [{"text": "good " * 65, "label": x} for x in ("yes", "no", "yes", "no")])
     config = run_config(models / "bert", films, tmp_path / "run", model={"task": "classification"})
     assert error(config) == (
-        "data: the longest row has 40 tokens, the model reads 32. Set data.max_length: 32 and "
+        "data: the longest row has 65 tokens, the model reads 64. Set data.max_length: 64 and "
         "data.truncate: true."
     )
 
@@ -396,7 +396,10 @@ def test_check_prints_labels_and_no_overlap(models, films, tmp_path, capsys):
         )
     )
     assert main(["check", str(config)]) == 0
-    out = " ".join(capsys.readouterr().out.split())
+    captured = capsys.readouterr()
+    assert "MISSING" not in captured.err
+    out = " ".join(captured.out.split())
+    assert "also trained classifier, saved with the adapter" in out
     assert "labels 2: no, yes" in out
     assert "First training row, to predict yes: film very good" in out
     assert "None of the 1 validation rows occurs in train." in out

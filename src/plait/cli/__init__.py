@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from plait import __version__
+from plait._version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console

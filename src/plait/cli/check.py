@@ -64,6 +64,8 @@ def _facts(report: "CheckReport") -> list[tuple[str, str]]:
         facts[1] = ("method", "full: every weight is trained")
     else:
         facts.append(("stored", f"{report.stored:,} numbers in the adapter's file"))
+    if report.new:
+        facts.append(("also trained", f"{', '.join(report.new)}, saved with the adapter"))
     facts += [
         ("rows", ", ".join(f"{name} {count:,}" for name, count in report.rows.items())),
         ("longest row", f"{report.longest} tokens (data.max_length {config.data.max_length})"),

@@ -73,7 +73,7 @@ def _print_meanings(name: str, console: "Console") -> None:
     from plait.run.config import did_you_mean
 
     entries = {e.key: e for e in _entries()}
-    meant = [e for e in entries.values() if name.lower() in {n.lower() for n in e.names}]
+    meant = [e for e in entries.values() if name.lower() in _other_names(e)]
     elsewhere = _ELSEWHERE.get(name.lower(), ())
     if name in entries:
         _print_method(entries[name], console)
@@ -84,11 +84,17 @@ def _print_meanings(name: str, console: "Console") -> None:
     elif meant or elsewhere:
         console.print(f"{name} can mean:", style="bold")
         for e in meant:
-            console.print(f"  {e.key}: {e.title} ({e.paper}). {e.summary}")
+            console.print(f"  {e.key}: {e.summary} ({e.paper})")
         for text in elsewhere:
             console.print(f"  {text}")
     else:
         raise ValueError(f"{name!r} is no method. {did_you_mean(name, entries)}")
+
+
+def _other_names(entry: "Method | Baseline") -> set[str]:
+    """Return what papers call a method, in lower case: `CoLA (collaborative)` is also `cola`."""
+    titles = (entry.title, entry.title.partition(" (")[0], *entry.names)
+    return {title.lower() for title in titles}
 
 
 def _print_method(entry: "Method | Baseline", console: "Console") -> None:
@@ -96,12 +102,11 @@ def _print_method(entry: "Method | Baseline", console: "Console") -> None:
 
     from plait.run.config import method_options
 
-    console.print(f"{entry.key}: {entry.title}", style="bold")
-    console.print(entry.summary)
+    console.print(f"{entry.key}: {entry.summary}", style="bold")
     facts = Table.grid(padding=(0, 2))
     for what, value in (
         ("formula", entry.formula),
-        ("paper", entry.paper),
+        ("paper", entry.paper or "none"),
         ("trained, one layer", entry.parameters),
         ("attainable rank", entry.rank),
         ("merge", "yes" if entry.mergeable else "no"),

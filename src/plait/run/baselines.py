@@ -41,8 +41,8 @@ class Baseline:
 
     @property
     def title(self) -> str:
-        """Where the method comes from."""
-        return "upstream peft" if self.config else "full fine-tuning"
+        """The name that papers give the method: here the same as the key."""
+        return self.key
 
 
 BASELINES: dict[str, Baseline] = {

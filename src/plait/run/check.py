@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plait.run.config import RunConfig
@@ -20,7 +21,8 @@ class CheckReport:
     """What `plait check` found.
 
     trainable, total: parameters, the adapter's included. stored: numbers in the adapter's file;
-    None for full fine-tuning. adapted: layers with an update. steps: planned optimizer steps.
+    None for full fine-tuning. adapted: layers with an update. new: modules trained and saved
+    beside them, such as a classification head. steps: planned optimizer steps.
     rows: per split. longest: tokens. memory: part -> bytes, see estimated_memory. example: pieces
     of the first training row, each with whether loss is taken on it. target: its label, for
     classification and regression.
@@ -32,6 +34,7 @@ class CheckReport:
     total: int
     stored: int | None
     adapted: int
+    new: list[str]
     steps: int
     rows: dict[str, int]
     longest: int
@@ -61,6 +64,11 @@ def check(config: RunConfig) -> CheckReport:
         total=total,
         stored=_stored(model),
         adapted=sum(isinstance(m, BaseTunerLayer) for m in model.modules()),
+        new=[
+            name.removeprefix("base_model.model.")
+            for name, module in model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper)
+        ],
         steps=planned_steps(config.training, len(data.train)),
         rows={name: len(split) for name, split in data.splits().items()},
         longest=data.longest,

@@ -7,7 +7,8 @@ head) starts random from `training.seed`, is trained, and is saved with the adap
 import importlib.util
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from plait.run.config import ModelConfig, RunConfig, method_options, peft_config
 from plait.run.data import DataBundle
@@ -167,15 +169,16 @@ def _load(
             config.problem_type = "regression"
         causal = model.task == "causal_lm"
         auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
-        loaded, report = auto.from_pretrained(
-            source,
-            config=config,
-            dtype=model.dtype,
-            quantization_config=_quantization(model),
-            use_safetensors=True,
-            output_loading_info=True,
-            **common,
-        )
+        with _errors_only():
+            loaded, report = auto.from_pretrained(
+                source,
+                config=config,
+                dtype=model.dtype,
+                quantization_config=_quantization(model),
+                use_safetensors=True,
+                output_loading_info=True,
+                **common,
+            )
     except SafetensorError as error:
         raise ValueError(f"{model.name}: weights damaged ({error}). Load them anew.") from None
     except OSError as error:
@@ -190,6 +193,17 @@ def _load(
         )
     heads = (name for name in missing if name.partition(".")[0] not in _HEADS)
     return loaded, list(heads)
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Silence transformers' report of missing weights: the caller raises, trains and saves them."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _source(model: ModelConfig) -> str:
