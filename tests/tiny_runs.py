@@ -7,23 +7,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    BertConfig,
-    BertModel,
-    DebertaV2Config,
-    DebertaV2Model,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from plait.run.config import RunConfig, config_from_dict
 from plait.run.folder import RunFolder
 from plait.run.report import read_evaluation
+from tests import tiny
 
 CHARACTERS = "abcdefgh =>.?!"
 WORDS = ["good", "bad", "fine", "poor", "film", "plot", "very", "not"]
@@ -35,8 +25,6 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]
-    from tokenizers import decoders
-
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -59,40 +47,12 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_model(kind: str, to: Path) -> Path:
     """Write a random model of a kind (llama, gpt2, bert, deberta) with its tokenizer."""
-    torch.manual_seed(0)
-    if kind == "llama":
-        config = LlamaConfig(
-            vocab_size=32,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-        model = LlamaForCausalLM(config)
-    elif kind == "gpt2":
-        config = GPT2Config(
-            vocab_size=32, n_embd=32, n_layer=2, n_head=2, n_positions=64, pad_token_id=0,
-            bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
-        model = GPT2LMHeadModel(config)
-    elif kind == "bert":
-        config = BertConfig(
-            vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=64, max_position_embeddings=32, pad_token_id=0,
-        )  # fmt: skip
-        model = BertModel(config)
-    else:
-        config = DebertaV2Config(
-            vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=64, max_position_embeddings=32, pad_token_id=0,
-            relative_attention=True, pos_att_type=["p2c", "c2p"], type_vocab_size=0,
-        )  # fmt: skip
-        model = DebertaV2Model(config)
+    model: Any = {
+        "llama": tiny.llama,
+        "gpt2": tiny.gpt2,
+        "bert": lambda: tiny.bert().bert,  # no head: that is new in every run
+        "deberta": lambda: tiny.deberta().deberta,
+    }[kind]()
     model.save_pretrained(to)
     tokenizer = character_tokenizer() if kind in ("llama", "gpt2") else word_tokenizer()
     tokenizer.save_pretrained(to)
@@ -129,12 +89,12 @@ def film_rows(count: int = 32) -> list[dict[str, Any]]:
     return rows
 
 
-def run_config(base: Path, data: Path, run: Path, **sections: Any) -> RunConfig:
+def run_config(base: Path, rows: Path, run: Path, **sections: Any) -> RunConfig:
     """A config of a quick run: 10 steps of 4 rows; `section={..}` adds to a section."""
     raw: dict[str, Any] = {
         "model": {"name": str(base)},
         "method": {"name": "lora", "r": 4, "lora_dropout": 0.1},
-        "data": {"train": str(data), "validation": 0.2},
+        "data": {"train": str(rows), "validation": 0.2},
         "training": {
             "max_steps": 10,
             "per_device_train_batch_size": 4,

@@ -65,8 +65,9 @@ def quiet() -> Iterator[None]:
         else:
             shown(message, category, filename, lineno, file, line)
 
-    had_bars = logging.is_progress_bar_enabled()
+    had_bars, had_level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
@@ -74,6 +75,7 @@ def quiet() -> Iterator[None]:
             warnings.showwarning = show
             yield
     finally:
+        logging.set_verbosity(had_level)
         if had_bars:
             logging.enable_progress_bar()
 

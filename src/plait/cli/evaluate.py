@@ -40,8 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the metrics, one a line."""
     if args.harness is None and (args.harness_path or args.limit):
         raise ValueError("--limit and --harness-path belong to --harness. Give --harness TASK.")
-    from rich.console import Console
-
+    from plait.cli import console
     from plait.cli._show import Status, quiet
     from plait.run.evaluate import evaluate_run, harness_run
     from plait.run.report import metric_rows
@@ -58,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
             print(task)
             _print([(name, f"{value:.4g}") for name, value in metrics.items()])
         return 0
-    console = Console()
-    with quiet(), Status(console, "rows") as status:
+    screen = console()
+    with quiet(), Status(screen, "rows") as status:
         metrics = evaluate_run(args.run_folder, args.split, args.overrides, progress=status)
     print(f"{metrics['split']}, {metrics['rows']} rows")
     _print(metric_rows(metrics))

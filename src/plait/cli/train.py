@@ -1,6 +1,7 @@
 """`plait train FILE`: train one run and show what it changed."""
 
 import argparse
+import shlex
 import sys
 
 
@@ -21,21 +22,20 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Train; 130 after Ctrl-C, 1 where training had to stop by itself."""
-    from rich.console import Console
-
+    from plait.cli import console
     from plait.cli._show import Status, comparison, quiet
     from plait.run.callbacks import ProgressBar
     from plait.run.config import dump_config, load_config
     from plait.run.report import comparison_rows, read_environment, read_evaluation
     from plait.run.train import train
 
-    console = Console()
-    bar = ProgressBar(console)
+    screen = console()
+    bar = ProgressBar(screen)
     cfg = load_config(args.file, args.overrides)
-    console.print(dump_config(cfg), highlight=False, markup=False, soft_wrap=True)
-    again = " ".join(["plait train", args.file, *args.overrides, "--resume"])
+    screen.print(dump_config(cfg), soft_wrap=True)
+    again = shlex.join(["plait", "train", args.file, *args.overrides, "--resume"])
     try:
-        with quiet(), Status(console, "held-out metric") as status:
+        with quiet(), Status(screen, "held-out metric") as status:
             folder = train(cfg, resume=args.resume, callbacks=[bar], progress=status)
     except KeyboardInterrupt as stopped:
         bar.close()
@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     )
     rows = comparison_rows(read_evaluation(folder))
     if rows:
-        console.print(comparison(rows))
+        screen.print(comparison(rows))
     else:
-        console.print("No held-out metric: data.validation and data.test are not set.")
-    console.print(f"run folder: {folder.path}", highlight=False, markup=False, soft_wrap=True)
+        screen.print("No held-out metric: data.validation and data.test are not set.")
+    screen.print(f"run folder: {folder.path}", soft_wrap=True)
     return 0

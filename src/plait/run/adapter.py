@@ -78,7 +78,7 @@ def _read_config(path: Path, expected: PeftConfig) -> PeftConfig:
         saved = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: is not JSON ({error}). Save the adapter again.") from None
-    kind, wanted = saved.get("peft_type"), expected.to_dict()["peft_type"]
+    kind, wanted = saved.get("peft_type"), str(expected.peft_type).removeprefix("PeftType.")
     if kind != wanted:
         known = kind in PEFT_TYPE_TO_CONFIG_MAPPING
         raise ValueError(
@@ -90,7 +90,7 @@ def _read_config(path: Path, expected: PeftConfig) -> PeftConfig:
             )
         )
     try:
-        return PeftConfig.from_pretrained(str(path))
+        return type(expected).from_pretrained(str(path))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
 

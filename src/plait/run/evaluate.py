@@ -353,14 +353,15 @@ def load_run(
             f"{path}: {trained.name}/ is missing, so training did not finish. Continue it: plait "
             "train FILE --resume"
         )
-    labels = read_environment(folder).get("run", {}).get("labels")
+    run = read_environment(folder).get("run", {})
+    labels = run.get("labels")
     outputs = {"classification": len(labels or ()), "regression": 1}.get(cfg.model.task)
     names = None if labels is None else dict(enumerate(labels))
     tokenizer = load_tokenizer(cfg.model)
     if full:
         source = dataclasses.replace(cfg.model, name=str(trained.resolve()), revision=None)
         return cfg, load_base(source, outputs, names).eval(), tokenizer
-    expected = peft_config(cfg.method, cfg.model.task)
+    expected = peft_config(cfg.method, cfg.model.task, tasks=run.get("tasks"))
     assert expected is not None  # only `full` has none
     base = load_base(cfg.model, outputs, names)
     return cfg, load_adapter(base, trained, expected).eval(), tokenizer
@@ -429,10 +430,13 @@ def harness_run(
             f"{path}: the harness needs a causal language model, model.task is {cfg.model.task}. "
             "Evaluate it without --harness."
         )
-    manager = task_files.TaskManager(
-        include_path=None if include_path is None else str(include_path)
-    )
+    # Indexing lm_eval's own task files takes long; tasks of include_path alone do without.
+    where = None if include_path is None else str(include_path)
+    manager = task_files.TaskManager(include_path=where, include_defaults=False)
     unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        manager = task_files.TaskManager(include_path=where)
+        unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise ValueError(
             f"--harness: {unknown[0]} is no task of lm_eval. "
