@@ -8,5 +8,5 @@ __all__ = ["builtin_rows", "tiny_model_dir"]
 
 
 def tiny_model_dir() -> Path:
-    """Return the folder of the shipped tiny Llama (337 k parameters, one token a character)."""
+    """Return the folder of the shipped tiny Llama (342,048 parameters, one token a character)."""
     return Path(__file__).parent / "tiny"
