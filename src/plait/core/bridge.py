@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 
-from plait.core import events
+from plait.core import combine, events
 from plait.core.config import DeltaConfig
 from plait.core.delta import (
     Delta,
@@ -108,7 +108,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.name, self.route = name, route
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
         self.transposed = isinstance(base, Conv1D)  # GPT-2 stores (in, out)
         if self.transposed:
@@ -139,11 +139,13 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
     def add_delta(self, adapter: str, config: DeltaConfig) -> None:
         """Create the Delta of an adapter with this layer's rank and scale."""
         own = copy.copy(config)
-        own.r = config.rank_pattern.get(get_pattern_key(config.rank_pattern, self.name), config.r)
-        own.lora_alpha = config.alpha_pattern.get(
-            get_pattern_key(config.alpha_pattern, self.name), config.lora_alpha
+        own.r = config.rank_pattern.get(
+            get_pattern_key(list(config.rank_pattern), self.name), config.r
         )
-        weight = self.get_base_layer().weight
+        own.lora_alpha = config.alpha_pattern.get(
+            get_pattern_key(list(config.alpha_pattern), self.name), config.lora_alpha
+        )
+        weight: Any = self.get_base_layer().weight
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         base = FrozenLinear(
             name=self.name,
@@ -168,11 +170,13 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Move an adapter to the layer's device; factors stay fp32 whatever the base is."""
         if adapter_name in self.plait_delta:
-            self.plait_delta[adapter_name].to(device or self.get_base_layer().weight.device)
+            base: Any = self.get_base_layer()
+            self.plait_delta[adapter_name].to(device or base.weight.device)
 
     def cast(self, adapter: str, keep_wide: bool) -> None:
         """Factors in fp32 (fp64 on an fp64 base), or in the base weight's dtype."""
-        dtype = self.get_base_layer().weight.dtype
+        base: Any = self.get_base_layer()
+        dtype = base.weight.dtype
         if keep_wide or not dtype.is_floating_point:
             dtype = (
                 torch.promote_types(dtype, torch.float32)
@@ -208,9 +212,9 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             raise TypeError(
                 f"{self.name}: the input has dtype {x.dtype}; plait needs a floating one."
             )
-        if isinstance(delta, LowRankDelta) and isinstance(delta.mix(), TaskTable):
-            return delta(x, self._task_ids(delta, x, rows))
-        return delta(x)
+        if isinstance(delta, DenseDelta) or not self.route.used:
+            return delta(x)
+        return delta(x, self._task_ids(delta, x, rows))
 
     def _enter(self, delta: Any) -> None:
         """Count a training forward for the guard; refuse weights that never came."""
@@ -222,7 +226,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         if delta.needs_events and delta.training and torch.is_grad_enabled():
             delta.forwards += 1
 
-    def _task_ids(self, delta: LowRankDelta, x: Tensor, rows: Rows | None) -> Tensor | None:
+    def _task_ids(self, delta: nn.Module, x: Tensor, rows: Rows | None) -> Tensor | None:
         if rows is not None and rows.task_ids is not None:
             return rows.task_ids
         if self.route.default_task is None or delta.training:
@@ -297,7 +301,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.plait_delta]
         if not names:
             return
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if self.quantization_backend is not None:
             raise NotMergeable(
                 f"{self.name} is {type(base).__name__}: merging needs a dequantised base. "
@@ -323,7 +327,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         """Put the kept base weight back, bit for bit."""
         if self.unmerged is None:
             return
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         base.weight = nn.Parameter(
             self.unmerged.to(base.weight.device), requires_grad=base.weight.requires_grad
         )
@@ -378,12 +382,11 @@ class PlaitModel(BaseTuner):
         if isinstance(target, self.tuner_layer_cls):
             target.add_delta(adapter_name, peft_config)  # type: ignore[operator]
             return
-        layer = self.tuner_layer_cls(  # type: ignore[call-arg]
-            target, current_key, self.plait_route, **get_quantization_kwargs(self.model)
-        )
-        layer.add_delta(adapter_name, peft_config)  # type: ignore[attr-defined]
+        make: Any = self.tuner_layer_cls
+        layer = make(target, current_key, self.plait_route, **get_quantization_kwargs(self.model))
+        layer.add_delta(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # type: ignore[attr-defined]
+            layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(
@@ -443,6 +446,47 @@ class PlaitModel(BaseTuner):
             if generates:
                 del model.generate
 
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str
+    ) -> None:
+        """Add the adapter sum_i w_i dW_i, frozen, exact for every method; see core/combine.py.
+
+        Args:
+            adapters: names. weights: one for each.
+            adapter_name: of the new adapter. Activate it with set_adapter; keep it by exporting it,
+            `plait.to_lora(model, adapter_name)`.
+
+        Raises:
+            ValueError: unknown adapters, numbers that differ, or a name that is taken.
+        """
+        combine.check(adapters, weights, list(self.peft_config), adapter_name)
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapters[0]])
+        for layer in self.plait_layers():
+            here = [
+                (a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.plait_delta
+            ]
+            if here:
+                parts: Any = [layer.plait_delta[a] for a, _ in here]
+                total: Any = combine.WeightedSum(parts, [w for _, w in here])
+                total.adapter = self.peft_config[adapter_name]
+                layer.plait_delta[adapter_name] = total.train(layer.training)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """As upstream; a weighted sum has no file format of its own."""
+        name = kwargs.get("adapter_name", "default")
+        for layer in model.modules():
+            if isinstance(layer, PlaitLayer) and name in layer.plait_delta:
+                if isinstance(layer.plait_delta[name], combine.WeightedSum):
+                    raise ValueError(
+                        f"Adapter {name!r} is a weighted sum and has no file format of its own. "
+                        f"Export it: plait.to_lora(model, {name!r}).write(folder)."
+                    )
+                break
+        return super()._get_adapter_state_dict(model, *args, **kwargs)
+
     def merge_adapter(
         self,
         adapter_names: list[str] | None = None,
@@ -467,7 +511,7 @@ class PlaitModel(BaseTuner):
         if choice:
             for layer in self.plait_layers():
                 layer.merge(safe_merge, adapter_names, **choice)
-            return self._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+            return self.unload()
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _check(self, adapter_names: Sequence[str] | None, choice: dict[str, Any]) -> None:

@@ -145,14 +145,14 @@ class DeltaConfig(PeftConfig):
         if str(kwargs.get("peft_type", wanted)).removeprefix("PeftType.") != wanted:
             raise ValueError(
                 f"This adapter is of type {kwargs['peft_type']}, not {wanted}. "
-                "Load it with the config class of its own method, or with PeftModel.from_pretrained."
+                "Load it with the config class of its own method, or by PeftModel.from_pretrained."
             )
         return cls(**kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
-        """Read a saved config. Deltas built from it wait for the saved weights (no SVD, no draw)."""
-        config = super().from_pretrained(*args, **kwargs)
+        """Read a saved config; Deltas built from it wait for the saved weights (no SVD)."""
+        config: Any = super().from_pretrained(*args, **kwargs)
         config.awaits_weights = True
         return config
 

@@ -1,8 +1,8 @@
 """Delta: the trainable update dW (out, in) of one frozen linear layer.
 
 A method subclasses LowRankDelta (stacked factors, gate, mix) or DenseDelta (rows of dW) and states
-its mathematics. Forward, weight, merge, export, counting, saving and scheduling are derived here and
-in the rest of core, once.
+its mathematics. Forward, weight, merge, export, counting, saving and scheduling are derived here
+and in the rest of core, once.
 """
 
 import itertools
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from plait.core import events
 from plait.core.config import DeltaConfig
+from plait.core.init import svd_start
 from plait.kernels.dense_tiles import DenseTiles, tile_rows
 from plait.kernels.low_rank import up
 
@@ -47,13 +48,16 @@ class FrozenLinear:
         """The weight (out, in), dequantised, in the factors' dtype."""
         return self.read().detach().to(self.dtype)
 
-    def start(
-        self, compute: Callable[[Tensor], tuple[Tensor, Tensor]], *shapes: tuple[int, int]
-    ) -> tuple[Tensor, ...]:
-        """Start values computed from the weight, or zeros where others are about to replace them."""
+    def principal(
+        self, rank: int, scaling: float, svd: Literal["randomized", "exact"], gen: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """A0 (rank, in), B0 (out, rank): scaling B0 A0 is the weight's best rank-`rank` part.
+
+        Zeros where saved or random values are about to replace them: no SVD at load.
+        """
         if self.blank:
-            return tuple(torch.zeros(shape) for shape in shapes)
-        return compute(self.weight)
+            return torch.zeros(rank, self.in_features), torch.zeros(self.out_features, rank)
+        return svd_start(self.weight, rank, scaling, svd, gen)
 
 
 class Delta(nn.Module):
@@ -69,6 +73,8 @@ class Delta(nn.Module):
 
     mergeable: ClassVar[bool] = True
     exact_export: ClassVar[bool] = True
+    # Groups of parameters of which one must be non-zero, or no gradient could ever leave zero.
+    alive: ClassVar[tuple[tuple[str, ...], ...]] = ()
     # Buffers that a file may lack or that a method drops on its way, see _load_from_state_dict.
     optional_buffers: ClassVar[tuple[str, ...]] = ()
 
@@ -138,11 +144,12 @@ class Delta(nn.Module):
         return self.adapter.total_steps
 
     @property
-    def has_events(self) -> bool:
+    def needs_events(self) -> bool:
         """Whether training without optimizer-step events would be wrong."""
         cls = type(self)
         return self.t is not None or any(
-            getattr(cls, name) is not getattr(Delta, name) for name in ("penalty", "after_step")
+            vars_of(cls, name) is not vars_of(Delta, name)
+            for name in ("penalty", "after_step", "after_all")
         )
 
     def autocast(self) -> torch.dtype | None:
@@ -188,7 +195,18 @@ class Delta(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if ours:
             self.awaits_weights = False
+            self._check_alive()
             self.loaded()
+
+    def _check_alive(self) -> None:
+        for group in self.alive:
+            tensors = [p for p in map(self.get_parameter, group) if p.numel() and not p.is_meta]
+            if tensors and not any(bool(p.any()) for p in tensors):
+                raise ValueError(
+                    f"{self.adapter.key}: {' and '.join(group)} of {self.base.name} are all zero, "
+                    "so no gradient can ever reach them. The file is not a trained adapter of this "
+                    "method; train it again."
+                )
 
     def extra_repr(self) -> str:
         """Shape and scale, for print(model)."""
@@ -223,7 +241,7 @@ class TaskTable:
     tasks: Sequence[str]
 
     def __call__(self, ids: Tensor, z: Tensor) -> Tensor:
-        """Pick from z (.., n r) the group of each row's task; ids (batch,) or the leading shape of z.
+        """Pick each row's group from z (.., n r); ids (batch,) or of the leading shape of z.
 
         Raises:
             ValueError: ids of another shape, or outside 0..n-1.
@@ -232,7 +250,7 @@ class TaskTable:
         ids = ids.to(z.device)
         if ids.shape != lead[: ids.ndim]:
             raise ValueError(
-                f"task_ids has shape {tuple(ids.shape)}, the layer's input leads with {tuple(lead)}. "
+                f"task_ids has shape {tuple(ids.shape)}, the layer's input leads {tuple(lead)}. "
                 "Give one id for each row of the batch."
             )
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n:
@@ -278,7 +296,7 @@ class LowRankDelta(Delta):
         elif isinstance(mix, TaskTable):
             if task_ids is None:
                 raise ValueError(
-                    f"{self.adapter.key}: no task_ids in this batch. Pass model(..., task_ids=...), "
+                    f"{self.adapter.key}: no task_ids in this batch. Pass model(..., task_ids=...) "
                     f'or call set_task("{mix.tasks[0]}") for evaluation.'
                 )
             apply = lambda z: mix(task_ids, z)  # noqa: E731
@@ -407,6 +425,12 @@ class DenseDelta(Delta):
 
 def _check_fired(delta: Delta, *_: Any) -> None:
     events.check_fired(delta)
+
+
+def vars_of(cls: type, name: str) -> Any:
+    """The function behind a method of a class, classmethods included."""
+    found = getattr(cls, name)
+    return getattr(found, "__func__", found)
 
 
 def less_start(

@@ -41,7 +41,7 @@ class EventNeverFired(RuntimeError):
 
 def watch(delta: "Delta") -> None:
     """Fire the events of a Delta, if it has any, from now on."""
-    if delta.has_events:
+    if delta.needs_events:
         _deltas.add(delta)
         _install()
 
@@ -153,7 +153,7 @@ def check_fired(delta: "Delta") -> None:
     Raises:
         EventNeverFired: more than 50 training forwards and no event. Below that, a warning.
     """
-    if not delta.has_events or delta.stepped or not delta.forwards:
+    if not delta.needs_events or delta.stepped or not delta.forwards:
         return
     text = (
         f"{delta.adapter.key}: {delta.forwards} training forwards, 0 optimizer steps seen. This "

@@ -1,9 +1,9 @@
 """Export: any adapter of plait as a plain LoRA that stock peft and every server can load.
 
 A LowRankDelta with a constant mix is a LoRA already: gate and mix are folded into the factors and
-the scale is kept, so the export is exact. A DenseDelta, or a smaller rank on request, gives the best
-rank-k part of each dW, with its error measured. peft computes alpha / r for each module, so a rank
-that differs between layers is written with an alpha that keeps the scale.
+the scale is kept, so the export is exact. A DenseDelta, or a smaller rank on request, gives the
+best rank-k part of each dW, with its error measured. peft computes alpha / r for each module, so a
+rank that differs between layers is written with an alpha that keeps the scale.
 """
 
 import re
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from plait.core import events
 from plait.core.bridge import PlaitLayer
+from plait.core.combine import WeightedSum
 from plait.core.delta import Delta, LowRankDelta
 
 
@@ -83,7 +84,9 @@ def to_lora(
         raise ValueError(f"energy = {energy}. Give a share above 0 and up to 1.")
     config: Any = model.peft_config[adapter]
     key = f"plait_{config.key}_delta"
-    saved = get_peft_model_state_dict(model, adapter_name=adapter)
+    found = [m.plait_delta for m in model.modules() if isinstance(m, PlaitLayer)]
+    summed = any(isinstance(dict(d.items()).get(adapter), WeightedSum) for d in found)
+    saved = {} if summed else get_peft_model_state_dict(model, adapter_name=adapter)
     tensors = {name: value for name, value in saved.items() if key not in name}
     layers: list[LayerExport] = []
     alphas: dict[str, float] = {}
@@ -103,9 +106,7 @@ def to_lora(
             transposed |= layer.transposed
     live = {layer.name: layer.rank for layer in layers if layer.rank}
     if not live:
-        raise ValueError(
-            f"{config.key}: the update is zero in every layer. Train it before export."
-        )
+        raise ValueError(f"{config.key}: the update is zero in every layer. Train before export.")
     r = Counter(live.values()).most_common(1)[0][0]
     alpha = Counter(alphas[n] for n, k in live.items() if k == r).most_common(1)[0][0]
     lora = LoraConfig(
@@ -117,7 +118,7 @@ def to_lora(
         fan_in_fan_out=transposed,
         task_type=config.task_type,
         bias="lora_only" if config.bias == "plait_only" else config.bias,
-        modules_to_save=config.modules_to_save,
+        modules_to_save=None if summed else config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
@@ -134,8 +135,9 @@ def plain_factors(
     Args:
         delta: of one layer. rank, energy, choice: as in to_lora.
     """
-    if isinstance(delta, LowRankDelta):
-        A, B = delta.folded(**choice)
+    factors = delta.folded(**choice) if isinstance(delta, LowRankDelta | WeightedSum) else None
+    if factors is not None:
+        A, B = factors
         if (rank is None or rank >= len(A)) and energy is None:
             return A, B, delta.scaling, 0.0
         Qb, Rb = torch.linalg.qr(B)  # dW = Qb (Rb Ra^T) Qa^T: the SVD of a small matrix is enough

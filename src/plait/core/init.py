@@ -1,4 +1,4 @@
-"""Start values. Every draw comes from a passed generator; the global random state is not touched."""
+"""Start values. Every draw comes from a passed generator, never from the global state."""
 
 import math
 import zlib
@@ -78,4 +78,4 @@ def svd_start(
     if spare:
         A0 = torch.cat([A0, kaiming(gen, spare, in_features).to(A0)])
         B0 = torch.cat([B0, B0.new_zeros(out_features, spare)], dim=1)
-    return A0, B0
+    return A0.contiguous(), B0.contiguous()  # as a loaded adapter has them, to the last stride

@@ -1,6 +1,7 @@
 """The registry: what a method is called, what it says of itself, and how to find it."""
 
 import difflib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,19 +17,15 @@ D = TypeVar("D", bound=type[Delta])
 class Method:
     """One row of `plait methods`.
 
-    key: name in configs. config, delta: the classes. title: the paper's name. paper: arXiv id or
-    venue. formula: one line. parameters: trainable parameters of a layer, as a formula.
-    rank: attainable rank of dW. mergeable, exact_export: class facts; "per task" where they hold
-    for one task at a time. names: other names, ambiguous ones included.
+    key: name in configs. config, delta: the classes. paper: arXiv id or venue. formula: one line.
+    rank: attainable rank of dW. names: other names, ambiguous ones included.
     """
 
     key: str
     config: type[DeltaConfig]
     delta: type[Delta]
-    title: str
     paper: str
     formula: str
-    parameters: str
     rank: str
     names: tuple[str, ...] = ()
 
@@ -45,9 +42,18 @@ class Method:
     @property
     def summary(self) -> str:
         """First line of the method file's docstring."""
-        import sys
+        doc = sys.modules[self.delta.__module__].__doc__ or self.delta.__doc__ or self.key
+        return doc.strip().splitlines()[0]
 
-        return (sys.modules[self.delta.__module__].__doc__ or self.title).strip().splitlines()[0]
+    @property
+    def title(self) -> str:
+        """The paper's name of the method."""
+        return self.summary.partition(":")[0]
+
+    @property
+    def parameters(self) -> str:
+        """Trainable parameters of a layer, as a formula: first line of the docstring of `count`."""
+        return (self.delta.count.__doc__ or "").strip().partition("\n")[0].rstrip(".")
 
 
 _methods: dict[str, Method] = {}
@@ -58,9 +64,7 @@ def register(
     config: type[DeltaConfig],
     *,
     paper: str,
-    title: str = "",
     formula: str = "",
-    parameters: str = "",
     rank: str = "",
     names: tuple[str, ...] = (),
 ) -> Callable[[D], D]:
@@ -75,7 +79,7 @@ def register(
         key: lower-case name; the peft type becomes `PLAIT_<KEY>`.
         config: the method's DeltaConfig subclass, used by this method alone.
         paper: arXiv id or venue.
-        title, formula, parameters, rank, names: see Method.
+        formula, rank, names: see Method.
 
     Raises:
         ValueError: the key or the config class is taken, or the key is not a lower-case identifier.
@@ -92,9 +96,7 @@ def register(
             )
         config.key = key
         bridge.host(key, config, delta)
-        _methods[key] = Method(
-            key, config, delta, title or key, paper, formula, parameters, rank, names
-        )
+        _methods[key] = Method(key, config, delta, paper, formula, rank, names)
         return delta
 
     return wrap

@@ -1,8 +1,8 @@
 """Route: which adapter and which task each row of a batch uses.
 
-Set by `model(..., adapter_names=[...])` and `model(..., task_ids=ids)`; read by the layers. Rows are
-routed in training as well. Gradient checkpointing runs layers again during the backward, when the
-forward is long over: the route of that forward is replayed, or, where it cannot be known, refused.
+Set by `model(..., adapter_names=[...])` and `model(..., task_ids=ids)`; read by the layers. Rows
+are routed in training as well. Gradient checkpointing runs layers again during the backward, when
+the forward is over: the route of that forward is replayed, or refused where it cannot be known.
 """
 
 from collections.abc import Iterator
@@ -45,8 +45,9 @@ class Route:
     """State shared by the layers of one tuner.
 
     default_task: index for evaluation without task_ids. scope: rows given to a whole call, such as
-    generate. given: task_ids of the PeftModel's forward in progress. current: rows of the forward in progress. last: rows of the last forward with
-    gradients; mixed: whether others came before it since the last backward.
+    generate. given: task_ids of the PeftModel's forward in progress. current: rows of the base
+    model's forward in progress. last: rows of the last forward with gradients; mixed: whether
+    others came before it since the last backward.
     """
 
     default_task: int | None = None
@@ -109,7 +110,7 @@ class Route:
             self.replayed = True
             if self.mixed:
                 raise RuntimeError(
-                    "Two forwards with different adapter_names or task_ids came before one backward "
+                    "Two forwards with different adapter_names or task_ids before one backward "
                     "under gradient checkpointing. Call backward after each forward, or switch "
                     "gradient checkpointing off."
                 )

@@ -74,7 +74,7 @@ class DenseTiles(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Recompute each tile and push its gradient through rows."""
         x, weight, bias, *params = ctx.saved_tensors
         need_x, need_bias = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
@@ -83,7 +83,8 @@ class DenseTiles(torch.autograd.Function):
         dy = grads[0].reshape(-1, grads[0].shape[-1])
         out_features = dy.shape[1]
         many = out_features > MANY_TILES * ctx.height
-        dx = flat.new_zeros(flat.shape, dtype=torch.float32 if many else None) if need_x else None
+        wide = torch.promote_types(x.dtype, torch.float32) if many else x.dtype
+        dx = flat.new_zeros(flat.shape, dtype=wide) if need_x else None
         sums = [torch.zeros_like(p) for p in trained]
         for start, stop in _tiles(out_features, ctx.height):
             dy_rows = dy[:, start:stop]

@@ -11,17 +11,12 @@
 Start "pissa": A_i = A0/M, B_j = B0/N, s B0 A0 the best rank-r part of W: the base model for every
 strategy and draw. "kaiming": A_i Kaiming, B_j = 0, no A0. "pissa_split" (ours, heuristic only):
 block i of the singular triples for group i. arXiv 2505.15471, Findings of ACL 2025.
-
 P = U V folds into the factors, sum_a (U B)_a (V A)_a: a LoRA of k ranks r, no loop over pairs.
 
-In training, full is one LoRA of rank r with learning rates M lr for A and N lr for B, for every A_i
-gets the same gradient and every B_j too: compare it with `pissa` and `lr_scale: {A: M, B: N}`. At
-inference full, random and random_b are one LoRA of rank r. heuristic is one LoRA of rank M r; with
-"pissa", groups of equal size never separate.
-
-Not followed in the released code: it subtracts all of B0 A0 and merges (sum B)(sum A) whatever the
-strategy, shares one tensor between all A_i, draws in evaluation and again on recomputation. What is
-not drawn has gradient 0 here, not None, so that AdamW's momentum still moves it.
+In training, full is one LoRA of rank r with learning rates M lr for A and N lr for B, for all A_i
+get one gradient and all B_j too: its control arm is `pissa` with `lr_scale: {A: M, B: N}`. Evaluated,
+full, random and random_b are one LoRA of rank r, heuristic one of rank M r. The released code merges
+(sum B)(sum A) for every strategy and draws in evaluation: not followed.
 """
 
 import warnings
@@ -31,18 +26,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from plait.core import (
-    DeltaConfig,
-    FrozenLinear,
-    LowRankDelta,
-    PlaitWarning,
-    kaiming,
-    less_start,
-    option,
-    register,
-    seeded,
-    svd_start,
-)
+from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, PlaitWarning, option, register
+from plait.core.delta import less_start
+from plait.core.init import kaiming, seeded
 
 
 @dataclass
@@ -51,33 +37,23 @@ class ColaConfig(DeltaConfig):
 
     num_A: int = option(2, "M, number of A.", least=1)
     num_B: int = option(3, "N, number of B.", least=1)
-    strategy: Literal["full", "random", "random_b", "heuristic"] = option(
-        "full", "Which A meets which B."
-    )
-    grouping: Literal["paper", "released"] = option(
-        "paper", "heuristic: the paper's groups or those of its code."
-    )
+    strategy: Literal["full", "random", "random_b", "heuristic"] = option("full", "Pairing.")
+    grouping: Literal["paper", "released"] = option("paper", "Groups of heuristic: whose.")
     init: Literal["pissa", "kaiming", "pissa_split"] = option("pissa", "Start values.")
     svd: Literal["randomized", "exact"] = option("randomized", "How W's principal part is found.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        heuristic = self.strategy == "heuristic"
+        heuristic, sizes = self.strategy == "heuristic", torch.bincount(self.groups()).tolist()
         if heuristic and self.num_B < self.num_A:
-            raise ValueError(
-                f'strategy="heuristic" needs num_B >= num_A; {self.num_B} < {self.num_A}. Raise num_B.'
-            )
+            raise ValueError(f"num_B = {self.num_B}: heuristic needs num_A = {self.num_A} or more.")
         if self.init == "pissa_split" and not heuristic:
-            raise ValueError(
-                f'init="pissa_split" needs strategy="heuristic", not "{self.strategy}". Use "pissa".'
-            )
-        sizes = torch.bincount(self.groups()).tolist()
+            raise ValueError(f'init="pissa_split" needs "heuristic", not "{self.strategy}".')
         if heuristic and self.init == "pissa" and len(set(sizes)) < len(sizes):
             text = (
-                f'cola: groups of sizes {sizes} start alike with init="pissa", and groups of equal '
-                f"size never separate: the product has rank {len(set(sizes))} r, not {self.num_A} r. "
-                'Use init="pissa_split".'
+                f"cola: groups of equal size, here {sizes}, never separate from a pissa start; the"
             )
+            text += f" product has rank {len(set(sizes))} r, not {self.num_A} r. Use pissa_split."
             warnings.warn(text, PlaitWarning, stacklevel=3)
 
     def groups(self) -> Tensor:
@@ -93,41 +69,30 @@ class ColaConfig(DeltaConfig):
     "cola",
     ColaConfig,
     paper="2505.15471",
-    title="CoLA (collaborative)",
     formula="dW = s (sum_ij P_ji B_j A_i - k B0 A0)",
-    parameters="r (M in + N out)",
     rank="2 r; heuristic (M + 1) r",
-    names=("CoLA",),
 )
 class Cola(LowRankDelta):
     """See the module."""
 
     config: ColaConfig
+    A0: Tensor | None
+    B0: Tensor | None
 
     def __init__(self, base: FrozenLinear, config: ColaConfig, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
-        M, N, r, n_in, n_out = (
-            config.num_A,
-            config.num_B,
-            config.r,
-            base.in_features,
-            base.out_features,
-        )
+        M, N, r = config.num_A, config.num_B, config.r
         groups, blocks = config.groups(), M if config.init == "pissa_split" else 1
-        self.register_buffer("groups", groups, persistent=False)
+        self.groups = nn.Buffer(groups, persistent=False)
         self.register_buffer("A0", None)
         self.register_buffer("B0", None)
-        A, B = kaiming(gen, M, r, n_in), torch.zeros(N, n_out, r)
+        A, B = kaiming(gen, M, r, base.in_features), torch.zeros(N, base.out_features, r)
         if config.init != "kaiming":
-            self.A0, self.B0 = base.start(
-                lambda W: svd_start(W, blocks * r, self.scaling, config.svd, gen),
-                (blocks * r, n_in),
-                (n_out, blocks * r),
-            )
+            self.A0, self.B0 = A0, B0 = base.principal(blocks * r, self.scaling, config.svd, gen)
             members = groups if blocks == M else torch.zeros_like(groups)  # the block of each B
-            share = torch.bincount(members).to(self.B0).reciprocal()[:, None, None]
-            A = (self.A0 * (1 / (M // blocks))).unflatten(0, (blocks, r)).expand(M, r, n_in)
-            B = (self.B0.unflatten(1, (blocks, r)).movedim(1, 0) * share)[members]
+            share = torch.bincount(members).to(B0).reciprocal()[:, None, None]
+            A = A0.unflatten(0, (blocks, r)).expand(M, -1, -1) * (1 / (M // blocks))
+            B = (B0.unflatten(1, (blocks, r)).movedim(1, 0) * share)[members]
         self.A, self.B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
         self.register_buffer("draw", None, persistent=False)
         if config.strategy in ("random", "random_b"):
@@ -139,45 +104,47 @@ class Cola(LowRankDelta):
         """r (M in + N out)."""
         return config.r * (config.num_A * in_features + config.num_B * out_features)
 
+    @property
+    def needs_events(self) -> bool:
+        """Only where pairings are drawn."""
+        return self.t is not None
+
     def after_step(self) -> None:
         """Draw the pairing of the next step: equal on every rank, recomputation and resume."""
         if self.t is not None:
-            sizes = (self.config.num_B, (self.config.num_A,))
-            high, shape = sizes if self.config.strategy == "random" else (sizes[1][0], (sizes[0],))
+            M, N = self.config.num_A, self.config.num_B
+            high, drawn = (N, M) if self.config.strategy == "random" else (M, N)
             gen = seeded(self.config.seed, self.steps, self.base.name)
-            self.draw = torch.randint(high, shape, generator=gen).to(self.A.device)
+            self.draw = torch.randint(high, (drawn,), generator=gen).to(self.A.device)
 
     loaded = after_step
 
     def fold_A(self, A: Tensor) -> Tensor:
         """V A: (M, ..) to (k, ..)."""
-        match self.config.strategy:
-            case "random_b":
-                return A[self.draw] if self.training else A.mean(0, keepdim=True)
-            case "random" if not self.training:
-                return A.sum(0, keepdim=True)
-            case "full":
-                return A.sum(0, keepdim=True)
-        return A
+        strategy = self.config.strategy
+        if strategy == "random_b":
+            return A[self.draw] if self.training else A.mean(0, keepdim=True)
+        alone = strategy == "heuristic" or (strategy == "random" and self.training)
+        return A if alone else A.sum(0, keepdim=True)
 
     def fold_B(self, B: Tensor) -> Tensor:
         """U B: (N, ..) to (k, ..)."""
-        match self.config.strategy:
-            case "heuristic":
-                return B.new_zeros(self.config.num_A, *B.shape[1:]).index_add(0, self.groups, B)
-            case "random":
-                return B[self.draw] if self.training else B.mean(0, keepdim=True)
-            case "random_b" if self.training:
-                return B
-        return B.sum(0, keepdim=True)
+        strategy = self.config.strategy
+        if strategy == "heuristic":
+            return B.new_zeros(self.config.num_A, *B.shape[1:]).index_add(0, self.groups, B)
+        if strategy == "random":
+            return B[self.draw] if self.training else B.mean(0, keepdim=True)
+        return B if strategy == "random_b" and self.training else B.sum(0, keepdim=True)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Rows [V A - V A0; A0], columns [U B | U B - U B0]: k r + r0 ranks."""
         a, b = self.fold_A(self.A), self.fold_B(self.B)  # (k, r, in), (k, out, r)
-        if self.A0 is None:
+        if self.A0 is None or self.B0 is None:
             return a.flatten(0, 1), b.movedim(0, 1).flatten(1)
-        share_a = self.fold_A(a.new_full((self.config.num_A, 1, 1), 1 / self.config.num_A))
-        share_b = self.fold_B(b.new_full((self.config.num_B, 1, 1), 1 / self.config.num_B))
         if self.config.init == "pissa_split":
-            share_a = share_b = torch.ones_like(share_a)
+            return less_start(a, b, self.A0, self.B0)
+        share_a, share_b = (  # each term of the start is this share of A0 and of B0
+            fold(p.new_full((len(p), 1, 1), 1 / len(p)))
+            for fold, p in ((self.fold_A, self.A), (self.fold_B, self.B))
+        )
         return less_start(a, b, self.A0, self.B0, share_a, share_b)

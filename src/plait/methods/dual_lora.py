@@ -5,19 +5,18 @@
     A: (r1, in)   B: (out, r1)   magnitude, >= 0
     C: (r2, in)   D: (out, r2)   direction, sgn(z) = +1 if z > 0 else -1, so sgn(0) = -1
     s = lora_alpha / sqrt(r1 r2), twice LoRA's at equal r and lora_alpha where r1 = r2 = r / 2
-    g = min(1, k / gate_steps) in optimizer step k = 1, 2, ...; in evaluation after t: t / gate_steps
+    g = min(1, k / gate_steps) in optimizer step k = 1, 2, ...; after t steps, evaluated, with k = t
 
-Start: all factors Gaussian, for with B = 0, relu'(0) = 0 keeps every gradient at zero for ever. The
-gate makes a fresh adapter the base model. The paper asks for a warm-up from dW = 0 and gives neither
-its form nor the standard deviation: both are ours.
+Start: all factors Gaussian, for with B = 0, relu'(0) = 0 keeps every gradient at zero for ever.
+The gate makes a fresh adapter the base model. The paper asks for a warm-up from dW = 0 and gives
+neither its form nor the standard deviation: both are ours.
 
-Gradient, G = dL/d(dW): relu as usual; sgn passes the incoming gradient straight through, clipped to
-[-1, 1] (ste="clip", the paper) or not ("identity"). It does not gate by |z|. The direction learns
-only where the magnitude is alive.
+sgn passes the incoming gradient straight through, clipped to [-1, 1] (ste="clip", the paper) or not
+("identity"); it does not gate by |z|. The direction learns only where the magnitude is alive.
 
 Limits: a weight-gradient GEMM is needed, so a step costs at least 1.5 frozen ones, as full
-fine-tuning does. dW has full rank: merging is exact, export to a plain LoRA is not. The clip depends
-on the loss scale: accumulation over micro-batches is not one big batch where it is active.
+fine-tuning does. dW has full rank: merging is exact, export to a plain LoRA is not. The clip
+depends on the loss scale: accumulation over micro-batches is not one big batch where it acts.
 """
 
 import math
@@ -28,15 +27,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from plait.core import (
-    DeltaConfig,
-    DenseDelta,
-    FrozenLinear,
-    PlaitWarning,
-    gaussian,
-    option,
-    register,
-)
+from plait.core import DeltaConfig, DenseDelta, FrozenLinear, PlaitWarning, option, register
+from plait.core.init import gaussian
 
 
 @dataclass
@@ -80,15 +72,14 @@ class DualLoraConfig(DeltaConfig):
     "dual_lora",
     DualLoraConfig,
     paper="2512.03402",
-    title="Dual LoRA",
     formula="dW = g s relu(B A) * sgn(D C)",
-    parameters="(r1 + r2)(in + out)",
     rank="min(in, out)",
 )
 class DualLora(DenseDelta):
     """See the module."""
 
     config: DualLoraConfig
+    alive = (("A",), ("B",))  # relu'(0) = 0: a zero magnitude never learns
 
     def __init__(self, base: FrozenLinear, config: DualLoraConfig, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
@@ -128,14 +119,6 @@ class DualLora(DenseDelta):
             raise ValueError(
                 'dual_lora: ste="clip" depends on the loss scale of fp16. Use bf16, or '
                 'ste="identity".'
-            )
-
-    def loaded(self) -> None:
-        """Refuse a magnitude that can never learn."""
-        if not (self.A.any() and self.B.any()):
-            raise ValueError(
-                f"dual_lora: A or B of {self.base.name} is all zero, so no gradient can ever reach "
-                "it. The file is not a trained Dual LoRA adapter; train it again."
             )
 
 

@@ -5,61 +5,42 @@
 
     A: (n, r, in)   B: (out, r)   G: (n, in), no bias   s = lora_alpha / r      arXiv 2509.25414
 
-Start: A_i and G independently Kaiming-uniform, B = 0. The independence is the point: the paper finds
-the likeness of A's in other methods to come from equal starts, and B to carry the knowledge.
+Start: A_i and G independently Kaiming-uniform, B = 0. The independence is the point: the paper
+finds the likeness of A's elsewhere to come from equal starts, and B to carry the knowledge.
 
-The mix happens in rank space: one (n r, in) product, a weighted sum to r, one (out, r) product. The
-released code applies B once per expert, indexes 3-D inputs only, and draws a dropout mask per expert;
-here one mask serves all, `independent_dropout` restores theirs. The router reads the un-dropped x.
+The mix happens in rank space: one (n r, in) product, a weighted sum to r, one (out, r) product.
+The released code applies B once per expert, indexes 3-D inputs only, and draws a dropout mask per
+expert; here one mask serves all, `independent_dropout` restores theirs. The router reads x itself.
 
-Limits: with a live router no single matrix fits, so merge and export raise; per task both are exact.
-In task routing an A without samples in the batch has gradient 0, not None: AdamW's momentum and weight
-decay still move it.
+Limits: with a live router no single matrix fits, so merge and export raise; for a task both are
+exact. An A without samples in the batch has gradient 0, not None: AdamW's momentum and weight decay
+still move it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plait.core import (
-    DeltaConfig,
-    FrozenLinear,
-    LowRankDelta,
-    TaskTable,
-    TokenRouter,
-    kaiming,
-    register,
-)
+from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, option, register
+from plait.core.delta import TaskTable, TokenRouter
+from plait.core.init import kaiming
 
 
 @dataclass
 class SharedBLoraConfig(DeltaConfig):
     """Options of asymmetric ALoRA."""
 
-    lora_dropout: float = field(
-        default=0.05, metadata={"help": "Dropout on A's input, a fraction."}
-    )
-    num_A: int = field(
-        default=3,
-        metadata={"help": 'Number of down-projections; with routing="task" that of tasks.'},
-    )
-    routing: Literal["token", "task"] = field(
-        default="token", metadata={"help": "A router per token, or a task id per row (ours)."}
-    )
-    tasks: list[str] | None = field(
-        default=None, metadata={"help": 'Names of the tasks, with routing="task".'}
-    )
-    independent_dropout: bool = field(
-        default=False, metadata={"help": "A dropout mask per A, as the released code draws them."}
-    )
+    lora_dropout: float = option(0.05, "Dropout on A's input, a fraction.", least=0)
+    num_A: int = option(3, "Number of A; with routing='task' that of tasks.", least=1)
+    routing: Literal["token", "task"] = option("token", "A router per token, or a task id per row.")
+    tasks: list[str] | None = option(None, "Names of the tasks, with routing='task'.")
+    independent_dropout: bool = option(False, "A mask for each A, as in the released code.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.routing not in ("token", "task"):
-            raise ValueError(f'routing = {self.routing!r} is not known. Use "token" or "task".')
         if (self.routing == "task") != bool(self.tasks):
             raise ValueError(
                 f"routing = {self.routing!r} with tasks = {self.tasks}. "
@@ -69,17 +50,13 @@ class SharedBLoraConfig(DeltaConfig):
             if len(set(self.tasks)) != len(self.tasks):
                 raise ValueError(f"tasks = {self.tasks} names a task twice. Give each name once.")
             self.num_A = len(self.tasks)
-        if self.num_A < 1:
-            raise ValueError(f"num_A = {self.num_A}. Give 1 or more.")
 
 
 @register(
     "shared_b",
     SharedBLoraConfig,
     paper="2509.25414",
-    title="ALoRA (asymmetric)",
     formula="dW x = s B sum_i softmax(G x)_i A_i x",
-    parameters="r (n in + out) + n in; by task r (n in + out)",
     rank="r per token or task",
     names=("ALoRA", "Fed-ALoRA"),
 )
