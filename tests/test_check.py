@@ -7,6 +7,14 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from tests.tiny_runs import (
+    copy_rows,
+    film_rows,
+    run_config,
+    save_model,
+    word_tokenizer,
+    write_rows,
+)
 from transformers import RobertaConfig, RobertaModel, Trainer, TrainingArguments
 
 from plait.cli import main
@@ -19,14 +27,6 @@ from plait.run.model import (
     load_base,
     load_tokenizer,
     planned_steps,
-)
-from tests.tiny_runs import (
-    copy_rows,
-    film_rows,
-    run_config,
-    save_model,
-    word_tokenizer,
-    write_rows,
 )
 
 LLAMA_LAYERS = 14  # seven in each of two blocks
@@ -274,12 +274,18 @@ def test_ranks_and_lengths_that_the_layers_do_not_allow(models, rows, tmp_path):
     )
 
 
-def test_rows_longer_than_the_model_reads(models, films, tmp_path):
-    write_rows(films, [{"text": "good " * 65, "label": x} for x in ("yes", "no", "yes", "no")])
-    config = run_config(models / "bert", films, tmp_path / "run", model={"task": "classification"})
+@pytest.mark.parametrize(("kind", "limit"), [("bert", 64), ("roberta", 32)])
+def test_rows_longer_than_the_model_reads(models, films, tmp_path, kind, limit):
+    config = run_config(models / kind, films, tmp_path / "run", model={"task": "classification"})
+    for length, fits in ((limit, True), (limit + 1, False)):
+        texts = [{"text": "good " * length, "label": x} for x in ("yes", "no", "yes", "no")]
+        write_rows(films, texts)
+        if fits:  # and the model reads it
+            data = load_data(config, load_tokenizer(config.model))
+            build_model(config, data)(**data.collator([data.train[0]]))
     assert error(config) == (
-        "data: the longest row has 65 tokens, the model reads 64. Set data.max_length: 64 and "
-        "data.truncate: true."
+        f"data: the longest row has {limit + 1} tokens, the model reads {limit}. Set "
+        f"data.max_length: {limit} and data.truncate: true."
     )
 
 

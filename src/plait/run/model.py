@@ -50,7 +50,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
     Raises FileNotFoundError for a model that is not there, ValueError when nothing can pad.
     """
-    source = _source(model)
+    source = source_of(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -91,7 +91,7 @@ def build_model(config: RunConfig, data: DataBundle) -> PeftModel | PreTrainedMo
     id2label = None if data.labels is None else dict(enumerate(data.labels))
     outputs = {"classification": len(data.labels or ()), "regression": 1}.get(config.model.task)
     base, new = _load(config.model, outputs, id2label)
-    _check_length(base.config, data)
+    _check_length(base, data)
     quantized = config.model.quantization != "none"
     if quantized and config.method.name in _FLOAT_BASE_ONLY:
         raise ValueError(
@@ -151,7 +151,7 @@ def _load(
     model: ModelConfig, num_labels: int | None, id2label: dict[int, str] | None
 ) -> tuple[PreTrainedModel, list[str]]:
     """Return the model and the modules, heads aside, that its checkpoint has no weights for."""
-    source = _source(model)
+    source = source_of(model)
     _check_files(Path(source), model.name)
     common: dict[str, Any] = {
         "revision": model.revision,
@@ -206,7 +206,7 @@ def _errors_only() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _source(model: ModelConfig) -> str:
+def source_of(model: ModelConfig) -> str:
     """Return what transformers loads: a folder or a hub id."""
     if model.name == "builtin:tiny":
         from plait.assets import tiny_model_dir
@@ -295,9 +295,14 @@ def _not_there(model: ModelConfig, what: str, error: OSError) -> str:
 # ------------------------------------------------------------------------------------- checks
 
 
-def _check_length(config: PretrainedConfig, data: DataBundle) -> None:
-    positions = config.to_dict().get("max_position_embeddings")
-    limit = min(positions or data.longest, data.tokenizer.model_max_length)
+def _check_length(base: PreTrainedModel, data: DataBundle) -> None:
+    limit = base.config.to_dict().get("max_position_embeddings")
+    if limit is None:  # models without positions, such as Bloom
+        return
+    for name, module in base.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa's first positions are taken by padding.
+            limit -= 0 if module.padding_idx is None else module.padding_idx + 1
     if data.longest > limit:
         raise ValueError(
             f"data: the longest row has {data.longest} tokens, the model reads {limit}. "
