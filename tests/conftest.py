@@ -1,0 +1,49 @@
+"""Shared fixtures: tiny models, the real data's folder, one thread for all."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests import tiny
+from transformers import PreTrainedModel
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    """A causal language model with nn.Linear layers."""
+    return tiny.llama()
+
+
+@pytest.fixture
+def gpt2() -> PreTrainedModel:
+    """A causal language model with Conv1D layers."""
+    return tiny.gpt2()
+
+
+@pytest.fixture
+def bert() -> PreTrainedModel:
+    """An encoder with a classification head."""
+    return tiny.bert()
+
+
+@pytest.fixture
+def deberta() -> PreTrainedModel:
+    """An encoder with relative attention."""
+    return tiny.deberta()
+
+
+@pytest.fixture
+def real_data() -> Callable[[str], Path]:
+    """`real_data("sst2/train.tsv")`: a path inside PLAIT_DATA, or the test is skipped."""
+
+    def find(name: str) -> Path:
+        root = Path(os.environ.get("PLAIT_DATA", "../shared/data"))
+        if not (root / name).exists():
+            pytest.skip(f"{name} is not in {root}. Set PLAIT_DATA to the folder of real data sets.")
+        return root / name
+
+    return find
