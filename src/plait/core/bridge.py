@@ -262,6 +262,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             type(base) is nn.Linear
             and type(base.weight) is nn.Parameter
             and not (delta.training and delta.dropout)
+            and (delta.training or not delta.fresh)  # apart, a zero update leaves the base's bits
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
         )
 

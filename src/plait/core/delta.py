@@ -89,6 +89,7 @@ class Delta(nn.Module):
         self.order = next(_order)  # layers in the order of the model
         self.forwards = 0  # training forwards since the start or the last event
         self.stepped = False  # an event came
+        self.fresh = True  # no event and no load: the update may be zero
         self.awaits_weights = False  # made from a saved config, weights not loaded yet
         self.register_buffer("t", None)
         self.register_state_dict_pre_hook(_check_fired)
@@ -194,7 +195,7 @@ class Delta(nn.Module):
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if ours:
-            self.awaits_weights = False
+            self.awaits_weights = self.fresh = False
             self._check_alive()
             self.loaded()
 

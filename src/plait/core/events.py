@@ -121,7 +121,7 @@ def after_step_of(deltas: list["Delta"]) -> None:
         if delta.t is not None:
             delta.t += 1
         delta.forwards = 0
-        delta.stepped = True
+        delta.stepped, delta.fresh = True, False
         delta.after_step()
     type(deltas[0]).after_all(deltas)
 
