@@ -157,3 +157,11 @@ def plain_factors(
     root = S[:k].sqrt()
     error = float(S[k:].square().sum().sqrt() / total.sqrt())
     return root[:, None] * Vh[:k], U[:, :k] * root, 1.0, error
+
+
+def plain_parts(model: PeftModel) -> tuple[dict[str, Tensor], list[LayerExport]]:
+    """Tensors and layers of an adapter that is a plain LoRA already."""
+    saved = get_peft_model_state_dict(model)
+    end = ".lora_A.weight"
+    layers = [LayerExport(n.removesuffix(end), len(t), 0.0) for n, t in saved.items() if end in n]
+    return {n: t.detach().cpu().contiguous() for n, t in saved.items()}, layers

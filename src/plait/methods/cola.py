@@ -14,9 +14,9 @@ block i of the singular triples for group i. arXiv 2505.15471, Findings of ACL 2
 P = U V folds into the factors, sum_a (U B)_a (V A)_a: a LoRA of k ranks r, no loop over pairs.
 
 In training, full is one LoRA of rank r with learning rates M lr for A and N lr for B, for all A_i
-get one gradient and all B_j too: its control arm is `pissa` with `lr_scale: {A: M, B: N}`. Evaluated,
-full, random and random_b are one LoRA of rank r, heuristic one of rank M r. The released code merges
-(sum B)(sum A) for every strategy and draws in evaluation: not followed.
+get one gradient and all B_j too: its control arm is `pissa` with `lr_scale: {A: M, B: N}`. At
+inference full, random and random_b are one LoRA of rank r, heuristic one of rank M r. The released
+code merges (sum B)(sum A) for every strategy and draws in evaluation: not followed.
 """
 
 import warnings

@@ -1,0 +1,248 @@
+"""Export a run: as a plain LoRA for stock peft and every server, or merged into its base model.
+
+The logits of the export are measured against those of the trained run on held-out rows before
+anything is put in place, and once more by stock peft and transformers in a fresh process.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora.conversion import convert_to_lora
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from plait.core.config import DeltaConfig
+from plait.core.export import LayerExport, LoraExport, plain_parts, to_lora
+from plait.run import stock_check
+from plait.run.config import RunConfig
+from plait.run.data import load_data
+from plait.run.evaluate import held_out_split, load_run
+from plait.run.folder import replace_dir, write_atomic
+from plait.run.model import load_base, source_of
+
+PROBE_ROWS = 8
+TOLERANCE = 1e-3  # of the largest logit: what an exact fp32 export may differ by
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export keeps and loses.
+
+    exact: whether dW is held exactly. layers: rank and weight error of each layer (lora only).
+    logit_error: largest difference to the run's logits. logit_shift: largest difference of the
+    run's logits to the base model's, for scale. stock_error: as logit_error, measured by stock
+    peft and transformers in a fresh process; None before that. rows: rows measured on.
+    """
+
+    exact: bool
+    layers: list[LayerExport]
+    logit_error: float
+    logit_shift: float
+    rows: int
+    stock_error: float | None = None
+
+    @property
+    def weight_error(self) -> float:
+        """Largest part of a layer's dW that is left out (relative Frobenius norm)."""
+        return max((layer.error for layer in self.layers), default=0.0)
+
+
+def export_run(
+    path: str | Path,
+    to: Literal["lora", "merged"],
+    out: str | Path | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    task: str | None = None,
+    approx: Literal["mean"] | None = None,
+    force: bool = False,
+    overrides: Sequence[str] = (),
+    announce: Callable[[ExportReport], None] = lambda report: None,
+) -> tuple[Path, ExportReport]:
+    """Export a finished run to a folder.
+
+    Args:
+        path: the run folder.
+        to: "lora", a plain peft LoRA, or "merged", a plain transformers checkpoint.
+        out: the folder to write; None: `lora` or `merged` in the run folder.
+        rank, energy, task, approx: as in plait.to_lora.
+        force: replace what is at `out`.
+        overrides: other data to measure on, as in evaluate_run.
+        announce: called with the measured report before anything is written.
+
+    Raises:
+        FileExistsError: something is at `out` and force is not given.
+        NotMergeable: the update depends on the input.
+        ValueError: options that do not fit; an exact export that stock peft reads differently.
+    """
+    out = Path(out) if out is not None else Path(path) / to
+    if out.exists() and not force:
+        raise FileExistsError(f"{out}: exists. Give --force to replace it, or another --out.")
+    cfg, model, tokenizer = load_run(path, overrides)
+    inputs = _probe(cfg, tokenizer)
+    if task is not None and isinstance(model, PeftModel):
+        model.set_task(task)
+    wanted = _logits(model, inputs)
+    rows = len(wanted)
+    shift = _base_shift(model, inputs, wanted)
+    choice: dict[str, Any] = {"task": task, "approx": approx}
+    choice = {name: value for name, value in choice.items() if value is not None}
+
+    if to == "lora":
+        lora = _as_lora(model, cfg, rank, energy, choice)
+        exact = lora.error == 0 and approx is None
+        error = _difference(_logits(_with_lora(cfg, model, lora), inputs), wanted)
+        report = ExportReport(exact, lora.layers, error, shift, rows)
+        announce(report)
+
+        def write(folder: Path) -> None:
+            lora.write(folder)
+            card = (
+                f"# A plain LoRA\n\nLoad it with stock peft on {cfg.model.name}, without plait.\n"
+            )
+            write_atomic(folder / "README.md", card)
+    else:
+        if rank is not None or energy is not None:
+            raise ValueError("--rank and --energy belong to --to lora. Leave them out.")
+        merged: Any = model
+        if isinstance(model, PeftModel):
+            if cfg.model.quantization != "none":
+                raise ValueError(
+                    f"model.quantization = {cfg.model.quantization}: merging needs a dequantised "
+                    "base. Export to plain LoRA instead (--to lora)."
+                )
+            merged = model.merge_and_unload(safe_merge=True, **choice)
+        exact = approx is None
+        report = ExportReport(exact, [], _difference(_logits(merged, inputs), wanted), shift, rows)
+        announce(report)
+
+        def write(folder: Path) -> None:
+            merged.save_pretrained(str(folder))
+            tokenizer.save_pretrained(str(folder))
+
+    found: list[float] = []
+
+    def write_and_check(folder: Path) -> None:
+        write(folder)
+        stock = _stock_logits(cfg, model, folder, to, inputs)
+        found.append(_difference(stock, wanted))
+        scale = TOLERANCE * max(float(wanted.abs().max()), 1.0)
+        if exact and cfg.model.dtype == "float32" and found[0] > scale:
+            raise ValueError(
+                f"{out}: stock peft reads the export with logits off by {found[0]:.2e}. Nothing "
+                "was written; please report this with the run's config."
+            )
+
+    replace_dir(out, write_and_check)
+    return out, ExportReport(exact, report.layers, report.logit_error, shift, rows, found[0])
+
+
+def _probe(cfg: RunConfig, tokenizer: Any) -> dict[str, Tensor]:
+    """Model inputs of a few held-out rows, or of training rows where none are held out."""
+    data = load_data(cfg, tokenizer)
+    split = data.splits()[held_out_split(data) or "train"]
+    batch = data.collator([split[i] for i in range(min(PROBE_ROWS, len(split)))])
+    return {
+        k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")
+    }
+
+
+@torch.no_grad()
+def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    return model.eval()(**{k: v.to(model.device) for k, v in inputs.items()}).logits.float().cpu()
+
+
+def _base_shift(model: Any, inputs: dict[str, Tensor], wanted: Tensor) -> float:
+    if not isinstance(model, PeftModel):
+        return 0.0
+    with model.disable_adapter():
+        return _difference(_logits(model, inputs), wanted)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def _as_lora(
+    model: Any, cfg: RunConfig, rank: int | None, energy: float | None, choice: dict[str, Any]
+) -> LoraExport:
+    """The adapter as a plain LoRA: ours through core, upstream's through peft's conversion."""
+    if not isinstance(model, PeftModel):
+        raise ValueError("method.name = full has no adapter. Use --to merged.")
+    config: Any = model.peft_config["default"]
+    if isinstance(config, DeltaConfig):
+        return to_lora(model, rank=rank, energy=energy, **choice)
+    if choice:
+        raise ValueError(
+            f"{cfg.method.name} has no tasks and no router. Leave out {', '.join(choice)}."
+        )
+    size: float | None = rank if rank is not None else energy
+    plain = isinstance(config, LoraConfig) and type(config) is LoraConfig and not config.use_dora
+    if plain and size is None:
+        tensors, layers = plain_parts(model)
+        return LoraExport(config, tensors, layers)
+    lora, tensors = convert_to_lora(model, size or getattr(config, "r", 8))
+    return LoraExport(lora, dict(tensors), _converted(model, tensors))
+
+
+def _converted(model: PeftModel, tensors: dict[str, Tensor]) -> list[LayerExport]:
+    """Rank and error of each layer of peft's conversion (scale 1: it sets alpha = rank)."""
+    layers = []
+    for name, module in model.base_model.named_modules():
+        layer: Any = module
+        key = f"base_model.{name}.lora_A.weight"
+        if key in tensors:
+            A, B = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+            dW = layer.get_delta_weight("default").float()
+            error = torch.linalg.norm(dW - (B @ A).reshape(dW.shape).to(dW))
+            layers.append(LayerExport(name, len(A), float(error / torch.linalg.norm(dW))))
+    return layers
+
+
+def _with_lora(cfg: RunConfig, model: Any, lora: LoraExport) -> Any:
+    """A fresh base model with the exported LoRA on it."""
+    labels = None if cfg.model.task == "causal_lm" else model.config.num_labels
+    fresh = get_peft_model(load_base(cfg.model, labels, None), lora.config)
+    set_peft_model_state_dict(fresh, lora.tensors)
+    return fresh
+
+
+def _stock_logits(
+    cfg: RunConfig, model: Any, folder: Path, to: str, inputs: dict[str, Tensor]
+) -> Tensor:
+    """Logits of the written folder, by stock peft and transformers in a fresh process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        files = {name: str(Path(scratch) / name) for name in ("job", "inputs", "logits")}
+        save_file(inputs, files["inputs"])
+        job = {
+            "model": str(folder.resolve()) if to == "merged" else source_of(cfg.model),
+            "adapter": str(folder.resolve()) if to == "lora" else None,
+            "task": cfg.model.task,
+            "labels": None if cfg.model.task == "causal_lm" else model.config.num_labels,
+            "dtype": cfg.model.dtype,
+            "quantization": cfg.model.quantization,
+            "trust_remote_code": cfg.model.trust_remote_code,
+            "revision": cfg.model.revision if to == "lora" else None,
+            "inputs": files["inputs"],
+            "logits": files["logits"],
+        }
+        Path(files["job"]).write_text(json.dumps(job), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, str(stock_check.__file__), files["job"]],
+            capture_output=True,
+            text=True,
+            cwd=scratch,
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RuntimeError(f"{folder}: stock peft could not load the export: {last}")
+        return load_file(files["logits"])["logits"]

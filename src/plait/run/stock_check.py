@@ -1,0 +1,47 @@
+"""Load an exported folder with stock transformers and peft and write its logits.
+
+Run by path in a fresh process, never imported: it shows that an export needs no plait.
+
+    python stock_check.py JOB.json
+
+JOB.json: model (name or folder), adapter (folder or null), task, labels, dtype, quantization,
+trust_remote_code, revision, inputs (safetensors of the model's inputs), logits (safetensors to
+write).
+"""
+
+import json
+import sys
+
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+
+def main(path: str) -> None:
+    """Read the job, run the model on the inputs, write the logits."""
+    with open(path, encoding="utf-8") as file:
+        job = json.load(file)
+    kind = "CausalLM" if job["task"] == "causal_lm" else "SequenceClassification"
+    options = {"dtype": job["dtype"], "revision": job["revision"], "use_safetensors": True}
+    if job["labels"]:
+        options["num_labels"] = job["labels"]
+    if job["quantization"] != "none":
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=job["quantization"] == "4bit", load_in_8bit=job["quantization"] == "8bit"
+        )
+    auto = getattr(transformers, f"AutoModelFor{kind}")
+    model = auto.from_pretrained(
+        job["model"], trust_remote_code=job["trust_remote_code"], **options
+    )
+    if job["adapter"]:
+        model = PeftModel.from_pretrained(model, job["adapter"])
+    if "plait" in sys.modules:
+        raise RuntimeError("plait was imported; the check would show nothing.")
+    with torch.no_grad():
+        logits = model.eval()(**load_file(job["inputs"])).logits
+    save_file({"logits": logits.float().contiguous()}, job["logits"])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
