@@ -1,0 +1,48 @@
+# Two commands are enough on a fresh machine with Python 3.11 and make:
+#   make demo    sets up and trains the demo       make test    sets up and runs the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A core each for two test processes; more threads than cores only get in each other's way.
+WORKERS ?= 2
+
+.PHONY: demo test lint format docs assets clean
+
+$(VENV)/core.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/core.stamp
+	$(PIP) -e ".[dev]"
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/core.stamp
+	$(PIP) -e ".[docs]"
+	touch $@
+
+demo: $(VENV)/core.stamp
+	$(BIN)/plait demo demo/$$(date +%Y%m%d-%H%M%S)
+
+test: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check src tests examples docs
+	$(BIN)/ruff check src tests examples docs
+	$(BIN)/pyright src
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff format src tests examples docs
+	$(BIN)/ruff check --fix src tests examples docs
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/mkdocs build --strict
+
+# Pretrains the shipped tiny model again: a few minutes on two cores.
+assets: $(VENV)/core.stamp
+	$(BIN)/python -m plait.assets.pretrain --out src/plait/assets/tiny
+
+clean:
+	rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis
