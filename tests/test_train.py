@@ -18,6 +18,7 @@ from plait.cli import main
 from plait.run import train as train_module
 from plait.run.callbacks import ProgressBar
 from plait.run.config import RunConfig, dump_config
+from plait.run.evaluate import load_run
 from plait.run.report import read_environment, read_evaluation, read_metrics
 from plait.run.train import train
 from plait.run.trainer import RunTrainer, scale_learning_rates
@@ -86,6 +87,33 @@ def test_run_folder(llama: Path, rows: Path, tmp_path: Path) -> None:
     with Image.open(folder.loss_curve) as picture:
         assert picture.size == (840, 552)
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50  # something is drawn
+
+
+@pytest.mark.parametrize("model", ["builtin:tiny", "bert", "full"])
+def test_the_code_on_the_card_runs(
+    model: str, llama: Path, rows: Path, tmp_path: Path, no_picture: None
+) -> None:
+    base, data, task = Path(model), rows, "causal_lm"
+    if model == "bert":
+        base, task = save_model("bert", tmp_path / "bert"), "classification"
+        data = write_rows(tmp_path / "films.jsonl", film_rows())
+    method = {"name": "full"} if model == "full" else {"name": "shared_b", "r": 2}
+    cfg = run_config(
+        llama if model == "full" else base,
+        data,
+        tmp_path / "run",
+        model={"task": task},
+        method=method,
+        training={"max_steps": 2},
+        evaluation={"generate": False},
+    )
+    folder = train(cfg)
+    code = folder.card.read_text().partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("RUN/", f"{folder.path}/"), names)
+    _, wanted, _ = load_run(folder.path)
+    ids = torch.tensor([[4, 5, 6]])
+    assert torch.equal(names["model"].eval()(ids).logits, wanted(ids).logits)
 
 
 def test_full_fine_tuning_leaves_a_plain_checkpoint(

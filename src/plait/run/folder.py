@@ -119,8 +119,11 @@ def replace_dir(path: str | Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new."))
     try:
-        new.chmod(0o777 & ~_umask())
         write(new)
+        new.chmod(0o777 & ~_umask())
+        for file in new.rglob("*"):  # safetensors makes its files private
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             os.replace(path, old)

@@ -156,7 +156,7 @@ def write_card(folder: RunFolder, cfg: RunConfig) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     ).from_string(source)
     environment, evaluation = read_environment(folder), read_evaluation(folder)
-    run = environment["run"]
+    run, builtin = environment["run"], cfg.model.name.startswith("builtin:")
     text = template.render(
         cfg=cfg,
         config=dump_config(cfg),
@@ -165,7 +165,8 @@ def write_card(folder: RunFolder, cfg: RunConfig) -> str:
         own=cfg.method.name not in BASELINES,
         full=cfg.method.name == "full",
         auto_class="AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification",
-        base_path=_base_path(cfg),
+        builtin=builtin,
+        base_path="tiny_model_dir()" if builtin else repr(cfg.model.name),
         num_labels=len(run["labels"] or ()) if causal or run["labels"] else 1,
         environment=environment,
         run=run,
@@ -175,10 +176,3 @@ def write_card(folder: RunFolder, cfg: RunConfig) -> str:
     )
     write_atomic(folder.card, text)
     return text
-
-
-def _base_path(cfg: RunConfig) -> str:
-    """Return the base model as an argument of from_pretrained."""
-    if cfg.model.name == "builtin:tiny":
-        return "plait.assets.tiny_model_dir()"
-    return repr(cfg.model.name)
