@@ -29,8 +29,8 @@ test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
 
 lint: $(VENV)/dev.stamp
-	$(BIN)/ruff format --check src tests examples docs
-	$(BIN)/ruff check src tests examples docs
+	$(BIN)/ruff format --check src tests examples docs benchmarks
+	$(BIN)/ruff check src tests examples docs benchmarks
 	$(BIN)/pyright src
 
 format: $(VENV)/dev.stamp

