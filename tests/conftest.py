@@ -10,6 +10,7 @@ from tests import tiny
 from transformers import PreTrainedModel
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("tests.contract")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ What a method may opt out of is a field of its Case or a class fact (`mergeable`
 """
 
 import copy
+import importlib.util
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -310,6 +311,7 @@ def optimizers_agree(case: Case) -> None:
     ends = []
     for kind in ({"fused": True}, {"foreach": True}, {"foreach": False}):
         model = wrap(case)
+        logits(model)  # fills what a method may keep between forwards
         steps(model, adamw(model, 1e-3, **kind), 5, key=None)
         fresh = wrap(case)
         fresh.load_state_dict(model.state_dict())
@@ -411,8 +413,8 @@ def storages_are_distinct(case: Case) -> None:
     model = wrap(case)
     seen: dict[int, str] = {}
     for name, p in trained(model).items():
-        assert p.is_contiguous(), f"{name} is not contiguous"
         assert p.untyped_storage().nbytes() >= p.numel() * p.element_size(), f"{name} is expanded"
+        assert p.is_contiguous(), f"{name} is not contiguous"
         for i, part in enumerate(p if p.ndim > 2 else [p]):
             place = f"{name}[{i}]"
             assert part.data_ptr() not in seen, (
@@ -733,12 +735,13 @@ def half_precision_trains(case: Case) -> None:
     expected = steps(model, adamw(model, 1e-3), 3)
     half = wrap(case, tiny.llama().bfloat16())
     losses = steps(half, adamw(half, 1e-3), 3)
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trained(half).values())
     assert logits(half).dtype == torch.bfloat16
     cast = wrap(case)
     with torch.autocast("cpu", torch.bfloat16):
         autocast = steps(cast, adamw(cast, 1e-3), 3)
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trained(cast).values())
+    for p in (*trained(half).values(), *trained(cast).values()):
+        assert p.dtype == torch.float32, f"a factor became {p.dtype}"
+        assert p.isfinite().all(), "training in bf16 gave numbers that are not finite"
     for found in (losses, autocast):
         assert found == pytest.approx(expected, rel=2e-2), "bf16 losses are far from those of fp32"
 
@@ -815,12 +818,15 @@ def quantised(bits: int) -> Any:
 
 def config_is_strict(case: Case) -> None:
     """C21: a round trip keeps every option; wrong keys, types, ranks, targets are named."""
-    config = case.config()
+    config = case.config(seed=3, rank_pattern={"q_proj": 6}, layers_to_transform=[0])
     cls = case.method.config
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         for read in (cls, PeftConfig):
-            assert read.from_pretrained(folder).to_dict() == config.to_dict(), "options were lost"
+            again = read.from_pretrained(folder)
+            for option in fields(config):
+                kept = getattr(again, option.name) == getattr(config, option.name)
+                assert kept, f"{option.name} was lost on the way to the file"
         path = Path(folder, "adapter_config.json")
         saved = json.loads(path.read_text(encoding="utf-8"))
         for change, text in (
@@ -883,27 +889,38 @@ CHECKS = [
 # A new process ---------------------------------------------------------------------------------
 
 
-def fresh_process(cases: Sequence[Case], folder: Path) -> None:
+def load(path: Path) -> Any:
+    """Import a file that registers a method."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def fresh_process(cases: Sequence[Case], folder: Path) -> dict[str, str]:
     """C8, C10: trained adapters in a new process; their exports through peft without plait.
 
     Args:
         cases: all go through one process, for importing the libraries takes most of the time.
         folder: an empty one to work in.
+
+    Returns:
+        What is wrong, by case; empty if nothing is.
     """
     tiny.llama().save_pretrained(folder / "base")
     save_file({"input_ids": tiny.tokens()}, folder / "inputs.safetensors")
-    for number, case in enumerate(cases):
-        place = folder / f"case{number}"
+    places = [folder / f"case{number}" for number in range(len(cases))]
+    for place, case in zip(places, cases, strict=True):
         model = wrap(case)
         steps(model, adamw(model, case.lr), 3)
         model.save_pretrained(place / "adapter")
         saved = {"logits": logits(model), **task_ids(model, 4)}
         if case.method.exact_export or tasks(model):
-            choice = choices(model)[0]
-            to_lora(model, **choice).write(place / "export")
-            own: dict[str, Any] = {}
-            if tasks(model):
-                own["task_ids"] = torch.zeros(4, dtype=torch.long)
+            to_lora(model, **choices(model)[0]).write(place / "export")
+            own = {k: torch.zeros_like(v) for k, v in task_ids(model, 4).items()}
             saved["exported"] = logits(model, **own)
         save_file({k: v.contiguous() for k, v in saved.items()}, place / "saved.safetensors")
     modules = [str(case.module) for case in cases if case.module is not None]
@@ -914,12 +931,16 @@ def fresh_process(cases: Sequence[Case], folder: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    for number, case in enumerate(cases):
-        found = load_file(folder / f"case{number}" / "found.safetensors")
-        saved = load_file(folder / f"case{number}" / "saved.safetensors")
-        assert torch.equal(found["logits"], saved["logits"]), f"{case}: differs in a new process"
-        assert report[f"case{number}"] == f"PLAIT_{case.key.upper()}"
-        if "exported" in saved:
+    types = json.loads(done.stdout.splitlines()[-1])
+    problems = {}
+    for place, case in zip(places, cases, strict=True):
+        found, saved = (load_file(place / f"{n}.safetensors") for n in ("found", "saved"))
+        if types[place.name] != f"PLAIT_{case.key.upper()}":
+            problems[str(case)] = f"loaded as {types[place.name]}"
+        elif not torch.equal(found["logits"], saved["logits"]):
+            problems[str(case)] = "differs in a new process"
+        elif "exported" in saved:
             error = float((found["exported"] - saved["exported"]).abs().max())
-            assert error < 1e-4, f"{case}: the export is off by {error} in stock peft"
+            if error >= 1e-4:
+                problems[str(case)] = f"the export is off by {error} in stock peft"
+    return problems

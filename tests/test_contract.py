@@ -8,6 +8,7 @@ from tests import contract
 from tests.contract import CHECKS, Case
 
 import plait
+from plait.core import registry
 
 # B0 / 3 three times is not B0 to the last bit.
 ROUNDED = {"start_error": 1e-6}
@@ -45,5 +46,42 @@ def test_contract(check: Any, case: Case) -> None:
     check(case)
 
 
-def test_fresh_process(tmp_path: Path) -> None:
-    contract.fresh_process(CASES, tmp_path)
+FORGETFUL = '''
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import plait
+
+
+@dataclass
+class Config(plait.DeltaConfig):
+    pass
+
+
+@plait.register("hashes_its_name", Config, paper="none")
+class HashesItsName(plait.LowRankDelta):
+    """Its start is not saved and comes from hash(), which differs between processes."""
+
+    def __init__(self, base, config, gen):
+        super().__init__(base, config, gen)
+        gen.manual_seed(hash(base.name) % 2**32)
+        self.A = nn.Buffer(torch.randn(config.r, base.in_features, generator=gen), persistent=False)
+        self.B = nn.Parameter(torch.zeros(base.out_features, config.r))
+
+    def factors(self):
+        return self.A, self.B
+'''
+
+
+def test_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a method that works in its own process only is found out."""
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+    path = tmp_path / "forgetful.py"
+    path.write_text(FORGETFUL, encoding="utf-8")
+    contract.load(path)
+    broken = Case("hashes_its_name", module=path)
+    contract.save_and_load(broken)  # in this process all is well
+    problems = contract.fresh_process([*CASES, broken], tmp_path)
+    assert problems == {"hashes_its_name": "differs in a new process"}
