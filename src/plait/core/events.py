@@ -79,10 +79,32 @@ def _by_adapter(wanted: Callable[["Delta"], bool]) -> list[list["Delta"]]:
     return list(adapters.values())
 
 
-def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not _skipped(optimizer):
-        for deltas in _held(optimizer):
+def _unscale(optimizer: Optimizer) -> None:
+    """Free the gradients from the scale that a scaler leaves to a fused optimizer to take out."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if p.grad is not None:
+                p.grad.div_(scale)
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    if _skipped(optimizer):
+        return None
+    held = _held(optimizer)
+    if held or any(_holds(optimizer, tuner) for tuner in _adalora):
+        _unscale(optimizer)
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None or not held:
+        for deltas in held:
             before_step(deltas)
+        return None
+
+    def with_penalties() -> Any:  # a closure computes the gradients anew, after this hook
+        return closure() + sum(before_step(deltas) for deltas in held)
+
+    return args[:1], {"closure": with_penalties}
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -90,22 +112,26 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     for deltas in _held(optimizer):
         after_step_of(deltas)
-    for model in list(_adalora):
-        _step_adalora(model, optimizer)
+    for tuner in list(_adalora):
+        if _holds(optimizer, tuner):
+            _adalora[tuner] += 1
+            tuner.update_and_allocate(_adalora[tuner])
 
 
-def before_step(deltas: list["Delta"]) -> None:
-    """Add the penalties' gradient to `.grad` and check what the method needs."""
+def before_step(deltas: list["Delta"]) -> torch.Tensor | float:
+    """Add the penalties' gradient to `.grad`, check what the method needs; returns the penalty."""
     if deltas[0].adapter.total_steps_needed:
         _ = deltas[0].total_steps
     with torch.enable_grad():
         total = _penalty(deltas)
-    if total is not None:
-        params = [p for delta in deltas for p in delta.parameters() if p.requires_grad]
-        grads = torch.autograd.grad(total, params, allow_unused=True)  # no hooks of a wrapper run
-        for p, grad in zip(params, grads, strict=True):
-            if grad is not None:
-                p.grad = grad if p.grad is None else p.grad + grad
+    if total is None:
+        return 0.0
+    params = [p for delta in deltas for p in delta.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(total, params, allow_unused=True)  # no hooks of a wrapper run
+    for p, grad in zip(params, grads, strict=True):
+        if grad is not None:
+            p.grad = grad if p.grad is None else p.grad + grad
+    return total.detach()
 
 
 def _penalty(deltas: list["Delta"]) -> torch.Tensor | None:
@@ -210,11 +236,10 @@ def _adalora_models(model: nn.Module, driven: bool = True) -> list[Any]:
     ]
 
 
-def _step_adalora(tuner: Any, optimizer: Optimizer) -> None:
+def _holds(optimizer: Optimizer, tuner: Any) -> bool:
+    """Whether the optimizer trains an AdaLoRA tuner."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if any(id(p) in held for n, p in tuner.named_parameters() if "lora_E" in n):
-        _adalora[tuner] += 1
-        tuner.update_and_allocate(_adalora[tuner])
+    return any(id(p) in held for n, p in tuner.named_parameters() if "lora_E" in n)
 
 
 class PlaitCallback(TrainerCallback):
