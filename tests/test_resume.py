@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.tiny_runs import (
     At,
     assert_same,
@@ -51,11 +50,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes half of a short run."""
     monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
@@ -64,7 +58,6 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def whole(llama: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A lora run that was never stopped."""
-    torch.set_num_threads(1)
     return train(run_config(llama, rows, tmp_path_factory.mktemp("whole") / "run"))
 
 

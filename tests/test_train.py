@@ -18,7 +18,7 @@ from plait.cli import main
 from plait.run import train as train_module
 from plait.run.callbacks import ProgressBar
 from plait.run.config import RunConfig, dump_config
-from plait.run.evaluate import load_run
+from plait.run.evaluate import evaluate_run, load_run
 from plait.run.report import read_environment, read_evaluation, read_metrics
 from plait.run.train import train
 from plait.run.trainer import RunTrainer, scale_learning_rates
@@ -34,11 +34,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", copy_rows(tasks=True))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -166,6 +161,30 @@ def test_best_checkpoint_is_loaded_by_its_final_name(
     assert state["best_model_checkpoint"] == str(folder.checkpoints / "checkpoint-10")
     measured = [row["eval_loss"] for row in read_metrics(folder.metrics) if "eval_loss" in row]
     assert min(measured) == pytest.approx(read_evaluation(folder)["after"]["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "section", [{"training": {"bf16": True}}, {"model": {"dtype": "bfloat16"}}]
+)
+def test_half_precision_is_measured_as_it_is_loaded(
+    section: dict[str, Any], llama: Path, rows: Path, tmp_path: Path, no_picture: None
+) -> None:
+    folder = train(run_config(llama, rows, tmp_path / "run", **section))
+    trained = read_evaluation(folder)["after"]
+    again = evaluate_run(folder.path, "validation")
+    assert again["loss"] == trained["loss"]
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantised_base(
+    bits: str, llama: Path, rows: Path, tmp_path: Path, no_picture: None
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="the extra plait[quant] is not installed")
+    folder = train(run_config(llama, rows, tmp_path / "run", model={"quantization": bits}))
+    trained = read_evaluation(folder)
+    assert trained["after"]["loss"] < trained["before"]["loss"]
+    again = evaluate_run(folder.path, "validation")
+    assert again["loss"] == pytest.approx(trained["after"]["loss"], abs=1e-3)
 
 
 def test_old_checkpoints_are_rotated(

@@ -1,5 +1,6 @@
 """What several verbs show: tables of metrics, the state of an evaluation, warnings on one line."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from plait.core.events import PlaitWarning
 
@@ -65,9 +66,12 @@ def quiet() -> Iterator[None]:
         else:
             shown(message, category, filename, lineno, file, line)
 
-    had_bars, had_level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    had_level = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    # It says on every call of every layer that it works in float16.
+    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
@@ -75,9 +79,9 @@ def quiet() -> Iterator[None]:
             warnings.showwarning = show
             yield
     finally:
-        logging.set_verbosity(had_level)
+        transformers_logging.set_verbosity(had_level)
         if had_bars:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def comparison(rows: Sequence[tuple[str, str, str]]) -> Table:

@@ -387,17 +387,18 @@ def evaluate_run(
             f"{path}: data.validation and data.test are not set. Give rows: "
             f"plait evaluate {path} data.test=FILE"
         )
-    metrics = evaluate_model(to_device(model), data, split, cfg, progress=progress)
+    metrics = evaluate_model(to_device(model, cfg), data, split, cfg, progress=progress)
     if not overrides:
         write_evaluation(RunFolder.open(path), **{split: metrics})
     return {"split": split, **metrics}
 
 
-def to_device(model: Any) -> Any:
-    """Move a model to the accelerator; one that bitsandbytes quantised is where it should be."""
-    if torch.cuda.is_available() and not model.config.to_dict().get("quantization_config"):
-        return model.to("cuda")
-    return model
+def to_device(model: Any, cfg: RunConfig) -> Any:
+    """Move a model where its run trains; one that bitsandbytes quantised is there already."""
+    stays = cfg.training.get("use_cpu") or cfg.model.quantization != "none"
+    if stays or not torch.accelerator.is_available():
+        return model
+    return model.to(torch.accelerator.current_accelerator())
 
 
 # --------------------------------------------------------------------------------- the harness
@@ -444,7 +445,7 @@ def harness_run(
         )
     # HFLM reads its context length and device off the model; the class it wants is the base's.
     wrapped = models.HFLM(
-        pretrained=to_device(model),
+        pretrained=to_device(model, cfg),
         tokenizer=tokenizer,
         batch_size=cfg.evaluation.batch_size,
     )
@@ -503,7 +504,7 @@ def generate_run(
     torch.manual_seed(seed)
     wanted = cfg.evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens
     return decode(
-        tokenizer, generate_ids(to_device(model), tokenizer, [ids], wanted, temperature)[0]
+        tokenizer, generate_ids(to_device(model, cfg), tokenizer, [ids], wanted, temperature)[0]
     )
 
 

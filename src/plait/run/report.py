@@ -28,6 +28,7 @@ METRIC_NAMES = {
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
 }
+_HEADLINES = ("exact_match", "accuracy", "mse", "loss")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -122,14 +123,20 @@ def write_evaluation(folder: RunFolder, **parts: Any) -> dict[str, Any]:
 
 
 def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (name, value) for each metric of one evaluation, those of single tasks after all."""
-    names = [*METRIC_NAMES, *(k for k in metrics if k not in METRIC_NAMES)]
-    rows = []
-    for key in names:
-        if isinstance(metrics.get(key), int | float) and key != "rows":
-            rows.append((METRIC_NAMES.get(key, key), f"{metrics[key]:.4g}"))
-    for task, values in metrics.get("tasks", {}).items():
-        rows += [(f"{task}: {name}", value) for name, value in metric_rows(values)]
+    """Return (name, value) for each metric of one evaluation.
+
+    Of the single tasks and of the mean over tasks only the metric that says most.
+    """
+    rows = [
+        (METRIC_NAMES[key], f"{metrics[key]:.4g}")
+        for key in METRIC_NAMES
+        if metrics.get(key) is not None
+    ]
+    parts = {"mean over tasks": metrics.get("task_mean", {}), **metrics.get("tasks", {})}
+    for part, values in parts.items():
+        key = next((name for name in _HEADLINES if values.get(name) is not None), None)
+        if key is not None:
+            rows.append((f"{part}: {METRIC_NAMES[key]}", f"{values[key]:.4g}"))
     return rows
 
 

@@ -24,7 +24,7 @@ from plait.run.adapter import stored_numbers, upstream_noise
 from plait.run.callbacks import MetricsFile, StopOnSignal
 from plait.run.config import RunConfig, config_to_dict, dump_config, load_config
 from plait.run.data import DataBundle, load_data
-from plait.run.evaluate import Progress, evaluate_model, held_out_split
+from plait.run.evaluate import Progress, evaluate_model, held_out_split, to_device
 from plait.run.folder import RunFolder, diff_configs, environment, replace_dir, write_atomic
 from plait.run.model import build_model, load_tokenizer
 from plait.run.report import (
@@ -75,7 +75,7 @@ def train(
     args = training_arguments(cfg, folder)
     tokenizer = load_tokenizer(cfg.model)
     data = load_data(cfg, tokenizer)
-    model = build_model(cfg, data)
+    model = to_device(build_model(cfg, data), cfg)
     checkpoint = _prepare(folder, cfg, data, model)
 
     split = held_out_split(data)
@@ -104,6 +104,8 @@ def train(
 
     check_events(model)
     trainer.check_finite()
+    # Off with the autocast of mixed precision: both metrics are of the model as it is loaded.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     stored = _save_trained(folder, model, tokenizer)
     _note(folder, steps=steps, seconds=seconds, stored=stored)
     if split is not None:
@@ -131,11 +133,18 @@ def training_arguments(cfg: RunConfig, folder: RunFolder) -> TrainingArguments:
         )
     given.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # else torch warns
     given.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(folder.checkpoints),
         remove_unused_columns=False,  # the collator takes what the model needs, task ids included
         **{**given, "disable_tqdm": True},
     )
+    if args.world_size > 1:
+        raise ValueError(
+            f"training: {args.world_size} processes were started, a run takes one. Start plait "
+            "train without a launcher."
+        )
+    args._n_gpu = min(args.n_gpu, 1)  # the Trainer would wrap the model in DataParallel
+    return args
 
 
 # --------------------------------------------------------------------------------------- stages
