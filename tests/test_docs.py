@@ -165,6 +165,7 @@ def test_no_page_is_unfinished() -> None:
         assert not re.search(r"TODO|FIXME|XXX|TBD", page.read_text("utf-8")), page
 
 
+@pytest.mark.slow
 def test_site_builds(tmp_path: Path) -> None:
     for name in ("mkdocs", "material", "mkdocstrings"):
         if importlib.util.find_spec(name) is None:
