@@ -40,7 +40,7 @@ format: $(VENV)/dev.stamp
 docs: $(VENV)/docs.stamp
 	$(BIN)/mkdocs build --strict
 
-# Pretrains the shipped tiny model again: a few minutes on two cores.
+# Pretrains the shipped tiny model again: about five minutes on one core.
 assets: $(VENV)/core.stamp
 	$(BIN)/python -m plait.assets.pretrain --out src/plait/assets/tiny
 

@@ -98,7 +98,7 @@ def test_router_refuses_and_zero_update_refuses() -> None:
         plait.to_lora(fresh)
 
 
-def test_weighted_sum_of_adapters_is_exact_and_exports() -> None:
+def test_weighted_sum_of_adapters_is_exact_and_exports(tmp_path: Path) -> None:
     """0.25 dW_a + 0.75 dW_b in the forward, in weight() and in a plain LoRA of stacked rank."""
     model, ids = trained(plait.ColaConfig(r=2))
     model.add_adapter("b", plait.ColaConfig(r=2, target_modules=["q_proj"], init_weights=False))
@@ -113,7 +113,7 @@ def test_weighted_sum_of_adapters_is_exact_and_exports() -> None:
     set_peft_model_state_dict(stock, export.tensors)
     torch.testing.assert_close(stock.eval()(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="is a weighted sum"):
-        model.save_pretrained("unused", selected_adapters=["sum"])
+        model.save_pretrained(str(tmp_path), selected_adapters=["sum"])
 
 
 def test_cli_exports_a_run_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,7 +160,8 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             delta.randomize(seeded(config.seed, self.name, adapter))
         delta.adapter = config
         delta.awaits_weights = config.awaits_weights
-        if not any(p.is_meta for p in delta.parameters()):  # low_cpu_mem_usage: filled on load
+        empty = any(p.is_meta for p in delta.parameters())  # low_cpu_mem_usage: filled on load
+        if weight.is_meta or not empty:
             delta.to(device=weight.device, dtype=wide)
         self.plait_delta[adapter] = delta.train(self.training)
         events.watch(delta)

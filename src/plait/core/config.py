@@ -3,6 +3,7 @@
 import difflib
 import math
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
@@ -20,6 +21,13 @@ def option(
     The bounds and the values of a Literal type are checked when the config is made.
     """
     return field(default=default, metadata={"help": help, "least": least, "above": above})
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the remedy for an unknown name: the nearest known one, or the list of all."""
+    names = [str(n) for n in known]
+    near = difflib.get_close_matches(str(name), names, n=1)
+    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(sorted(names))}."
 
 
 @dataclass
@@ -134,10 +142,9 @@ class DeltaConfig(PeftConfig):
         known = [f.name for f in fields(cls)]
         for name in kwargs:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]}?" if near else ""
                 raise ValueError(
-                    f"{cls.__name__}: {name} is not known to plait {__version__}.{hint} "
+                    f"{cls.__name__}: {name} is not known to plait {__version__}. "
+                    f"{did_you_mean(name, known)} "
                     f"The config was written by plait {kwargs.get('plait_version', 'unknown')}; "
                     "install that version or remove the key."
                 )

@@ -1,13 +1,12 @@
 """The registry: what a method is called, what it says of itself, and how to find it."""
 
-import difflib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from plait.core import bridge
-from plait.core.config import DeltaConfig
+from plait.core.config import DeltaConfig, did_you_mean
 from plait.core.delta import Delta
 
 D = TypeVar("D", bound=type[Delta])
@@ -115,6 +114,4 @@ def find(name: str) -> Method:
     """
     if name in _methods:
         return _methods[name]
-    near = difflib.get_close_matches(name, _methods, n=1)
-    hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(_methods)}."
-    raise ValueError(f"Method {name!r} is not known. {hint}")
+    raise ValueError(f"Method {name!r} is not known. {did_you_mean(name, _methods)}")

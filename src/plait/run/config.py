@@ -8,7 +8,6 @@ and from `transformers.TrainingArguments`.
 
 import copy
 import dataclasses
-import difflib
 import enum
 import math
 import types
@@ -22,6 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from plait.core.config import did_you_mean
 from plait.run.baselines import BASELINES
 
 if typing.TYPE_CHECKING:
@@ -176,13 +176,6 @@ _PEFT_INTERNAL = {
 }
 
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS", "regression": "SEQ_CLS"}
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the remedy for an unknown name: the nearest known one, or the list of all."""
-    names = [str(n) for n in known]
-    near = difflib.get_close_matches(str(name), names, n=1)
-    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(sorted(names))}."
 
 
 class _Source:

@@ -120,6 +120,8 @@ def replace_dir(path: str | Path, write: Callable[[Path], object]) -> None:
     new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new."))
     try:
         write(new)
+        for file in filter(Path.is_file, new.rglob("*")):  # some writers make files private
+            file.chmod(0o666 & ~_umask())
         new.chmod(0o777 & ~_umask())
         for file in new.rglob("*"):  # safetensors makes its files private
             if file.is_file():
