@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import tiny
 from transformers import PreTrainedModel
+
+from tests import tiny
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.contract")

@@ -31,7 +31,6 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests import tiny
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
@@ -41,6 +40,7 @@ from plait.core.bridge import PlaitLayer
 from plait.core.delta import TaskTable, TokenRouter
 from plait.core.events import MANY_FORWARDS
 from plait.core.export import to_lora
+from tests import tiny
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 ROOT = Path(__file__).parents[1]

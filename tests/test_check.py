@@ -7,14 +7,6 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tests.tiny_runs import (
-    copy_rows,
-    film_rows,
-    run_config,
-    save_model,
-    word_tokenizer,
-    write_rows,
-)
 from transformers import RobertaConfig, RobertaModel, Trainer, TrainingArguments
 
 from plait.cli import main
@@ -27,6 +19,14 @@ from plait.run.model import (
     load_base,
     load_tokenizer,
     planned_steps,
+)
+from tests.tiny_runs import (
+    copy_rows,
+    film_rows,
+    run_config,
+    save_model,
+    word_tokenizer,
+    write_rows,
 )
 
 LLAMA_LAYERS = 14  # seven in each of two blocks

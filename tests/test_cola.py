@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests import contract, tiny
-from tests.contract import Case, adamw, deltas, layers, logits, one_layer, relative, steps
 from torch import Tensor
 
 import plait
 from plait.core.export import to_lora
+from tests import contract, tiny
+from tests.contract import Case, adamw, deltas, layers, logits, one_layer, relative, steps
 
 STRATEGIES = ["full", "random", "random_b", "heuristic"]
 CASE = Case("cola", {"r": 2})

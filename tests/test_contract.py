@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests import contract
-from tests.contract import CHECKS, Case
 
 import plait
 from plait.core import registry
+from tests import contract
+from tests.contract import CHECKS, Case
 
 # B0 / 3 three times is not B0 to the last bit.
 ROUNDED = {"start_error": 1e-6}

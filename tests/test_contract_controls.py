@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from tests import contract
-from tests.contract import CHECKS, Case
 from torch import Tensor, nn
 
 import plait
 from plait.core import DeltaConfig, LowRankDelta, registry
 from plait.core.delta import TokenRouter
 from plait.core.init import gaussian, kaiming
+from tests import contract
+from tests.contract import CHECKS, Case
 
 Control = tuple[type[LowRankDelta], Callable[[Case], None], str, type[BaseException]]
 CONTROLS: list[Control] = []

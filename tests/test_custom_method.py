@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests import contract
-from tests.contract import CHECKS, ROOT, Case
 
 import plait
 from plait.core import registry
+from tests import contract
+from tests.contract import CHECKS, ROOT, Case
 
 FILE = ROOT / "examples" / "custom_method.py"
 CASE = Case("gated", module=FILE)

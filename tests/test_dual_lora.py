@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests import contract, tiny
-from tests.contract import Case, adamw, deltas, layers, logits, one_layer, relative, steps, wrap
 from torch import Tensor
 
 import plait
 from plait.methods.dual_lora import DualLora
+from tests import contract, tiny
+from tests.contract import Case, adamw, deltas, layers, logits, one_layer, relative, steps, wrap
 
 CASE = Case("dual_lora")
 

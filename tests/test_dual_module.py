@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests import tiny
-from tests.contract import Case, adamw, batch, deltas, logits, one_layer, relative, steps, trained
-from tests.contract import wrap as wrap_case
 from torch import Tensor, nn
 
 import plait
 from plait.core import screening
 from plait.core.export import to_lora
+from tests import tiny
+from tests.contract import Case, adamw, batch, deltas, logits, one_layer, relative, steps, trained
+from tests.contract import wrap as wrap_case
 
 CASE = Case("dual_module", {"r": 8, "shared_r": 2, "target_r": 3, "tinit": 2, "tfinal": 3})
 

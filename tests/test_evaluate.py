@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny_runs import copy_rows, film_rows, run_config, save_model, write_rows
 
 from plait.cli import main
 from plait.run import train as train_module
@@ -31,6 +30,7 @@ from plait.run.folder import RunFolder
 from plait.run.model import build_model, load_tokenizer
 from plait.run.report import metric_rows, read_evaluation
 from plait.run.train import train
+from tests.tiny_runs import copy_rows, film_rows, run_config, save_model, write_rows
 
 CHAT = (
     "{% for m in messages %}{{ m['content'] }}"

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from tests import tiny
-from tests.contract import Case, adamw, batch, deltas, logits, relative, steps, trained, wrap
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import plait
 from plait.core import events
 from plait.core.events import check_events, drive_adalora
+from tests import tiny
+from tests.contract import Case, adamw, batch, deltas, logits, relative, steps, trained, wrap
 
 DUAL = Case("dual_lora", {"gate_steps": 8})
 DMC = Case("dual_module", {"tinit": 2, "tfinal": 2, "deltaT": 1})

@@ -7,8 +7,6 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from tests import tiny
-from tests.tiny_runs import copy_rows, run_config, save_model, write_rows
 from torch import nn
 
 import plait
@@ -16,6 +14,8 @@ from plait.cli import main
 from plait.core.export import plain_factors
 from plait.run.export import export_run
 from plait.run.train import train
+from tests import tiny
+from tests.tiny_runs import copy_rows, run_config, save_model, write_rows
 
 
 def trained(config: Any, steps: int = 12, **inputs: torch.Tensor) -> Any:

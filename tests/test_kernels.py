@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests import tiny
-from tests.contract import Case, one_layer, relative, task_ids
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from plait.core.delta import TaskTable, TokenRouter
 from plait.kernels.dense_tiles import DenseTiles, tile_rows
 from plait.kernels.low_rank import up
+from tests import tiny
+from tests.contract import Case, one_layer, relative, task_ids
 
 T, IN, OUT = 96, 40, 56  # every shape tells which tensor it is
 

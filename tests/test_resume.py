@@ -6,6 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from plait.run import train as train_module
+from plait.run.folder import RunFolder
+from plait.run.report import read_metrics
+from plait.run.train import train
+from plait.run.trainer import latest_checkpoint
 from tests.tiny_runs import (
     At,
     assert_same,
@@ -16,12 +22,6 @@ from tests.tiny_runs import (
     save_model,
     write_rows,
 )
-
-from plait.run import train as train_module
-from plait.run.folder import RunFolder
-from plait.run.report import read_metrics
-from plait.run.train import train
-from plait.run.trainer import latest_checkpoint
 
 # 10 steps of 4 rows; 32 training rows, so step 8 ends an epoch.
 METHODS: dict[str, dict[str, Any]] = {
@@ -231,4 +231,23 @@ def test_full_disk_leaves_the_old_checkpoint(
     )
     assert [p.name for p in checkpoints.iterdir()] == ["checkpoint-2"]
     monkeypatch.undo()
+    assert_same(whole, train(cfg, resume=True))
+
+
+def test_full_disk_at_the_end_loses_nothing(
+    whole: RunFolder, llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cfg = run_config(llama, rows, tmp_path / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "_save_trained", full)
+        with pytest.raises(OSError) as caught:
+            train(cfg)
+    folder = RunFolder.open(tmp_path / "b")
+    assert str(caught.value) == (
+        f"{folder.adapter}: could not be written ([Errno 28] No space left on device). "
+        f"{folder.checkpoints / 'checkpoint-10'} is kept: make room and resume."
+    )
     assert_same(whole, train(cfg, resume=True))

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests import contract, tiny
-from tests.contract import Case, batch, deltas, layers, logits, one_layer, relative, trained
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import plait
 from plait.core.export import to_lora
+from tests import contract, tiny
+from tests.contract import Case, batch, deltas, layers, logits, one_layer, relative, trained
 
 TOKEN = Case("shared_b", {"r": 2, "num_A": 3})
 TASK = Case("shared_b", {"r": 2, "routing": "task", "tasks": ["law", "care", "maths"]})

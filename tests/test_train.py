@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tests.tiny_runs import At, copy_rows, film_rows, run_config, save_model, write_rows
 from transformers import TrainerCallback
 
 from plait.cli import main
@@ -22,6 +21,7 @@ from plait.run.evaluate import evaluate_run, load_run
 from plait.run.report import read_environment, read_evaluation, read_metrics
 from plait.run.train import train
 from plait.run.trainer import RunTrainer, scale_learning_rates
+from tests.tiny_runs import At, copy_rows, film_rows, run_config, save_model, write_rows
 
 ADALORA = {"name": "adalora", "r": 2, "init_r": 4, "tinit": 1, "tfinal": 2, "deltaT": 1}
 

@@ -6,6 +6,7 @@ checkpoints describe themselves. The base weight is never edited except by merge
 
 import copy
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -71,13 +72,12 @@ def host(key: str, config: type[DeltaConfig], delta: type[Delta]) -> None:
         raise ValueError(
             f"peft already hosts a method of type {peft_type.value}. Choose another key."
         )
-    layer = type(
-        f"{delta.__name__}Linear", (PlaitLayer,), {"prefix": f"{name}_", "delta_cls": delta}
-    )
+    shared = {"prefix": f"{name}_", "__module__": delta.__module__}
+    layer = type(f"{delta.__name__}Linear", (PlaitLayer,), {**shared, "delta_cls": delta})
     layer.adapter_layer_names = (f"{name}_delta",)
-    tuner = type(
-        f"{delta.__name__}Model", (PlaitModel,), {"prefix": f"{name}_", "tuner_layer_cls": layer}
-    )
+    tuner = type(f"{delta.__name__}Model", (PlaitModel,), {**shared, "tuner_layer_cls": layer})
+    for cls in (layer, tuner):  # where pickle looks for them
+        setattr(sys.modules[delta.__module__], cls.__name__, cls)
     register_peft_method(name=name, config_cls=config, model_cls=tuner, prefix=f"{name}_")
 
 
@@ -243,8 +243,9 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             )
         if len(names) != x.shape[0]:
             raise ValueError(
-                f"adapter_names has {len(names)} entries, the batch at {self.name} {x.shape[0]} "
-                "rows. Give one name for each row."
+                f"adapter_names has {len(names)} entries, the batch at {self.name} has "
+                f"{x.shape[0]} rows. Give one name for each row; leave layers without rows, such "
+                "as those of relative positions, out of target_modules."
             )
         y = self.base_layer(x, *args, **kwargs)
         for name in dict.fromkeys(names):
@@ -349,6 +350,18 @@ class PlaitModel(BaseTuner):
     """The tuner of every method: injects PlaitLayers, routes batches, merges."""
 
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(
+        self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        inner = dict(model.peft_config) if isinstance(model, PeftModel) else None
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if (
+            inner is not None
+        ):  # upstream puts our config into the inner model's: none could be saved
+            single = isinstance(peft_config, DeltaConfig)
+            self.peft_config = {adapter_name: peft_config} if single else dict(peft_config)
+            model.peft_config = inner
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         layers = (m for m in model.modules() if isinstance(m, PlaitLayer))

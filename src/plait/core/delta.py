@@ -89,7 +89,7 @@ class Delta(nn.Module):
         self.order = next(_order)  # layers in the order of the model
         self.forwards = 0  # training forwards since the start or the last event
         self.stepped = False  # an event came
-        self.fresh = True  # no event and no load: the update may be zero
+        self.fresh = True  # at its start, before the first step: the update may be zero
         self.awaits_weights = False  # made from a saved config, weights not loaded yet
         self.register_buffer("t", None)
         self.register_state_dict_pre_hook(_check_fired)
@@ -160,6 +160,7 @@ class Delta(nn.Module):
 
     def randomize(self, gen: torch.Generator) -> None:
         """A random start with dW != 0 (`init_weights=False`, for tests)."""
+        self.fresh = False
         with torch.no_grad():
             for p in self.parameters():
                 p.copy_(torch.randn(p.shape, generator=gen) * 0.1)
@@ -195,7 +196,8 @@ class Delta(nn.Module):
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if ours:
-            self.awaits_weights = self.fresh = False
+            self.awaits_weights = False
+            self.fresh = self.t is not None and not self.t.is_meta and not self.steps
             self._check_alive()
             self.loaded()
 
@@ -252,7 +254,8 @@ class TaskTable:
         if ids.shape != lead[: ids.ndim]:
             raise ValueError(
                 f"task_ids has shape {tuple(ids.shape)}, the layer's input leads {tuple(lead)}. "
-                "Give one id for each row of the batch."
+                "Give one id for each row of the batch; leave layers without rows, such as those "
+                "of relative positions, out of target_modules."
             )
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n:
             raise ValueError(

@@ -66,7 +66,7 @@ class Route:
 
     def take(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Take task_ids out of a PeftModel's arguments: with a task_type it would drop them."""
-        self.given = kwargs.pop("task_ids", None)
+        self.given = kwargs.pop("task_ids", self.given)  # an outer PeftModel has taken them before
         return args, kwargs
 
     def give(self, module: nn.Module, args: tuple, output: Any) -> None:

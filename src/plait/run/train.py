@@ -34,7 +34,7 @@ from plait.run.report import (
     write_evaluation,
     write_loss_curve,
 )
-from plait.run.trainer import RunTrainer, adalora_of, latest_checkpoint
+from plait.run.trainer import RunTrainer, adalora_of, latest_checkpoint, writable
 
 # What a resumed run may change: nothing of this reaches a weight.
 _FREE = (
@@ -106,7 +106,10 @@ def train(
     trainer.check_finite()
     # Off with the autocast of mixed precision: both metrics are of the model as it is loaded.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    stored = _save_trained(folder, model, tokenizer)
+    with writable(
+        folder.model if cfg.method.name == "full" else folder.adapter, folder.checkpoints
+    ):
+        stored = _save_trained(folder, model, tokenizer)
     _note(folder, steps=steps, seconds=seconds, stored=stored)
     if split is not None:
         after = evaluate_model(model, data, split, cfg, progress=progress)

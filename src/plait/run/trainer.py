@@ -6,7 +6,8 @@ pickled training arguments it adds are left out, the run folder's config.yaml ho
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ class RunTrainer(Trainer):
 
         Exact match is taken only where metric_for_best_model asks for it: it takes long.
         """
+        self.check_finite()
         wants = (self.args.metric_for_best_model or "").endswith("exact_match")
         measured = evaluate_model(self.trained, self.data, "validation", self.cfg, generate=wants)
         metrics = {
@@ -120,18 +122,8 @@ class RunTrainer(Trainer):
         if self.stop.requested:  # a checkpoint without optimizer state cannot be resumed
             self.args.save_only_model = False
         target = self.checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        try:
+        with writable(target, self.checkpoints):
             replace_dir(target, lambda folder: self._fill(folder, model, trial))
-        except EventNeverFired:
-            raise
-        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError
-            last = latest_checkpoint(self.checkpoints)
-            kept = (
-                f"{last} is kept: make room and resume." if last else "Make room and start again."
-            )
-            raise OSError(
-                f"{target}: could not be written ({first_line(error)}). {kept}"
-            ) from error
         rotate_checkpoints(
             output_dir=str(self.checkpoints),
             save_total_limit=self.args.save_total_limit,
@@ -187,6 +179,19 @@ class RunTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with readable(Path(checkpoint or "."), _REMEDY):
             super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def writable(target: Path, checkpoints: Path) -> Iterator[None]:
+    """Say of a full disk and its like what could not be written, and where to go on from."""
+    try:
+        yield
+    except EventNeverFired:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError
+        last = latest_checkpoint(checkpoints)
+        kept = f"{last} is kept: make room and resume." if last else "Make room and start again."
+        raise OSError(f"{target}: could not be written ({first_line(error)}). {kept}") from error
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
