@@ -99,7 +99,7 @@ def write_readme(known: dict[str, Any]) -> None:
     packages, where = known["environment"]["packages"], known["environment"]
     text = (
         "Each method on real data, by `benchmarks/real_input.py`: one seed, an untuned learning "
-        "rate each, so the rows show that a method works and rank nothing. SST-2 sentiment with MiniLM "
+        "rate each, so the rows show that a method works and rank nothing. SST-2 with MiniLM "
         "(accuracy on 300 rows, 100 steps of 16) and E2E descriptions with a 260 k parameter Llama "
         "(loss on 150 rows, 100 steps of 8).\n"
         f"{where['cpu_count']} CPU cores shared with other work, one thread, "
@@ -116,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="such as sst2_cola; none: all")
     parser.add_argument("--export", action="store_true", help="export each run as well")
-    parser.add_argument("--readme", action="store_true", help="only write the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="only write README.md's table")
     args = parser.parse_args()
     if args.readme:
         return write_readme(json.loads((RESULTS / "real_input.json").read_text()))
