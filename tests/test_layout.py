@@ -1,0 +1,204 @@
+"""The layout: imports go one way, method files stay short, nothing dangerous, nothing twice."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from tests.contract import ROOT
+
+SRC = ROOT / "src" / "plait"
+FILES = sorted(SRC.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+# What a folder may import of plait; "" is the package's own __init__ and _version.
+ALLOWED = {
+    "kernels": {"kernels"},
+    "core": {"core", "kernels", "_version"},
+    "methods": {"methods", "core"},
+    "run": {"run", "core", "methods", "assets", "_version"},
+    "assets": {"assets", "run"},
+    "cli": {"cli", "run", "core", "methods", "_version"},
+}
+# Who may import these: heavy, optional, or another layer's business.
+ONLY = {
+    "peft": {"core", "run"},
+    "transformers": {"core", "run", "assets"},
+    "datasets": {"run"},
+    "accelerate": {"run"},
+    "matplotlib": {"run/report.py"},
+    "jinja2": {"run/report.py"},
+    "rich": {"cli", "run/callbacks.py"},
+    "yaml": {"run/config.py"},
+    "pydantic": {"run/config.py"},
+    "bitsandbytes": set(),
+    "trl": set(),
+    "lm_eval": {"run/evaluate.py"},
+    "triton": {"kernels"},
+    "flwr": {"federated/flower.py"},
+    "pickle": set(),
+}
+METHOD_IMPORTS = {"plait", "torch", "dataclasses", "typing", "math", "warnings", "collections"}
+
+
+def place(path: Path) -> str:
+    """Path inside the package."""
+    return path.relative_to(SRC).as_posix()
+
+
+def folder(path: Path) -> str:
+    """First part of the path inside the package, "" for its own files."""
+    return place(path).rpartition("/")[0].partition("/")[0]
+
+
+def imported(tree: ast.AST) -> list[str]:
+    """Dotted names of all imported modules."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports hide where something comes from"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def wrong_imports(path: Path, tree: ast.AST) -> list[str]:
+    """Imports against the rules above."""
+    wrong = []
+    for name in imported(tree):
+        top, _, rest = name.partition(".")
+        if top == "plait" and folder(path) in ALLOWED:
+            part = rest.partition(".")[0]
+            if (SRC / part).is_dir() and part not in ALLOWED[folder(path)]:
+                wrong.append(name)
+        if top in ONLY and not {folder(path), place(path)} & ONLY[top]:
+            wrong.append(name)
+        if folder(path) == "methods" and top not in METHOD_IMPORTS:
+            wrong.append(name)
+    return wrong
+
+
+def forbidden(tree: ast.AST) -> list[str]:
+    """Calls and statements that load code, hide errors, or write behind autograd's back."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            found.append(f"bare except, line {node.lineno}")
+        if isinstance(node, ast.Attribute) and node.attr == "data":
+            found.append(f".data, line {node.lineno}")
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        if name in {"eval", "exec", "os.system", "torch.load", "torch.save", "compile", "assert_"}:
+            found.append(f"{name}, line {node.lineno}")
+        if name.split(".")[0] in {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}:
+            found.append(f"{name}, line {node.lineno}")
+        if keywords.get("shell") == "True" or keywords.get("weights_only") == "False":
+            found.append(f"{name}(shell or weights_only), line {node.lineno}")
+        if keywords.get("safe_serialization") == "False":
+            found.append(f"{name}(safe_serialization), line {node.lineno}")
+        if name in {"torch.manual_seed", "random.seed", "np.random.seed", "set_seed"}:
+            found.append(f"{name}, line {node.lineno}")
+    return found
+
+
+def bodies(tree: ast.AST) -> list[tuple[str, str]]:
+    """Name and normalised body of each function of five statements or more."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        if sum(isinstance(n, ast.stmt) for b in body for n in ast.walk(b)) >= 5:
+            found.append((node.name, "\n".join(ast.dump(b) for b in body)))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=place)
+def test_imports_go_one_way(path: Path) -> None:
+    assert not wrong_imports(path, TREES[path])
+
+
+@pytest.mark.parametrize("path", FILES, ids=place)
+def test_nothing_dangerous(path: Path) -> None:
+    # A run seeds itself; the recipe of the shipped model too.
+    seeds = {"run/train.py", "run/model.py", "run/trainer.py", "assets/pretrain.py"}
+    found = forbidden(TREES[path])
+    if place(path) in seeds:
+        found = [f for f in found if "seed" not in f]
+    assert not found
+
+
+def test_method_files_are_short() -> None:
+    for path in (SRC / "methods").glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 150, path.name
+
+
+def test_only_the_bridge_knows_the_inside_of_peft() -> None:
+    inside = {
+        place(path)
+        for path, tree in TREES.items()
+        for name in imported(tree)
+        if name.startswith(("peft.tuners.tuners_utils", "peft.utils.", "peft.mapping"))
+    }
+    assert inside == {"core/bridge.py"}
+
+
+def test_nothing_stands_twice() -> None:
+    """No two functions of five statements or more have the same body."""
+    seen = defaultdict(list)
+    for path, tree in TREES.items():
+        for name, body in bodies(tree):
+            seen[body].append(f"{place(path)}:{name}")
+    assert not [places for places in seen.values() if len(places) > 1]
+
+
+def test_every_module_says_what_it_is() -> None:
+    for path, tree in TREES.items():
+        assert isinstance(tree, ast.Module)
+        assert ast.get_docstring(tree) or place(path) == "_version.py", place(path)
+
+
+# The rules can be broken -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        ("core/x.py", "from plait.methods import cola"),
+        ("core/x.py", "import plait.run.config"),
+        ("kernels/x.py", "from plait.core.delta import Delta"),
+        ("run/x.py", "from plait.cli import main"),
+        ("methods/x.py", "import numpy as np"),
+        ("methods/x.py", "import peft"),
+        ("run/x.py", "def f():\n    import matplotlib"),
+        ("core/x.py", "from rich.table import Table"),
+    ],
+)
+def test_wrong_imports_are_found(file: str, code: str) -> None:
+    assert wrong_imports(SRC / file, ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.load(f)",
+        "import pickle\npickle.loads(b)",
+        "try:\n    f()\nexcept:\n    pass",
+        "p.data.add_(1)",
+        "subprocess.run(c, shell=True)",
+        "torch.manual_seed(0)",
+        "model.save_pretrained(d, safe_serialization=False)",
+    ],
+)
+def test_dangerous_code_is_found(code: str) -> None:
+    assert forbidden(ast.parse(code))
+
+
+def test_copies_are_found() -> None:
+    body = "    a = 1\n    b = a\n    for c in b:\n        a += c\n    return a\n"
+    one, two = bodies(ast.parse(f"def f():\n{body}\ndef g():\n    'Doc.'\n{body}"))
+    assert one[1] == two[1]
