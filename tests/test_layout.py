@@ -24,11 +24,11 @@ ALLOWED = {
 # Who may import these: heavy, optional, or another layer's business.
 ONLY = {
     "peft": {"core", "run"},
-    "transformers": {"core", "run", "assets"},
+    "transformers": {"core", "run", "assets", "cli"},
     "datasets": {"run"},
     "accelerate": {"run"},
-    "matplotlib": {"run/report.py"},
-    "jinja2": {"run/report.py"},
+    "matplotlib": {"run/report.py", "run/demo.py"},
+    "jinja2": {"run/report.py", "run/data.py"},
     "rich": {"cli", "run/callbacks.py"},
     "yaml": {"run/config.py"},
     "pydantic": {"run/config.py"},
@@ -37,7 +37,7 @@ ONLY = {
     "lm_eval": {"run/evaluate.py"},
     "triton": {"kernels"},
     "flwr": {"federated/flower.py"},
-    "pickle": set(),
+    "pickle": {"run/adapter.py"},  # the name of its error
 }
 METHOD_IMPORTS = {"plait", "torch", "dataclasses", "typing", "math", "warnings", "collections"}
 
@@ -71,7 +71,7 @@ def wrong_imports(path: Path, tree: ast.AST) -> list[str]:
         top, _, rest = name.partition(".")
         if top == "plait" and folder(path) in ALLOWED:
             part = rest.partition(".")[0]
-            if (SRC / part).is_dir() and part not in ALLOWED[folder(path)]:
+            if part and (SRC / part).is_dir() and part not in ALLOWED[folder(path)]:
                 wrong.append(name)
         if top in ONLY and not {folder(path), place(path)} & ONLY[top]:
             wrong.append(name)
@@ -86,8 +86,13 @@ def forbidden(tree: ast.AST) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler) and node.type is None:
             found.append(f"bare except, line {node.lineno}")
-        if isinstance(node, ast.Attribute) and node.attr == "data":
-            found.append(f".data, line {node.lineno}")
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, ast.AugAssign) else targets
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            targets = [node.func.value] if node.func.attr.endswith("_") else targets
+        names = [ast.unparse(t) for t in targets if isinstance(t, ast.Attribute)]
+        if any(n.endswith(".data") and n != "self.data" for n in names):
+            found.append(f"write through .data: {ast.unparse(node)}")
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
@@ -125,7 +130,7 @@ def test_imports_go_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=place)
 def test_nothing_dangerous(path: Path) -> None:
     # A run seeds itself; the recipe of the shipped model too.
-    seeds = {"run/train.py", "run/model.py", "run/trainer.py", "assets/pretrain.py"}
+    seeds = {"run/train.py", "run/model.py", "run/evaluate.py", "assets/pretrain.py"}
     found = forbidden(TREES[path])
     if place(path) in seeds:
         found = [f for f in found if "seed" not in f]
@@ -138,11 +143,13 @@ def test_method_files_are_short() -> None:
 
 
 def test_only_the_bridge_knows_the_inside_of_peft() -> None:
+    """Of what methods are built on; run reads the model it was given."""
     inside = {
         place(path)
         for path, tree in TREES.items()
         for name in imported(tree)
-        if name.startswith(("peft.tuners.tuners_utils", "peft.utils.", "peft.mapping"))
+        if folder(path) != "run"
+        and name.startswith(("peft.tuners.tuners_utils", "peft.utils.", "peft.mapping"))
     }
     assert inside == {"core/bridge.py"}
 
@@ -189,6 +196,8 @@ def test_wrong_imports_are_found(file: str, code: str) -> None:
         "import pickle\npickle.loads(b)",
         "try:\n    f()\nexcept:\n    pass",
         "p.data.add_(1)",
+        "p.data = q",
+        "p.data += q",
         "subprocess.run(c, shell=True)",
         "torch.manual_seed(0)",
         "model.save_pretrained(d, safe_serialization=False)",
