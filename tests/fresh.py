@@ -34,7 +34,11 @@ for place in places:
         assert types[place.name] == "LORA"
 assert not [name for name in sys.modules if name.split(".")[0] == "plait"]
 
+before = {name.split(".")[0] for name in sys.modules}
 import plait  # noqa: E402, F401
+
+brought = {name.split(".")[0] for name in sys.modules} - before
+assert brought <= {"plait"}, f"importing plait brings {brought}"
 
 for path in modules:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
