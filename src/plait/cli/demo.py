@@ -11,7 +11,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         description="Train LoRA and Dual LoRA on the shipped model and tasks; no download.",
     )
     parser.add_argument("folder", nargs="?", default="demo", metavar="DIR", help="default: demo")
-    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run")
     return parser
 
 

@@ -53,7 +53,7 @@ def demo_config(method: str, folder: Path, steps: int) -> RunConfig:
 
 def demo(
     path: str | Path,
-    steps: int = 160,
+    steps: int = 200,
     announce: Callable[[str], None] = lambda method: None,
     callbacks: Callable[[], list[Any]] = list,
     progress: Progress | None = None,
