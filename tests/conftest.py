@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from tests import tiny
 
 torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
 pytest.register_assert_rewrite("tests.contract")
 
 

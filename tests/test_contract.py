@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import plait
 from plait.core import registry
@@ -44,6 +46,17 @@ CASES = [
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_contract(check: Any, case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_any_shape(case: Case) -> None:
+    @settings(max_examples=5, deadline=None, derandomize=True, database=None)
+    @given(n_in=st.integers(1, 9), n_out=st.integers(1, 9), rows=st.integers(1, 3))
+    def check(n_in: int, n_out: int, rows: int) -> None:
+        contract.forward_is_weight(case, n_in, n_out)
+        contract.fast_is_naive(case, n_in, n_out, rows, tiles=(2, 4))
+
+    check()
 
 
 FORGETFUL = '''
