@@ -9,7 +9,8 @@ be called, trains as a plain gated LoRA under Trainer.
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 MANY_FORWARDS = 50  # training forwards without an event that no accumulation explains
 
 _deltas: "weakref.WeakSet[Delta]" = weakref.WeakSet()
-_adalora: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()  # steps seen
+_listeners: "weakref.WeakSet[Listener]" = weakref.WeakSet()
 _installed: list[Any] = []
+_stepping: list[Optimizer] = []  # the optimizer whose step is being completed
 
 
 class PlaitWarning(UserWarning):
@@ -37,6 +39,29 @@ class PlaitWarning(UserWarning):
 
 class EventNeverFired(RuntimeError):
     """A method with a schedule or a penalty trained and no optimizer step was seen."""
+
+
+class Listener:
+    """Something beside the Deltas that is called around the optimizer steps of its parameters.
+
+    Listeners come after the Deltas' own events. Whoever makes one keeps it alive.
+    """
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """A step counts if its optimizer holds one of these."""
+        raise NotImplementedError
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Called before a step, gradients complete and unscaled."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Called after a completed step, gradients still present."""
+
+
+def listen(listener: Listener) -> None:
+    """Call a listener around the optimizer steps from now on, as long as it is alive."""
+    _listeners.add(listener)
+    _install()
 
 
 def watch(delta: "Delta") -> None:
@@ -92,9 +117,11 @@ def _unscale(optimizer: Optimizer) -> None:
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     if _skipped(optimizer):
         return None
-    held = _held(optimizer)
-    if held or any(_holds(optimizer, tuner) for tuner in _adalora):
+    held, listeners = _held(optimizer), _listening(optimizer)
+    if held or listeners:
         _unscale(optimizer)
+    for listener in listeners:
+        listener.before_step(optimizer)
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if closure is None or not held:
         for deltas in held:
@@ -110,12 +137,43 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | N
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if _skipped(optimizer):
         return
-    for deltas in _held(optimizer):
-        after_step_of(deltas)
-    for tuner in list(_adalora):
-        if _holds(optimizer, tuner):
-            _adalora[tuner] += 1
-            tuner.update_and_allocate(_adalora[tuner])
+    with _completing(optimizer):
+        for deltas in _held(optimizer):
+            after_step_of(deltas)
+        for listener in _listening(optimizer):
+            listener.after_step(optimizer)
+
+
+@contextmanager
+def _completing(optimizer: Optimizer | None) -> Iterator[None]:
+    """Let `forget` know whose step it is."""
+    _stepping.extend([] if optimizer is None else [optimizer])
+    try:
+        yield
+    finally:
+        _stepping.clear()
+
+
+def _listening(optimizer: Optimizer) -> list[Listener]:
+    """The listeners that this optimizer's step concerns."""
+    if not _listeners:
+        return []
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [one for one in list(_listeners) if any(id(p) in held for p in one.parameters())]
+
+
+@torch.no_grad()
+def forget(p: nn.Parameter, index: Any = ...) -> None:
+    """Zero what the stepping optimizer remembers of a parameter's entries, such as its moments.
+
+    Args:
+        p: the parameter.
+        index: of the entries that start anew; all by default.
+    """
+    for optimizer in _stepping:
+        for value in optimizer.state.get(p, {}).values():
+            if isinstance(value, torch.Tensor) and value.shape == p.shape:
+                value[index] = 0
 
 
 def before_step(deltas: list["Delta"]) -> torch.Tensor | float:
@@ -152,14 +210,19 @@ def after_step_of(deltas: list["Delta"]) -> None:
     type(deltas[0]).after_all(deltas)
 
 
-def after_step(model: nn.Module) -> None:
+def after_step(model: nn.Module, optimizer: Any = None) -> None:
     """Fire the events by hand, for optimizers that are not torch optimizers.
 
     Call it after each step of the optimizer, before the gradients are cleared. Penalties are
     not added by this call: add `plait.penalty(model)` to the loss, once per optimizer step.
+
+    Args:
+        model: with plait's adapters.
+        optimizer: anything with torch's `state`, for methods that start ranks anew.
     """
-    for deltas in _of(model):
-        after_step_of(deltas)
+    with _completing(optimizer):
+        for deltas in _of(model):
+            after_step_of(deltas)
 
 
 def penalty(model: nn.Module) -> torch.Tensor | None:
@@ -195,8 +258,35 @@ def check_events(model: nn.Module) -> None:
     """Run the guard over all layers of a model, for the end of a training run."""
     for deltas in _of(model):
         check_fired(deltas[0])
-    for tuner in _adalora_models(model):
-        if not _adalora[tuner]:
+    for listener in list(_listeners):
+        if isinstance(listener, AdaLoraSchedule) and listener.inside(model):
+            listener.check()
+
+
+class AdaLoraSchedule(Listener):
+    """Calls upstream AdaLoRA's `update_and_allocate`, which nothing else calls."""
+
+    def __init__(self, tuner: Any, start: int) -> None:
+        self.tuner, self.t = weakref.ref(tuner), start
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Its gates."""
+        tuner = self.tuner()
+        named = [] if tuner is None else tuner.named_parameters()
+        return (p for n, p in named if "lora_E" in n)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """One more step."""
+        self.t += 1
+        self.tuner().update_and_allocate(self.t)  # type: ignore[union-attr]
+
+    def inside(self, model: nn.Module) -> bool:
+        """Whether it drives an adapter of this model."""
+        return any(m is self.tuner() for m in model.modules())
+
+    def check(self) -> None:
+        """Raise EventNeverFired where no step came."""
+        if not self.t:
             raise EventNeverFired(
                 "adalora: training ended and its schedule never ran. Train with a torch optimizer."
             )
@@ -212,7 +302,9 @@ def drive_adalora(model: nn.Module, start: int = 0) -> None:
     Raises:
         ValueError: no AdaLoRA in the model, several trainable adapters, or no total_step.
     """
-    tuners = _adalora_models(model, driven=False)
+    from peft.tuners.adalora import AdaLoraModel
+
+    tuners = [m for m in model.modules() if isinstance(m, AdaLoraModel)]
     if not tuners:
         raise ValueError("drive_adalora: the model has no AdaLoRA adapter. Wrap it first.")
     for tuner in tuners:
@@ -224,22 +316,8 @@ def drive_adalora(model: nn.Module, start: int = 0) -> None:
                 f"adalora: init_r == target_r == {config.init_r} leaves nothing to allocate and "
                 "fails in peft 0.21.2. Give init_r above target_r."
             )
-        _adalora[tuner] = start
-    _install()
-
-
-def _adalora_models(model: nn.Module, driven: bool = True) -> list[Any]:
-    from peft.tuners.adalora import AdaLoraModel
-
-    return [
-        m for m in model.modules() if isinstance(m, AdaLoraModel) and (not driven or m in _adalora)
-    ]
-
-
-def _holds(optimizer: Optimizer, tuner: Any) -> bool:
-    """Whether the optimizer trains an AdaLoRA tuner."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return any(id(p) in held for n, p in tuner.named_parameters() if "lora_E" in n)
+        tuner.plait_schedule = AdaLoraSchedule(tuner, start)
+        listen(tuner.plait_schedule)
 
 
 class PlaitCallback(TrainerCallback):
