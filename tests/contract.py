@@ -36,10 +36,11 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import plait
 from plait import DenseDelta, EventNeverFired, LowRankDelta, NotMergeable, PlaitWarning
-from plait.core.bridge import PlaitLayer
-from plait.core.delta import TaskTable, TokenRouter
+from plait.core.bridge import PlaitLayer, keep_trainable_on_cpu
+from plait.core.delta import planned
 from plait.core.events import MANY_FORWARDS
 from plait.core.export import to_lora
+from plait.core.mix import TaskTable, TokenRouter
 from tests import tiny
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
@@ -193,11 +194,17 @@ def naive(delta: Any, x: Tensor, ids: Tensor | None = None) -> Tensor:
     if isinstance(mix, Tensor):
         return x @ (delta.scaling * B @ mix.to(x.dtype) @ A).T
     n = len(mix.tasks) if isinstance(mix, TaskTable) else len(mix.G)
-    terms = [x @ (delta.scaling * B @ part).T for part in A.unflatten(0, (n, -1))]
+    parts = [A] * n if A.shape[0] * n == B.shape[1] else A.unflatten(0, (n, -1))
+    ups = [B] * n if B.shape[1] == len(parts[0]) else B.unflatten(1, (n, -1)).unbind(1)
+    terms = [x @ (delta.scaling * up @ part).T for part, up in zip(parts, ups, strict=True)]
     if isinstance(mix, TaskTable):
         assert ids is not None
         return torch.stack([terms[int(k)][row] for row, k in enumerate(ids)])
     weights = torch.softmax(x @ mix.G.to(x.dtype).T, -1)
+    if mix.top_k is not None:
+        least = weights.sort(-1, descending=True).values[..., mix.top_k - 1 : mix.top_k]
+        weights = weights.where(weights >= least, torch.zeros((), dtype=x.dtype))
+        weights = weights / weights.sum(-1, keepdim=True)
     return sum((weights[..., i : i + 1] * term for i, term in enumerate(terms)), torch.zeros(()))
 
 
@@ -256,9 +263,12 @@ def starts_are_reproducible(case: Case) -> None:
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name]), f"{name} is drawn anew"
     drawn = [n for n, p in trained(one).items() if p.any()]
-    assert any(not torch.equal(trained(one)[n], trained(other)[n]) for n in drawn), (
-        "the seed changes nothing"
-    )
+    differs = any(not torch.equal(trained(one)[n], trained(other)[n]) for n in drawn)
+    for a, b in zip(deltas(one), deltas(other), strict=True):  # what is drawn may not be trained
+        if isinstance(a, LowRankDelta):
+            pairs = zip(a.factors(), b.factors(), strict=True)
+            differs |= any(not torch.equal(p, q) for p, q in pairs)
+    assert differs, "the seed changes nothing"
 
 
 # Training --------------------------------------------------------------------------------------
@@ -312,7 +322,8 @@ def optimizers_agree(case: Case) -> None:
     for kind in ({"fused": True}, {"foreach": True}, {"foreach": False}):
         model = wrap(case)
         logits(model)  # fills what a method may keep between forwards
-        steps(model, adamw(model, 1e-3, **kind), 5, key=None)
+        # A larger eps: Adam makes steps of full size out of rounding where gradients are near 0.
+        steps(model, adamw(model, 1e-3, eps=1e-6, **kind), 5, key=None)
         fresh = wrap(case)
         fresh.load_state_dict(model.state_dict())
         assert torch.equal(logits(model), logits(fresh)), f"{kind}: stale values after a step"
@@ -543,8 +554,8 @@ def counts_are_the_formula(case: Case) -> None:
     """C11: trainable parameters follow the method's formula; rank(dW) is within rank()."""
     model = wrap(case)
     delta_cls = case.method.delta
-    expected = sum(
-        delta_cls.count(layer.plait_delta["default"].config, layer.in_features, layer.out_features)
+    expected = planned(
+        (delta_cls, layer.plait_delta["default"].config, layer.in_features, layer.out_features)
         for layer in layers(model)
     )
     found = sum(p.numel() for p in trained(model).values())
@@ -810,6 +821,7 @@ def quantised(bits: int) -> Any:
                     load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4"
                 ),
             ).eval()
+            keep_trainable_on_cpu(_quantised[bits])  # else its first evaluation takes other kernels
     return copy.deepcopy(_quantised[bits])
 
 

@@ -16,6 +16,29 @@ from tests.contract import CHECKS, Case
 ROUNDED = {"start_error": 1e-6}
 # A method that is not named here runs with its defaults.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    # A mask for each token comes from the global generator: tested in tests/test_droplora.py.
+    "droplora": [
+        {"options": {"scope": "token", "inner_dropout": 0.0}},
+        {"options": {"scope": "step", "inner_dropout": 0.25}},
+        {"options": {"scope": "step", "inner_dropout": 0.25, "init": "pissa"}},
+    ],
+    "sora": [{"options": {"l1_weight": 0.1}}, {"options": {"init": "pissa", "l1_weight": 0.1}}],
+    "alloc": [{"options": {"rounds": 0}}, {"options": {"rounds": 0, "init": "pissa"}}],
+    "nola": [
+        {"options": {"num_basis_A": 40, "num_basis_B": 48}, "lr": 5e-2},
+        {"options": {"a0": False, "basis_dtype": "bfloat16"}, "lr": 5e-2},
+    ],
+    "tied": [{}, {"options": {"train": ["u", "v"]}, "lr": 5e-2}],
+    "hydra": [
+        {"options": {"num_B": 3}, "experts": ("B", "G")},
+        {"options": {"num_B": 2, "independent_dropout": True}, "experts": ("B", "G")},
+        {"options": {"num_B": 2, "init": "pissa"}, "experts": ("B", "G")},
+    ],
+    "molora": [
+        {"options": {"r": 2, "num_experts": 3}, "experts": ("A", "B", "G")},
+        {"options": {"r": 2, "num_experts": 3, "top_k": 2}, "experts": ("A", "B", "G")},
+        {"options": {"r": 2, "num_experts": 2, "init": "pissa"}, "experts": ("A", "B", "G")},
+    ],
     "dual_lora": [{"options": {"gate_steps": 8}, "additive": {"ste": "identity"}}],
     "dual_module": [{"options": {"tinit": 2, "tfinal": 2, "deltaT": 1}}],
     "shared_b": [

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import plait
 from plait.core import DeltaConfig, LowRankDelta, registry
-from plait.core.delta import TokenRouter
 from plait.core.init import gaussian, kaiming
+from plait.core.mix import TokenRouter
 from tests import contract
 from tests.contract import CHECKS, Case
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import plait
 from plait.core import screening
 from plait.core.export import to_lora
+from plait.core.screening import Screening
 from tests import tiny
 from tests.contract import Case, adamw, batch, deltas, logits, one_layer, relative, steps, trained
 from tests.contract import wrap as wrap_case
@@ -233,7 +234,7 @@ def test_score_of_a_rank_adds_gate_and_means() -> None:
             buffer = getattr(delta, f"{mean}_{name}")
             buffer.copy_(tiny.numbers(*buffer.shape, key=key).abs())
     products = {n: getattr(delta, f"Ibar_{n}") * getattr(delta, f"Ubar_{n}") for n in names}
-    for k, found in enumerate(delta.scores()):
+    for k, found in enumerate(delta.gates[0].scores(delta)):
         wanted = products["E"][k] + products["A_e"][k].mean() + products["B_e"][:, k].mean()
         assert float(found) == pytest.approx(float(wanted))
 
@@ -385,7 +386,8 @@ def test_unknown_length_raises_at_the_first_step() -> None:
 
 def test_defaults_and_refused_options() -> None:
     config = plait.DualModuleLoraConfig(r=128)
-    assert config.ranks(128) == (32, 96, 80)
+    assert config.ranks(128) == (32, 96)
+    assert Screening.of(config).target(96) == 80
     assert (config.tinit, config.tfinal, config.deltaT) == (0.15, 0.5, 10)
     assert (config.beta1, config.beta2, config.orth_reg_weight) == (0.85, 0.85, 0.1)
     with pytest.raises(ValueError, match="r = 4, shared_r = 5"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from plait.core.delta import TaskTable, TokenRouter
+from plait.core.mix import TaskTable, TokenRouter
 from plait.kernels.dense_tiles import DenseTiles, tile_rows
 from plait.kernels.low_rank import up
 from tests import tiny

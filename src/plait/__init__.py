@@ -21,36 +21,60 @@ from plait.core import (
     find,
     register,
 )
-from plait.core.events import PlaitCallback, after_step, penalty
+from plait.core.allocation import set_development_batch
+from plait.core.events import (
+    PlaitCallback,
+    after_step,
+    drive_adalora,
+    penalty,
+    set_micro_batches,
+)
 from plait.core.export import LoraExport, to_lora
+from plait.methods.alloc import AllocLoraConfig
 from plait.methods.cola import ColaConfig
+from plait.methods.droplora import DropLoraConfig
 from plait.methods.dual_lora import DualLoraConfig
 from plait.methods.dual_module import DualModuleLoraConfig
+from plait.methods.hydra import HydraLoraConfig
+from plait.methods.molora import MoLoraConfig
+from plait.methods.nola import NolaConfig
 from plait.methods.shared_b import SharedBLoraConfig
+from plait.methods.sora import SoraConfig
+from plait.methods.tied import TiedLoraConfig
 
 # The function, bound after the package of the same name was imported above.
 from plait.core.registry import methods  # isort: skip
 
 __all__ = [
+    "AllocLoraConfig",
     "ColaConfig",
     "Delta",
     "DeltaConfig",
     "DenseDelta",
+    "DropLoraConfig",
     "DualLoraConfig",
     "DualModuleLoraConfig",
     "EventNeverFired",
+    "HydraLoraConfig",
     "LoraExport",
     "LowRankDelta",
     "Method",
+    "MoLoraConfig",
+    "NolaConfig",
     "NotMergeable",
     "PlaitCallback",
     "PlaitWarning",
     "SharedBLoraConfig",
+    "SoraConfig",
+    "TiedLoraConfig",
     "__version__",
     "after_step",
+    "drive_adalora",
     "find",
     "methods",
     "penalty",
     "register",
+    "set_development_batch",
+    "set_micro_batches",
     "to_lora",
 ]

@@ -8,12 +8,13 @@ from plait.core.delta import (
     FrozenLinear,
     LowRankDelta,
     NotMergeable,
-    TaskTable,
-    TokenRouter,
     less_start,
 )
 from plait.core.events import EventNeverFired, PlaitWarning
+from plait.core.free import FreeConfig, FreeDelta
+from plait.core.gate import Gate, gates, register_gate
 from plait.core.init import gaussian, kaiming, seeded, svd_start
+from plait.core.mix import TaskTable, TokenRouter
 from plait.core.registry import Method, find, methods, register
 
 __all__ = [
@@ -21,7 +22,10 @@ __all__ = [
     "DeltaConfig",
     "DenseDelta",
     "EventNeverFired",
+    "FreeConfig",
+    "FreeDelta",
     "FrozenLinear",
+    "Gate",
     "LowRankDelta",
     "Method",
     "NotMergeable",
@@ -29,12 +33,14 @@ __all__ = [
     "TaskTable",
     "TokenRouter",
     "find",
+    "gates",
     "gaussian",
     "kaiming",
     "less_start",
     "methods",
     "option",
     "register",
+    "register_gate",
     "screening",
     "seeded",
     "svd_start",

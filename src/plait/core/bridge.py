@@ -7,7 +7,7 @@ checkpoints describe themselves. The base weight is never edited except by merge
 import copy
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -28,17 +28,9 @@ from transformers.pytorch_utils import Conv1D
 
 from plait.core import combine, events
 from plait.core.config import DeltaConfig
-from plait.core.delta import (
-    Delta,
-    DenseDelta,
-    FrozenLinear,
-    LowRankDelta,
-    NotMergeable,
-    TaskTable,
-    TokenRouter,
-    task_index,
-)
+from plait.core.delta import Delta, DenseDelta, FrozenLinear, LowRankDelta, NotMergeable
 from plait.core.init import seeded
+from plait.core.mix import TaskTable, TokenRouter, task_index
 from plait.core.route import Route, Rows
 
 BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
@@ -75,7 +67,8 @@ def host(key: str, config: type[DeltaConfig], delta: type[Delta]) -> None:
     shared = {"prefix": f"{name}_", "__module__": delta.__module__}
     layer = type(f"{delta.__name__}Linear", (PlaitLayer,), {**shared, "delta_cls": delta})
     layer.adapter_layer_names = (f"{name}_delta",)
-    tuner = type(f"{delta.__name__}Model", (PlaitModel,), {**shared, "tuner_layer_cls": layer})
+    facts = {"tuner_layer_cls": layer, "uses_shared_state": bool(delta.shared)}
+    tuner = type(f"{delta.__name__}Model", (PlaitModel,), {**shared, **facts})
     for cls in (layer, tuner):  # where pickle looks for them
         setattr(sys.modules[delta.__module__], cls.__name__, cls)
     register_peft_method(name=name, config_cls=config, model_cls=tuner, prefix=f"{name}_")
@@ -136,8 +129,14 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         weight = self.get_base_weight()
         return weight.T if self.transposed else weight
 
-    def add_delta(self, adapter: str, config: DeltaConfig) -> None:
-        """Create the Delta of an adapter with this layer's rank and scale."""
+    def add_delta(self, adapter: str, config: DeltaConfig, siblings: Iterable[Any] = ()) -> None:
+        """Create the Delta of an adapter with this layer's rank and scale.
+
+        Args:
+            adapter: its name.
+            config: its config.
+            siblings: Deltas of the same adapter that were made before, for shared tensors.
+        """
         own = copy.copy(config)
         own.r = config.rank_pattern.get(
             get_pattern_key(list(config.rank_pattern), self.name), config.r
@@ -160,9 +159,14 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             delta.randomize(seeded(config.seed, self.name, adapter))
         delta.adapter = config
         delta.awaits_weights = config.awaits_weights
+        alike = (own.r, self.in_features, self.out_features)
+        owner = next((d for d in siblings if d.alike == alike and not d.owner), None)
         empty = any(p.is_meta for p in delta.parameters())  # low_cpu_mem_usage: filled on load
         if weight.is_meta or not empty:
             delta.to(device=weight.device, dtype=wide)
+        if owner is not None:
+            delta.borrow(owner)
+        self.route.wants_mask |= delta.wants_mask
         self.plait_delta[adapter] = delta.train(self.training)
         events.watch(delta)
 
@@ -215,7 +219,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             )
         if isinstance(delta, DenseDelta) or not self.route.used:
             return delta(x)
-        return delta(x, self._task_ids(delta, x, rows))
+        return delta(x, self._task_ids(delta, x, rows), rows)
 
     def _enter(self, delta: Any) -> None:
         """Count a training forward for the guard; refuse weights that never came."""
@@ -252,8 +256,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             if name not in self.plait_delta:  # BASE, or an adapter that leaves this layer alone
                 continue
             own = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-            ids = rows.task_ids[own] if rows.task_ids is not None else None
-            update = self._update(self.plait_delta[name], x[own], Rows(None, ids))
+            update = self._update(self.plait_delta[name], x[own], rows.of(own))
             y = y.index_add(0, own, update.to(y.dtype))
         return y
 
@@ -364,6 +367,7 @@ class PlaitModel(BaseTuner):
             model.peft_config = inner
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        keep_trainable_on_cpu(model)
         layers = (m for m in model.modules() if isinstance(m, PlaitLayer))
         found = next(layers, None)  # adapters added without a tuner object share the first route
         self.plait_route = found.route if found is not None else Route()
@@ -394,12 +398,16 @@ class PlaitModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        earlier: list[Any] = []
+        if self.uses_shared_state:
+            layers = (layer for layer in self.plait_layers() if adapter_name in layer.plait_delta)
+            earlier = [layer.plait_delta[adapter_name] for layer in layers]
         if isinstance(target, self.tuner_layer_cls):
-            target.add_delta(adapter_name, peft_config)  # type: ignore[operator]
+            target.add_delta(adapter_name, peft_config, earlier)  # type: ignore[operator]
             return
         make: Any = self.tuner_layer_cls
         layer = make(target, current_key, self.plait_route, **get_quantization_kwargs(self.model))
-        layer.add_delta(adapter_name, peft_config)
+        layer.add_delta(adapter_name, peft_config, earlier)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -543,6 +551,21 @@ class PlaitModel(BaseTuner):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether dW exists without an input."""
         return all(layer.supports_lora_conversion(adapter_name) for layer in self.plait_layers())
+
+
+def keep_trainable_on_cpu(model: nn.Module) -> None:
+    """Let gradients pass 4-bit layers on a CPU after an evaluation, too.
+
+    bitsandbytes 0.50 packs them anew for inference at the first evaluation on a CPU with AVX512
+    bf16 and never back: from then on no gradient passes, silently. Its own switch turns that off.
+    """
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            layer: Any = module
+            state = getattr(layer.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                layer.state_dict()  # unpacks
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _generate(generate: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

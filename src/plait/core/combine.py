@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.core.delta import Delta, LowRankDelta
+from plait.core.route import Rows
 
 
 class WeightedSum(Delta):
@@ -25,10 +26,12 @@ class WeightedSum(Delta):
         self.weights = list(weights)
         self.scaling = 1.0
 
-    def forward(self, x: Tensor, task_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, task_ids: Tensor | None = None, rows: Rows | None = None
+    ) -> Tensor:
         """sum_i w_i dW_i x, (.., in) to (.., out)."""
         sums = [
-            w * part(x, *([task_ids] if isinstance(part, LowRankDelta) else []))
+            w * part(x, *([task_ids, rows] if isinstance(part, LowRankDelta) else []))
             for w, part in zip(self.weights, self.parts, strict=True)
         ]
         return torch.stack(sums).sum(0)

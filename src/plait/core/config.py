@@ -30,6 +30,28 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(sorted(names))}."
 
 
+def check_option(name: str, kind: Any, facts: Any, value: Any) -> None:
+    """Refuse a value outside a field's bounds or its Literal.
+
+    Raises:
+        ValueError: with the option's name, the value and the range.
+    """
+    if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
+        known = ", ".join(map(repr, typing.get_args(kind)))
+        raise ValueError(f"{name} = {value!r} is not known. Use one of {known}.")
+    least, above = facts.get("least"), facts.get("above")
+    if value is None or (least is None and above is None):
+        return
+    whole = kind is int or kind == int | None
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        noun = "whole number" if whole else "number"
+        raise ValueError(f"{name} = {value!r} is not a {noun}. Give one.")
+    if not math.isfinite(value) or (least is not None and value < least):
+        raise ValueError(f"{name} = {value!r} is out of range. Give {least} or more.")
+    if above is not None and value <= above:
+        raise ValueError(f"{name} = {value!r} is out of range. Give more than {above}.")
+
+
 @dataclass
 class DeltaConfig(PeftConfig):
     """Options that every method shares. A method's config adds its own.
@@ -39,6 +61,7 @@ class DeltaConfig(PeftConfig):
     """
 
     key: ClassVar[str] = ""  # the registry key, set by plait.register
+    delta_cls: ClassVar[Any] = None  # the method's Delta, set likewise
     total_steps_needed: ClassVar[bool] = False
 
     r: int = option(8, "Rank of the update.", least=1)
@@ -71,6 +94,9 @@ class DeltaConfig(PeftConfig):
     bias: Literal["none", "all", "plait_only"] = option(
         "none", "Biases to train: none, all, or those of the adapted layers."
     )
+    gates: list[str | dict[str, Any]] | None = option(
+        None, "Further gates on the rank axis: names, or mappings of name and options."
+    )
     seed: int = option(0, "Seed of all draws of this adapter.")
     init_weights: bool = option(
         True, "True: the method's start. False: a random start with dW != 0, for tests."
@@ -102,31 +128,15 @@ class DeltaConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern was given without layers_to_transform. Give both.")
         for f in fields(self):
-            self._check(f.name, f.type, f.metadata, getattr(self, f.name))
+            check_option(f.name, f.type, f.metadata, getattr(self, f.name))
         for pattern, rank in self.rank_pattern.items():
-            self._check(f"rank_pattern[{pattern!r}]", int, {"least": 1}, rank)
+            check_option(f"rank_pattern[{pattern!r}]", int, {"least": 1}, rank)
         for pattern, alpha in self.alpha_pattern.items():
-            self._check(f"alpha_pattern[{pattern!r}]", float, {"above": 0}, alpha)
+            check_option(f"alpha_pattern[{pattern!r}]", float, {"above": 0}, alpha)
         if self.lora_dropout >= 1:
             raise ValueError(f"lora_dropout = {self.lora_dropout}. Give a fraction below 1.")
-
-    @staticmethod
-    def _check(name: str, kind: Any, facts: Any, value: Any) -> None:
-        """Refuse a value outside the field's bounds or its Literal."""
-        if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
-            known = ", ".join(map(repr, typing.get_args(kind)))
-            raise ValueError(f"{name} = {value!r} is not known. Use one of {known}.")
-        least, above = facts.get("least"), facts.get("above")
-        if value is None or (least is None and above is None):
-            return
-        whole = kind is int or kind == int | None
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            noun = "whole number" if whole else "number"
-            raise ValueError(f"{name} = {value!r} is not a {noun}. Give one.")
-        if not math.isfinite(value) or (least is not None and value < least):
-            raise ValueError(f"{name} = {value!r} is out of range. Give {least} or more.")
-        if above is not None and value <= above:
-            raise ValueError(f"{name} = {value!r} is out of range. Give more than {above}.")
+        if self.delta_cls is not None:
+            self.delta_cls.check_gates(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The options as a dictionary that json can write; sets become sorted lists."""
@@ -163,5 +173,7 @@ class DeltaConfig(PeftConfig):
         config.awaits_weights = True
         return config
 
-    # Not a field: whether deltas built from this config are about to be loaded from a file.
+    # Not fields: whether deltas built from this config are about to be loaded from a file; the
+    # micro-batches of an optimizer step, where somebody told.
     awaits_weights: ClassVar[bool] = False
+    micro_batches: ClassVar[int | None] = None

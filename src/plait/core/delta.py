@@ -6,7 +6,7 @@ and in the rest of core, once.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from plait.core import events
 from plait.core.config import DeltaConfig
-from plait.core.init import svd_start
+from plait.core.gate import Gate, gates_of
+from plait.core.init import kaiming, seeded, svd_start
+from plait.core.mix import TaskTable, TokenRouter
+from plait.core.route import Rows
 from plait.kernels.dense_tiles import DenseTiles, tile_rows
 from plait.kernels.low_rank import up
 
@@ -77,6 +80,9 @@ class Delta(nn.Module):
     alive: ClassVar[tuple[tuple[str, ...], ...]] = ()
     # Buffers that a file may lack or that a method drops on its way, see _load_from_state_dict.
     optional_buffers: ClassVar[tuple[str, ...]] = ()
+    wants_mask: bool = False  # whether the forward uses the batch's padding mask
+    # Tensors that all layers of one shape share; the first such layer owns and saves them.
+    shared: ClassVar[tuple[str, ...]] = ()
 
     t: Tensor | None
 
@@ -91,6 +97,8 @@ class Delta(nn.Module):
         self.stepped = False  # an event came
         self.fresh = True  # at its start, before the first step: the update may be zero
         self.awaits_weights = False  # made from a saved config, weights not loaded yet
+        self.gates: list[Gate] = []
+        self.owner: list[Delta] = []  # who holds the shared tensors, where it is another Delta
         self.register_buffer("t", None)
         self.register_state_dict_pre_hook(_check_fired)
 
@@ -100,6 +108,20 @@ class Delta(nn.Module):
     def count(cls, config: Any, in_features: int, out_features: int) -> int:
         """Trainable parameters of one layer, by the method's formula."""
         raise NotImplementedError
+
+    @classmethod
+    def check_gates(cls, config: Any) -> None:
+        """Refuse gates that cannot act on the method."""
+        if config.gates:
+            raise ValueError(
+                f"gates = {config.gates}: {config.key} has no rank axis that a gate could act on. "
+                "Leave gates out."
+            )
+
+    @classmethod
+    def count_shared(cls, config: Any, in_features: int, out_features: int) -> int:
+        """Trainable parameters that all layers of one shape and rank share, counted once."""
+        return 0
 
     def penalty(self) -> Tensor | None:
         """A scalar whose gradient enters once per optimizer step, or None.
@@ -118,11 +140,22 @@ class Delta(nn.Module):
     def loaded(self) -> None:
         """Recompute what is derived from saved state."""
 
+    def check_step(self) -> None:
+        """Refuse a training forward that the method cannot serve."""
+
+    def before_step(self) -> None:
+        """Refuse an optimizer step whose gradients are not what the method needs."""
+
     # What the core provides ---------------------------------------------------------------------
 
     def count_steps(self) -> None:
         """Count completed optimizer steps in the buffer `t`; makes the event required."""
         self.t = torch.zeros((), dtype=torch.int64)
+
+    @property
+    def alike(self) -> tuple[int, int, int]:
+        """Rank and shape (r, in, out): layers that agree in it share tensors."""
+        return self.config.r, self.base.in_features, self.base.out_features
 
     @property
     def steps(self) -> int:
@@ -144,13 +177,26 @@ class Delta(nn.Module):
             )
         return self.adapter.total_steps
 
+    def own_rates(self) -> dict[str, float | None]:
+        """Parameters that decay never reaches -> their own base learning rate, or None."""
+        return {name: lr for gate in self.gates for name, lr in gate.own_rates(self).items()}  # type: ignore[arg-type]
+
+    def borrow(self, owner: "Delta") -> None:
+        """Use the shared tensors of another Delta of the same adapter, shape and rank."""
+        self.owner = [owner]
+        for name in self.shared:
+            if name in owner._parameters:
+                self.register_parameter(name, owner._parameters[name])
+            else:
+                self.register_buffer(name, owner._buffers[name])
+
     @property
     def needs_events(self) -> bool:
         """Whether training without optimizer-step events would be wrong."""
         cls = type(self)
         return self.t is not None or any(
             vars_of(cls, name) is not vars_of(Delta, name)
-            for name in ("penalty", "after_step", "after_all")
+            for name in ("penalty", "after_step", "after_all", "before_step")
         )
 
     def autocast(self) -> torch.dtype | None:
@@ -195,11 +241,21 @@ class Delta(nn.Module):
                     self, name, None if saved is None else torch.empty_like(saved, device=device)
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.owner:  # what it holds may have been replaced just now
+            self.borrow(self.owner[0])
+            missing = args[2]
+            missing[:] = [k for k in missing if k.removeprefix(prefix) not in self.shared]
         if ours:
             self.awaits_weights = False
             self.fresh = self.t is not None and not self.t.is_meta and not self.steps
             self._check_alive()
             self.loaded()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save; shared tensors stand in the file once, with their owner."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.shared if self.owner else ():
+            destination.pop(prefix + name, None)
 
     def _check_alive(self) -> None:
         for group in self.alive:
@@ -219,64 +275,61 @@ class Delta(nn.Module):
         )
 
 
-@dataclass
-class TokenRouter:
-    """Softmax weights per token over n groups of the rank axis: h = sum_i w_i z_i.
+class LowRankDelta(Delta):
+    """dW = s B_cat mix(gate A_cat): a sum of products, mixed in rank space.
 
-    G: (n, in), no bias; w = softmax(G x) in fp32. The token alone decides: no look at other tokens.
+    The rank axis is groups of `ranks` ranks, one after the other; a gate acts on rank k of each.
+
+    Attributes:
+        gates: what acts on the rank axis.
+        ranks: ranks that gates act on, slots without a live rank included.
     """
 
-    G: Tensor
+    own_gates: ClassVar[tuple[type[Gate], ...]] = ()  # that make the method
+    # Parameters and buffers with a rank axis -> that axis; what gates that start ranks anew need.
+    rank_axes: ClassVar[dict[str, int]] = {}
 
-    def __call__(self, x: Tensor, z: Tensor) -> Tensor:
-        """Mix z (.., n r) to (.., r) by the un-dropped x (.., in)."""
-        w = F.linear(x, self.G.to(x.dtype)).softmax(
-            -1, dtype=torch.promote_types(x.dtype, torch.float32)
-        )
-        z = z.unflatten(-1, (self.G.shape[0], -1))  # (.., n, r)
-        return (w.to(z.dtype).unsqueeze(-2) @ z).squeeze(-2)
+    def __init__(self, base: FrozenLinear, config: DeltaConfig, gen: torch.Generator) -> None:
+        super().__init__(base, config, gen)
+        self.gates = gates_of(config, type(self))
+        self.ranks = type(self).slots_of(config)
+        for gate in self.gates:
+            gate.prepare(self, self.ranks, seeded(config.seed, base.name, gate.key))
 
+    @classmethod
+    def check_gates(cls, config: Any) -> None:
+        """Refuse unknown gates and options, and gates that cannot act on the method."""
+        gates_of(config, cls)
 
-@dataclass
-class TaskTable:
-    """One group of the rank axis per task: h = z_task."""
+    @classmethod
+    def gated(cls, config: Any) -> int:
+        """Ranks of a layer that gates act on."""
+        return config.r
 
-    tasks: Sequence[str]
-
-    def __call__(self, ids: Tensor, z: Tensor) -> Tensor:
-        """Pick each row's group from z (.., n r); ids (batch,) or of the leading shape of z.
-
-        Raises:
-            ValueError: ids of another shape, or outside 0..n-1.
-        """
-        n, lead = len(self.tasks), z.shape[:-1]
-        ids = ids.to(z.device)
-        if ids.shape != lead[: ids.ndim]:
-            raise ValueError(
-                f"task_ids has shape {tuple(ids.shape)}, the layer's input leads {tuple(lead)}. "
-                "Give one id for each row of the batch; leave layers without rows, such as those "
-                "of relative positions, out of target_modules."
-            )
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n:
-            raise ValueError(
-                f"task_ids holds {int(ids.min())}..{int(ids.max())}; the adapter has tasks "
-                f"0..{n - 1} ({', '.join(self.tasks)}). Map each row's task to its index."
-            )
-        z = z.unflatten(-1, (n, -1))  # (.., n, r)
-        index = ids.reshape(ids.shape + (1,) * (z.ndim - ids.ndim)).expand(*lead, 1, z.shape[-1])
-        return z.gather(-2, index).squeeze(-2)
-
-
-class LowRankDelta(Delta):
-    """dW = s B_cat mix(gate A_cat): a sum of products, mixed in rank space."""
+    @classmethod
+    def slots_of(cls, config: Any) -> int:
+        """Ranks that the factors have room for: `gated`, or more where a gate wants spare ones."""
+        ranks = cls.gated(config)
+        return max([ranks, *(gate.slots(ranks) for gate in gates_of(config, cls))])
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A_cat (R_in, in) and B_cat (out, R_out)."""
         raise NotImplementedError
 
+    def live(self) -> Tensor | None:
+        """The product of the gates, (ranks,), or None."""
+        values = [v for v in (gate.value(self) for gate in self.gates) if v is not None]
+        return torch.stack(values).prod(0) if len(values) > 1 else next(iter(values), None)
+
+    def spread(self, g: Tensor) -> Tensor:
+        """A gate (.., ranks) on the whole rank axis, (.., R_in)."""
+        A, _ = self.factors()
+        return g.repeat(*[1] * (g.ndim - 1), len(A) // g.shape[-1])
+
     def gate(self) -> Tensor | None:
         """Factor on the rank axis (R_in,), or None."""
-        return None
+        g = self.live()
+        return None if g is None else self.spread(g)
 
     def mix(self) -> Tensor | TokenRouter | TaskTable | None:
         """None (R_in == R_out), a constant matrix (R_out, R_in), a token router or a task table."""
@@ -286,16 +339,52 @@ class LowRankDelta(Delta):
         """Rank activations (.., R_in) of x (.., in); input dropout acts here, one mask a call."""
         return F.linear(F.dropout(x, self.dropout, self.training), A)
 
-    def forward(self, x: Tensor, task_ids: Tensor | None = None) -> Tensor:
+    @torch.no_grad()
+    def revive(self, index: Tensor, gen: torch.Generator) -> None:
+        """Start ranks anew, with an update of zero and no memory in the stepping optimizer.
+
+        Args:
+            index: of the ranks (k,).
+            gen: of the draws.
+        """
+        fresh = self.start_of(index, gen)
+        for name, value in fresh.items():
+            p = self.get_parameter(name)
+            axis = self.rank_axes[name] % p.ndim
+            where = (*(slice(None) for _ in range(axis)), index)
+            p[where] = value.to(p)
+            events.forget(p, where)
+
+    def start_of(self, index: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
+        """Start values of some ranks by parameter: LoRA's, or those that are subtracted."""
+        fresh = {}
+        for name in ("A", "B"):
+            p, start = self.get_parameter(name), self._buffers.get(f"{name}0")
+            axis = self.rank_axes[name]
+            shape = list(p.shape)
+            shape[axis] = len(index)
+            if start is not None:
+                fresh[name] = start.index_select(axis, index).expand(shape)
+            else:
+                fresh[name] = kaiming(gen, *shape) if name == "A" else torch.zeros(shape)
+        return fresh
+
+    def forward(
+        self, x: Tensor, task_ids: Tensor | None = None, rows: Rows | None = None
+    ) -> Tensor:
         """s mix(gate x A^T) B^T: (.., in) to (.., out), computed in the dtype of x.
 
         Args:
             x: (.., in).
             task_ids: (batch,), for a task table only.
+            rows: what else is known of the rows, for balance losses.
         """
+        if self.training:
+            self.check_step()
         A, B = self.factors()
         mix = self.mix()
         if isinstance(mix, TokenRouter):
+            mix.rows = rows
             apply = lambda z: mix(x, z)  # noqa: E731
         elif isinstance(mix, TaskTable):
             if task_ids is None:
@@ -308,7 +397,11 @@ class LowRankDelta(Delta):
             apply = lambda z: F.linear(z, mix.to(z.dtype))  # noqa: E731
         else:
             apply = None
-        return up(self.down(x, A.to(x.dtype)), B, self.scaling, self.gate(), apply)
+        z = self.down(x, A.to(x.dtype))
+        for gate in self.gates if self.training else ():
+            mask = gate.mask(self, z, self.ranks)
+            z = z if mask is None else z * self.spread(mask)
+        return up(z, B, self.scaling, self.gate(), apply)
 
     @torch.no_grad()
     def folded(
@@ -335,18 +428,24 @@ class LowRankDelta(Delta):
                     f"{key} cannot be merged: its update depends on the token. "
                     'Use merge(approx="mean") or keep the adapter.'
                 )
-            A = A.unflatten(0, (mix.G.shape[0], -1)).mean(0)
+            mix = mix.uniform(len(A))
         elif isinstance(mix, TaskTable):
             if task is None:
                 raise NotMergeable(
                     f"{key} cannot be merged: its update depends on the task. "
                     f"Name one of {', '.join(mix.tasks)}: merge(task=...)."
                 )
-            A = A.unflatten(0, (len(mix.tasks), -1))[task_index(mix.tasks, task)]
-        elif mix is not None:  # mix = L R of rank rho; never wider than its rank
-            U, S, Vh = torch.linalg.svd(mix.to(A), full_matrices=False)
-            rho = int((S[:1] * max(mix.shape) * torch.finfo(S.dtype).eps < S).sum())
-            A, B = Vh[:rho] @ A, B @ (U[:, :rho] * S[:rho])
+            mix = mix.chosen(task, len(A))
+        if mix is not None:
+            mix = mix.to(A)
+            rho = int(torch.linalg.matrix_rank(mix))
+            if rho == len(mix):
+                A = mix @ A
+            elif rho == mix.shape[1]:
+                B = B @ mix
+            else:  # mix = L R of rank rho; never wider than its rank
+                U, S, Vh = torch.linalg.svd(mix, full_matrices=False)
+                A, B = Vh[:rho] @ A, B @ (U[:, :rho] * S[:rho])
         alive = (A != 0).any(1) & (B != 0).any(0)
         return A[alive], B[:, alive]
 
@@ -377,9 +476,6 @@ class DenseDelta(Delta):
         """Rows start:stop of dW / s, (stop - start, in), in the factors' dtype."""
         raise NotImplementedError
 
-    def check_step(self) -> None:
-        """Refuse a training forward that the method cannot serve."""
-
     def _rows(self, start: int, stop: int) -> Tensor:
         return self.scaling * self.weight_rows(start, stop)
 
@@ -393,7 +489,8 @@ class DenseDelta(Delta):
             weight: frozen base weight (out, in), or None.
             bias: (out,), with weight.
         """
-        self.check_step()
+        if self.training:
+            self.check_step()
         x = F.dropout(x, self.dropout, self.training)
         height = self.tile or tile_rows(self.base.in_features, x.device)
         x = x.to(self.autocast() or x.dtype)
@@ -472,6 +569,25 @@ def less_start(
     )
 
 
+def planned(layers: Iterable[tuple[type[Delta], Any, int, int]]) -> int:
+    """Trainable parameters of an adapter by the method's formulas.
+
+    Args:
+        layers: of each layer the Delta class, the layer's config, in and out.
+    """
+    total, shapes = 0, set()
+    for cls, config, n_in, n_out in layers:
+        total += cls.count(config, n_in, n_out)
+        if issubclass(cls, LowRankDelta):  # gates that make the method stand in its formula
+            own = len(cls.own_gates)
+            ranks = cls.slots_of(config)
+            total += sum(gate.count(ranks) for gate in gates_of(config, cls)[own:])
+        if (config.r, n_in, n_out) not in shapes:
+            shapes.add((config.r, n_in, n_out))
+            total += cls.count_shared(config, n_in, n_out)
+    return total
+
+
 @contextmanager
 def mode(delta: Delta, training: bool) -> Iterator[None]:
     """The Delta in training or evaluation mode, inside."""
@@ -480,14 +596,3 @@ def mode(delta: Delta, training: bool) -> Iterator[None]:
         yield
     finally:
         delta.training = before
-
-
-def task_index(tasks: Sequence[str], task: str) -> int:
-    """The index of a task's name.
-
-    Raises:
-        ValueError: an unknown name; the message lists those that exist.
-    """
-    if task not in tasks:
-        raise ValueError(f"Task {task!r} is not in this adapter. It has: {', '.join(tasks)}.")
-    return tasks.index(task)

@@ -7,6 +7,7 @@ scaler skips does not count. Nobody has to call anything: upstream AdaLoRA, whos
 be called, trains as a plain gated LoRA under Trainer.
 """
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,7 @@ MANY_FORWARDS = 50  # training forwards without an event that no accumulation ex
 _deltas: "weakref.WeakSet[Delta]" = weakref.WeakSet()
 _listeners: "weakref.WeakSet[Listener]" = weakref.WeakSet()
 _installed: list[Any] = []
+_rates: dict[int, list[Callable[[], None]]] = {}  # what to finish after a step, by optimizer
 _stepping: list[Optimizer] = []  # the optimizer whose step is being completed
 
 
@@ -122,6 +124,7 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | N
         _unscale(optimizer)
     for listener in listeners:
         listener.before_step(optimizer)
+    _rates[id(optimizer)] = _free_from_decay(optimizer, held)
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if closure is None or not held:
         for deltas in held:
@@ -137,11 +140,51 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | N
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if _skipped(optimizer):
         return
+    for finish in _rates.pop(id(optimizer), []):
+        finish()
     with _completing(optimizer):
         for deltas in _held(optimizer):
             after_step_of(deltas)
         for listener in _listening(optimizer):
             listener.after_step(optimizer)
+
+
+# Optimizers that add weight decay to the gradient; all others take it off the weight.
+_COUPLED = ("SGD", "ASGD", "Adagrad", "Adadelta", "RMSprop", "Rprop", "LBFGS")
+
+
+@torch.no_grad()
+def _free_from_decay(optimizer: Optimizer, held: list[list["Delta"]]) -> list[Callable[[], None]]:
+    """Keep weight decay, and another learning rate than their own, from what a Delta names.
+
+    Whatever groups the user's optimizer has: a step is linear in the learning rate, so what it did
+    to a parameter can be scaled, and its decay be put back. Returns what to call after the step.
+    """
+    own = {
+        id(delta.get_parameter(name)): lr
+        for deltas in held
+        for delta in deltas
+        for name, lr in delta.own_rates().items()
+    }
+    found: list[Callable[[], None]] = []
+    for group in optimizer.param_groups if own else ():
+        rate, decay = float(group["lr"]), group.get("weight_decay", 0.0)
+        coupled = not group.get("decoupled_weight_decay", type(optimizer).__name__ not in _COUPLED)
+        for p in (p for p in group["params"] if id(p) in own and p.grad is not None):
+            if decay and coupled:
+                p.grad = p.grad - decay * p
+            wanted = own[id(p)]
+            scale = 1.0 if wanted is None else wanted / float(group.get("initial_lr", rate))
+            back = rate * decay if decay and not coupled else 0.0
+            if back or scale != 1:
+                found.append(functools.partial(_rescale, p, p.detach().clone(), scale, back))
+    return found
+
+
+@torch.no_grad()
+def _rescale(p: nn.Parameter, before: torch.Tensor, scale: float, back: float) -> None:
+    """p = before + scale * (its step without weight decay)."""
+    p.copy_(before + scale * (p - before + back * before))
 
 
 @contextmanager
@@ -178,8 +221,11 @@ def forget(p: nn.Parameter, index: Any = ...) -> None:
 
 def before_step(deltas: list["Delta"]) -> torch.Tensor | float:
     """Add the penalties' gradient to `.grad`, check what the method needs; returns the penalty."""
-    if deltas[0].adapter.total_steps_needed:
-        _ = deltas[0].total_steps
+    first = deltas[0]
+    if first.adapter.total_steps_needed or any(g.total_steps_needed for g in first.gates):
+        _ = first.total_steps
+    for delta in deltas:
+        delta.before_step()
     with torch.enable_grad():
         total = _penalty(deltas)
     if total is None:
@@ -193,9 +239,11 @@ def before_step(deltas: list["Delta"]) -> torch.Tensor | float:
 
 
 def _penalty(deltas: list["Delta"]) -> torch.Tensor | None:
-    """The mean over the layers of an adapter, or None."""
-    terms = [p for p in (delta.penalty() for delta in deltas) if p is not None]
-    return torch.stack(terms).sum() / len(deltas) if terms else None
+    """The mean over the layers of an adapter, and what its gates add; or None."""
+    terms = [p / len(deltas) for p in (delta.penalty() for delta in deltas) if p is not None]
+    gated: Any = deltas
+    terms += [p for p in (g.penalty(gated) for g in deltas[0].gates) if p is not None]
+    return torch.stack(terms).sum() if terms else None
 
 
 @torch.no_grad()
@@ -207,7 +255,11 @@ def after_step_of(deltas: list["Delta"]) -> None:
         delta.forwards = 0
         delta.stepped, delta.fresh = True, False
         delta.after_step()
+        for gate in delta.gates:
+            gate.after_step(delta)  # type: ignore[arg-type]
     type(deltas[0]).after_all(deltas)
+    for gate in deltas[0].gates:
+        gate.after_all(deltas)  # type: ignore[arg-type]
 
 
 def after_step(model: nn.Module, optimizer: Any = None) -> None:
@@ -221,17 +273,18 @@ def after_step(model: nn.Module, optimizer: Any = None) -> None:
         optimizer: anything with torch's `state`, for methods that start ranks anew.
     """
     with _completing(optimizer):
-        for deltas in _of(model):
+        for deltas in adapters_of(model):
             after_step_of(deltas)
 
 
 def penalty(model: nn.Module) -> torch.Tensor | None:
     """The sum of the penalties of a model, for logging or for a hand-written loop."""
-    sums = [p for p in map(_penalty, _of(model)) if p is not None]
+    sums = [p for p in map(_penalty, adapters_of(model)) if p is not None]
     return torch.stack(sums).sum() if sums else None
 
 
-def _of(model: nn.Module) -> list[list["Delta"]]:
+def adapters_of(model: nn.Module) -> list[list["Delta"]]:
+    """The Deltas of a model that have events, a list for each adapter, in layer order."""
     inside = {id(m) for m in model.modules()}
     return _by_adapter(lambda delta: id(delta) in inside)
 
@@ -256,7 +309,7 @@ def check_fired(delta: "Delta") -> None:
 
 def check_events(model: nn.Module) -> None:
     """Run the guard over all layers of a model, for the end of a training run."""
-    for deltas in _of(model):
+    for deltas in adapters_of(model):
         check_fired(deltas[0])
     for listener in list(_listeners):
         if isinstance(listener, AdaLoraSchedule) and listener.inside(model):
@@ -321,15 +374,31 @@ def drive_adalora(model: nn.Module, start: int = 0) -> None:
 
 
 class PlaitCallback(TrainerCallback):
-    """Optional, for Trainer and TRL: fills `total_steps` of every plait adapter at the start."""
+    """Optional, for Trainer and TRL: tells every plait adapter what only the Trainer knows.
+
+    That is `total_steps`, and the micro-batches of an optimizer step. Upstream AdaLoRA is driven
+    too, from the step where training starts.
+    """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell the adapters how many optimizer steps are planned."""
-        set_total_steps(kwargs["model"], state.max_steps)
+        """Tell the adapters how many optimizer steps are planned, of how many micro-batches."""
+        model = kwargs["model"]
+        set_total_steps(model, state.max_steps)
+        set_micro_batches(model, args.gradient_accumulation_steps)
 
 
 def set_total_steps(model: nn.Module, total_steps: int) -> None:
     """Set `total_steps` of every adapter whose config leaves it open."""
-    for deltas in _of(model):
+    for deltas in adapters_of(model):
         if deltas[0].adapter.total_steps is None:
             deltas[0].adapter.total_steps = total_steps
+
+
+def set_micro_batches(model: nn.Module, count: int) -> None:
+    """Tell the adapters how many micro-batches make an optimizer step.
+
+    Losses of activations, such as molora's balance, enter as the mean over them. PlaitCallback and
+    plait train tell it; a loop of your own that accumulates has to.
+    """
+    for deltas in adapters_of(model):
+        deltas[0].adapter.micro_batches = count

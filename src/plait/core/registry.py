@@ -93,7 +93,7 @@ def register(
             raise ValueError(
                 f"register: {config.__name__} belongs to {config.key!r}. Subclass it for {key!r}."
             )
-        config.key = key
+        config.key, config.delta_cls = key, delta
         bridge.host(key, config, delta)
         _methods[key] = Method(key, config, delta, paper, formula, rank, names)
         return delta

@@ -7,7 +7,7 @@ the forward is over: the route of that forward is replayed, or refused where it 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -16,43 +16,64 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The route of one batch: adapter names and task ids, one for each row, or None."""
+    """What is known of the rows of one batch, each with one entry a row, or None.
+
+    names: of adapters. task_ids: (batch,). sample_types: (batch,), for balance losses. mask:
+    (batch, tokens), 0 at padding.
+    """
 
     names: tuple[str, ...] | None = None
     task_ids: Tensor | None = None
+    sample_types: Tensor | None = None
+    mask: Tensor | None = None
 
     def expanded(self, rows: int) -> "Rows":
         """Repeated for beams or returned sequences, where generation multiplied the rows."""
-        names, ids = self.names, self.task_ids
-        if names and rows > len(names) and rows % len(names) == 0:
-            names = tuple(n for n in names for _ in range(rows // len(names)))
-        if ids is not None and rows > len(ids) and rows % len(ids) == 0:
-            ids = ids.repeat_interleave(rows // len(ids), dim=0)
-        return Rows(names, ids)
+
+        def repeated(value: Any) -> Any:
+            if value is None or not len(value) or rows <= len(value) or rows % len(value):
+                return value
+            times = rows // len(value)
+            if isinstance(value, Tensor):
+                return value.repeat_interleave(times, dim=0)
+            return tuple(n for n in value for _ in range(times))
+
+        return Rows(*(repeated(getattr(self, f.name)) for f in fields(self)))
+
+    def of(self, own: Tensor) -> "Rows":
+        """Some rows only, without names; own: their indices."""
+        tensors = (self.task_ids, self.sample_types, self.mask)
+        return Rows(None, *(None if t is None else t[own.to(t.device)] for t in tensors))
 
     def same(self, other: "Rows") -> bool:
-        """Whether both route alike."""
-        if (self.task_ids is None) != (other.task_ids is None) or self.names != other.names:
-            return False
-        return self.task_ids is None or torch.equal(self.task_ids, other.task_ids)  # type: ignore[arg-type]
+        """Whether both say the same."""
+        return self.names == other.names and all(
+            a is b or (a is not None and b is not None and torch.equal(a, b))
+            for a, b in (
+                (getattr(self, name), getattr(other, name))
+                for name in ("task_ids", "sample_types", "mask")
+            )
+        )
 
 
 NOWHERE = Rows()
+EXTRA = ("task_ids", "sample_types")  # arguments of a forward that the base model never sees
 
 
 @dataclass
 class Route:
     """State shared by the layers of one tuner.
 
-    default_task: index for evaluation without task_ids. scope: rows given to a whole call, such as
-    generate. given: task_ids of the PeftModel's forward in progress. current: rows of the base
-    model's forward in progress. last: rows of the last forward with gradients; mixed: whether
-    others came before it since the last backward.
+    default_task: index for evaluation without task_ids. wants_mask: whether a layer asks for the
+    padding mask. scope: rows given to a whole call, such as generate. given: what the PeftModel's
+    forward in progress got. current: rows of the base model's forward in progress. last: rows of
+    the last forward with gradients; mixed: whether others came before it since the last backward.
     """
 
     default_task: int | None = None
+    wants_mask: bool = False
     scope: Rows | None = None
-    given: Tensor | None = None
+    given: dict[str, Tensor] = field(default_factory=dict)
     current: Rows | None = None
     last: Rows = NOWHERE
     mixed: bool = False
@@ -60,25 +81,31 @@ class Route:
     used: bool = False  # nothing is looked up before the first routed call
 
     def install(self, model: nn.Module) -> None:
-        """Watch the forwards of the base model; it never sees task_ids."""
+        """Watch the forwards of the base model; it never sees task_ids and their like."""
         model.register_forward_pre_hook(self.enter, with_kwargs=True)
         model.register_forward_hook(self.leave, always_call=True)
 
     def take(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Take task_ids out of a PeftModel's arguments: with a task_type it would drop them."""
-        self.given = kwargs.pop("task_ids", self.given)  # an outer PeftModel has taken them before
+        for name in EXTRA:
+            if name in kwargs:  # an outer PeftModel may have taken them before
+                self.given[name] = kwargs.pop(name)
         return args, kwargs
 
     def give(self, module: nn.Module, args: tuple, output: Any) -> None:
         """The PeftModel's forward is over."""
-        self.given = None
+        self.given = {}
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Take task_ids out of the arguments; note the route of this forward."""
-        ids = kwargs.pop("task_ids", self.given)
+        extra = {n: kwargs.pop(n, self.given.get(n)) for n in EXTRA}
         scope = self.scope or NOWHERE
-        self.current = Rows(scope.names, scope.task_ids if ids is None else ids)
-        self.used = self.used or self.current.names is not None or ids is not None
+        mask = kwargs.get("attention_mask") if self.wants_mask else None
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            mask = None
+        ids = scope.task_ids if extra["task_ids"] is None else extra["task_ids"]
+        self.current = Rows(scope.names, ids, extra["sample_types"], mask)
+        self.used = self.used or not self.current.same(NOWHERE)
         if self.used and torch.is_grad_enabled():
             self.mixed = not self.replayed and (self.mixed or not self.last.same(self.current))
             self.last, self.replayed = self.current, False
@@ -110,7 +137,8 @@ class Route:
             self.replayed = True
             if self.mixed:
                 raise RuntimeError(
-                    "Two forwards with different adapter_names or task_ids before one backward "
+                    "Two forwards with different adapter_names, task_ids, sample_types or padding "
+                    "masks before one backward "
                     "under gradient checkpointing. Call backward after each forward, or switch "
                     "gradient checkpointing off."
                 )

@@ -1,28 +1,106 @@
-"""Importance of ranks and budgets over layers, for methods that keep the best ranks."""
+"""Screening: a trained gate whose ranks are kept or cut by their importance, on a schedule.
+
+    gate = E keep     E: (ranks,) trained, starts at 0     keep: (ranks,) 0/1 buffer
+
+Each step averages |p grad| of E and of the factors. Every deltaT steps after tinit the best b(t)
+ranks of all layers keep their E, the others get 0 and may regrow; tfinal steps before the end the
+choice goes to `keep`. b(t) falls quadratically from all ranks to the sum of target_r.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from plait.core.config import option
+from plait.core.gate import Gate
+
+
+@dataclass
+class ScreeningOptions:
+    """Options of the schedule and of the importance."""
+
+    target_r: int | None = option(None, "Mean ranks kept; None: 5/6 of them.", least=1)
+    tinit: int | float = option(0.15, "Steps, or share of them, before screening.", least=0)
+    tfinal: int | float = option(0.5, "Steps, or share, after the final choice.", least=0)
+    deltaT: int = option(10, "Steps between two screenings.", least=1)
+    beta1: float = option(0.85, "Decay of the mean importance.", least=0)
+    beta2: float = option(0.85, "Decay of its mean deviation.", least=0)
+
+
+@dataclass
+class Screening(ScreeningOptions, Gate):
+    """The gate; its Delta names the scored factors, A first, in `screened`."""
+
+    @property
+    def total_steps_needed(self) -> bool:
+        """Its schedule ends tfinal steps before training."""
+        return True
+
+    def target(self, ranks: int) -> int:
+        """Ranks of a layer that are kept on average."""
+        return ranks - ranks // 6 if self.target_r is None else self.target_r
+
+    def count(self, ranks: int) -> int:
+        """One number a rank."""
+        return ranks
+
+    def prepare(self, delta: Any, ranks: int, gen: torch.Generator) -> None:
+        """Declare E and keep; the averages come with the factors, see `average`."""
+        delta.E = nn.Parameter(torch.zeros(ranks))
+        delta.keep = nn.Buffer(torch.ones(ranks))
+        delta.count_steps()
+
+    def value(self, delta: Any) -> Tensor:
+        """E keep."""
+        return delta.E * delta.keep
+
+    def after_step(self, delta: Any) -> None:
+        """Observe the importance, until the final choice."""
+        if delta.steps <= window(delta)[1]:
+            observe(delta, names_of(delta))
+
+    def scores(self, delta: Any) -> Tensor:
+        """Importance of each rank: of its E, and the means of its rows of A and columns of B."""
+        A, B, E = (score(delta, name) for name in names_of(delta))
+        return E + A.mean(1) + B.mean(0)
+
+    def after_all(self, deltas: Sequence[Any]) -> None:
+        """Keep the best ranks over all layers, as many as the budget allows."""
+        one = deltas[0]
+        if any(gate.allocates for gate in one.gates):  # then that decides how many there are
+            return
+        t, (first, last) = one.steps, window(one)
+        if not due(t, first, last, self.deltaT):
+            return
+        scores = [self.scores(d) for d in deltas]
+        target = sum(self.target(len(s)) for s in scores)
+        alive = budget(t, first, last, sum(map(len, scores)), target, power=2)
+        for d, mask in zip(deltas, best(scores, alive), strict=True):
+            d.E.mul_(mask)
+            if t == last:
+                d.keep.copy_(mask)
+                for buffer in buffer_names(names_of(d)):
+                    setattr(d, buffer, None)
+
+
+def average(delta: Any) -> None:
+    """Declare the averages of importance of a Delta that has its factors, zero."""
+    for name in names_of(delta):
+        for buffer in buffer_names([name]):
+            delta.register_buffer(buffer, torch.zeros_like(delta.get_parameter(name)))
+
+
+def names_of(delta: Any) -> tuple[str, ...]:
+    """The scored parameters."""
+    return (*delta.screened, "E")
 
 
 def buffer_names(names: Sequence[str]) -> tuple[str, ...]:
     """The optional buffers that `observe` keeps for parameters of these names."""
     return tuple(f"{mean}_{name}" for name in names for mean in ("Ibar", "Ubar"))
-
-
-def prepare(delta: Any, names: Sequence[str]) -> None:
-    """Register the averages of importance of these parameters, zero."""
-    for name in names:
-        for buffer in buffer_names([name]):
-            delta.register_buffer(buffer, torch.zeros_like(delta.get_parameter(name)))
-
-
-def finish(delta: Any, names: Sequence[str]) -> None:
-    """Drop the averages: the final choice is made."""
-    for buffer in buffer_names(names):
-        setattr(delta, buffer, None)
 
 
 @torch.no_grad()

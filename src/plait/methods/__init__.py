@@ -1,5 +1,29 @@
 """One file a method: its mathematics, its options, its start. Importing them registers them."""
 
-from plait.methods import cola, dual_lora, dual_module, shared_b
+from plait.methods import (
+    alloc,
+    cola,
+    droplora,
+    dual_lora,
+    dual_module,
+    hydra,
+    molora,
+    nola,
+    shared_b,
+    sora,
+    tied,
+)
 
-__all__ = ["cola", "dual_lora", "dual_module", "shared_b"]
+__all__ = [
+    "alloc",
+    "cola",
+    "droplora",
+    "dual_lora",
+    "dual_module",
+    "hydra",
+    "molora",
+    "nola",
+    "shared_b",
+    "sora",
+    "tied",
+]

@@ -97,7 +97,7 @@ class Cola(LowRankDelta):
         self.register_buffer("draw", None, persistent=False)
         if config.strategy in ("random", "random_b"):
             self.count_steps()
-            self.after_step()
+            self.loaded()
 
     @classmethod
     def count(cls, config: Any, in_features: int, out_features: int) -> int:
@@ -106,18 +106,18 @@ class Cola(LowRankDelta):
 
     @property
     def needs_events(self) -> bool:
-        """Only where pairings are drawn."""
+        """Only where pairings are drawn, or a gate has a schedule."""
         return self.t is not None
 
-    def after_step(self) -> None:
+    def loaded(self) -> None:
         """Draw the pairing of the next step: equal on every rank, recomputation and resume."""
-        if self.t is not None:
+        if self.config.strategy in ("random", "random_b"):
             M, N = self.config.num_A, self.config.num_B
             high, drawn = (N, M) if self.config.strategy == "random" else (M, N)
             gen = seeded(self.config.seed, self.steps, self.base.name)
             self.draw = torch.randint(high, (drawn,), generator=gen).to(self.A.device)
 
-    loaded = after_step
+    after_step = loaded
 
     def fold_A(self, A: Tensor) -> Tensor:
         """V A: (M, ..) to (k, ..)."""

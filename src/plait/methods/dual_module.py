@@ -14,7 +14,6 @@ ACML 2025, PMLR 304: the method of the abstract; the released code is not follow
 weight, E = B_e = 0 that no gradient leaves). Delta mode, Gaussian expert, event order are ours.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -26,23 +25,15 @@ from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, option, register
 from plait.core.delta import less_start
 from plait.core.init import gaussian
 
-SCREENED = ("A_e", "B_e", "E")
-
 
 @dataclass
-class DualModuleLoraConfig(DeltaConfig):
+class DualModuleLoraConfig(screening.ScreeningOptions, DeltaConfig):
     """Options of Dual-Module Collaborative LoRA; `total_steps` is needed to train."""
 
-    total_steps_needed: ClassVar[bool] = True
     r: int = option(8, "Total rank, shared plus expert.", least=1)
     lora_alpha: float | None = option(None, "s = lora_alpha / r; None: r.", above=0)  # type: ignore[assignment]
     shared_r: int | None = option(None, "Shared rank r_s; None: r // 4, at least 1.", least=1)
     target_r: int | None = option(None, "Mean expert ranks kept; None: 5/6 of them.", least=1)
-    tinit: int | float = option(0.15, "Steps, or share of them, before screening.", least=0)
-    tfinal: int | float = option(0.5, "Steps, or share, after the final choice.", least=0)
-    deltaT: int = option(10, "Steps between two screenings.", least=1)
-    beta1: float = option(0.85, "Decay of the mean importance.", least=0)
-    beta2: float = option(0.85, "Decay of its mean deviation.", least=0)
     orth_reg_weight: float = option(0.1, "Weight of the penalty; 0: none.", least=0)
     orth: Literal["expert", "cross"] = option("expert", "cross: against the shared (ours).")
     init_std: float = option(0.02, "Standard deviation of A_e and B_e.", above=0)
@@ -52,18 +43,18 @@ class DualModuleLoraConfig(DeltaConfig):
         self.lora_alpha = self.r if self.lora_alpha is None else self.lora_alpha  # type: ignore
         super().__post_init__()
         for r in (self.r, *self.rank_pattern.values()):
-            shared, expert, target = self.ranks(r)
+            shared, expert = self.ranks(r)
+            target = screening.Screening.of(self).target(expert)
             if expert < 0 or target > expert > 0:
                 text = (
                     f"r = {r}, shared_r = {shared}, target_r = {target}: give shared_r up to r and"
                 )
                 raise ValueError(f"{text} target_r up to r - shared_r = {expert}.")
 
-    def ranks(self, r: int) -> tuple[int, int, int]:
-        """(r_s, r_e, target_r) of a layer of total rank r."""
+    def ranks(self, r: int) -> tuple[int, int]:
+        """(r_s, r_e) of a layer of total rank r."""
         shared = max(1, r // 4) if self.shared_r is None else self.shared_r
-        expert = r - shared
-        return shared, expert, expert - expert // 6 if self.target_r is None else self.target_r
+        return shared, r - shared
 
 
 @register(
@@ -78,34 +69,46 @@ class DualModule(LowRankDelta):
 
     config: DualModuleLoraConfig
     alive = (("E", "B_e"),)  # with both zero no gradient ever leaves zero
-    optional_buffers = screening.buffer_names(SCREENED)
+    rank_axes: ClassVar[dict[str, int]] = {"A_e": -2, "B_e": -1, "E": -1}
+    own_gates = (screening.Screening,)
+    screened = ("A_e", "B_e")
+    optional_buffers = screening.buffer_names((*screened, "E"))
 
     def __init__(self, base: FrozenLinear, config: Any, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
-        shared, expert, _ = config.ranks(config.r)
+        shared, expert = config.ranks(config.r)[0], self.ranks
         A0, B0 = base.principal(shared, self.scaling, config.svd, gen)
         self.A_s0, self.B_s0 = nn.Buffer(A0), nn.Buffer(B0)
         self.A_s, self.B_s = nn.Parameter(A0.clone()), nn.Parameter(B0.clone())
         self.A_e = nn.Parameter(gaussian(gen, expert, base.in_features, std=config.init_std))
         self.B_e = nn.Parameter(gaussian(gen, base.out_features, expert, std=config.init_std))
-        self.E = nn.Parameter(torch.zeros(expert))
-        self.keep = nn.Buffer(torch.ones(expert))
-        screening.prepare(self, SCREENED)
-        self.count_steps()
+        screening.average(self)
+
+    @classmethod
+    def gated(cls, config: Any) -> int:
+        """Gates act on the expert."""
+        return config.ranks(config.r)[1]
 
     @classmethod
     def count(cls, config: Any, in_features: int, out_features: int) -> int:
         """r (in + out) + r_e."""
-        return config.r * (in_features + out_features) + config.ranks(config.r)[1]
+        shared, expert = config.ranks(config.r)[0], cls.slots_of(config)
+        return (shared + expert) * (in_features + out_features) + expert
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Rows [A_s - A_s0; A_s0; A_e], columns [B_s | B_s - B_s0 | B_e]: 2 r_s + r_e ranks."""
         A, B = less_start(self.A_s[None], self.B_s[None], self.A_s0, self.B_s0)
         return torch.cat([A, self.A_e]), torch.cat([B, self.B_e], dim=1)
 
-    def gate(self) -> Tensor:
-        """[1; 1; E keep]."""
-        return torch.cat([self.E.new_ones(2 * len(self.A_s)), self.E * self.keep])
+    def spread(self, g: Tensor) -> Tensor:
+        """[1; 1; g]."""
+        return torch.cat([g.new_ones(*g.shape[:-1], 2 * len(self.A_s)), g], dim=-1)
+
+    def start_of(self, index: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
+        """Gaussian factors and E = 0: an update of zero that gradients reach."""
+        k, std = len(index), self.config.init_std
+        A, B = (gaussian(gen, k, n, std=std) for n in (self.A_e.shape[1], len(self.B_e)))
+        return {"A_e": A, "B_e": B.T, "E": torch.zeros(k)}
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """Dropout acts on the expert's rank activations only."""
@@ -123,28 +126,3 @@ class DualModule(LowRankDelta):
             gaps = self.A_e @ self.A_e.T - eye, self.B_e.T @ self.B_e - eye
         norms = torch.stack([torch.linalg.norm(gap) for gap in gaps])
         return self.config.orth_reg_weight * norms.mean()
-
-    def after_step(self) -> None:
-        """Observe the importance, until the final choice."""
-        if self.steps <= screening.window(self)[1]:
-            screening.observe(self, SCREENED)
-
-    def scores(self) -> Tensor:
-        """Importance of each expert rank, (r_e,)."""
-        A, B, E = (screening.score(self, name) for name in SCREENED)
-        return E + A.mean(1) + B.mean(0)
-
-    @classmethod
-    def after_all(cls, deltas: Sequence["DualModule"]) -> None:
-        """Keep the best ranks over all layers, as many as the budget allows."""
-        one, target = deltas[0], sum(d.config.ranks(d.config.r)[2] for d in deltas if len(d.E))
-        t, (first, last) = one.steps, screening.window(one)
-        if not screening.due(t, first, last, one.config.deltaT):
-            return
-        scores = [d.scores() for d in deltas]
-        alive = screening.budget(t, first, last, sum(map(len, scores)), target, power=2)
-        for d, mask in zip(deltas, screening.best(scores, alive), strict=True):
-            d.E.mul_(mask)
-            if t == last:
-                d.keep.copy_(mask)
-                screening.finish(d, SCREENED)

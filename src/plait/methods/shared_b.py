@@ -21,16 +21,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, option, register
-from plait.core.delta import TaskTable, TokenRouter
+from plait.core import FreeConfig, FreeDelta, FrozenLinear, option, register
 from plait.core.init import kaiming
+from plait.core.mix import TaskTable, TokenRouter
 
 
 @dataclass
-class SharedBLoraConfig(DeltaConfig):
+class SharedBLoraConfig(FreeConfig):
     """Options of asymmetric ALoRA."""
 
     lora_dropout: float = option(0.05, "Dropout on A's input, a fraction.", least=0)
@@ -60,7 +59,7 @@ class SharedBLoraConfig(DeltaConfig):
     rank="r per token or task",
     names=("ALoRA", "Fed-ALoRA"),
 )
-class SharedB(LowRankDelta):
+class SharedB(FreeDelta):
     """See the module."""
 
     mergeable: ClassVar[bool] = False  # per task only
@@ -68,23 +67,16 @@ class SharedB(LowRankDelta):
     config: SharedBLoraConfig
 
     def __init__(self, base: FrozenLinear, config: SharedBLoraConfig, gen: torch.Generator) -> None:
-        super().__init__(base, config, gen)
-        n, r = config.num_A, config.r
-        self.A = nn.Parameter(kaiming(gen, n, r, base.in_features))
-        self.B = nn.Parameter(torch.zeros(base.out_features, r))
+        super().__init__(base, config, gen, num_A=config.num_A)
         if config.routing == "token":
-            self.G = nn.Parameter(kaiming(gen, n, base.in_features))
+            self.G = nn.Parameter(kaiming(gen, config.num_A, base.in_features))
 
     @classmethod
     def count(cls, config: Any, in_features: int, out_features: int) -> int:
         """r (n in + out), and n in for the router."""
         n = config.num_A
         router = n * in_features if config.routing == "token" else 0
-        return config.r * (n * in_features + out_features) + router
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A_cat (n r, in), B_cat (out, r)."""
-        return self.A.flatten(0, 1), self.B
+        return cls.slots_of(config) * (n * in_features + out_features) + router
 
     def mix(self) -> TokenRouter | TaskTable:
         """(.., n r) to (.., r)."""
@@ -96,6 +88,4 @@ class SharedB(LowRankDelta):
         """One dropout mask, or one for each A: (.., n, in) with (n, r, in) to (.., n r)."""
         if not (self.config.independent_dropout and self.training and self.dropout):
             return super().down(x, A)
-        n = self.config.num_A
-        dropped = F.dropout(x.unsqueeze(-2).expand(*x.shape[:-1], n, -1), self.dropout)
-        return torch.einsum("...ni,nri->...nr", dropped, A.unflatten(0, (n, -1))).flatten(-2)
+        return self.masked_down(x, A.unflatten(0, (self.config.num_A, -1)))

@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from plait.core.bridge import keep_trainable_on_cpu
 from plait.run.config import ModelConfig, RunConfig, method_options, peft_config
 from plait.run.data import DataBundle
 
@@ -115,6 +116,7 @@ def build_model(config: RunConfig, data: DataBundle) -> PeftModel | PreTrainedMo
     if wanted is None:
         return base.train()
     if quantized:
+        keep_trainable_on_cpu(base)
         base = prepare_model_for_kbit_training(
             base, use_gradient_checkpointing=bool(config.training.get("gradient_checkpointing"))
         )

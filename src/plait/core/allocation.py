@@ -1,0 +1,168 @@
+"""Allocation: how much a rank matters on a development batch; moving ranks between layers."""
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plait.core.events import PlaitWarning, adapters_of
+from plait.core.init import seeded
+
+
+@dataclass
+class Development:
+    """A batch to score ranks on.
+
+    Attributes:
+        model: weak; the model whose loss is taken. batch: keyword arguments of its forward.
+    """
+
+    model: "weakref.ref[nn.Module]"
+    batch: Mapping[str, Any]
+
+
+def set_development_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Give the batch that allocation scores ranks on, for example 32 validation rows.
+
+    Args:
+        model: with plait's adapters; `model(**batch).loss` is the cross-entropy.
+        batch: keyword arguments, labels included.
+
+    Raises:
+        ValueError: no adapter of the model allocates.
+    """
+    found = [
+        d for deltas in adapters_of(model) for d in deltas if any(g.allocates for g in d.gates)
+    ]
+    if not found:
+        raise ValueError("set_development_batch: no adapter of this model allocates ranks.")
+    for delta in found:
+        delta.development = Development(weakref.ref(model), batch)  # type: ignore[assignment]
+
+
+def _development(deltas: Sequence[Any]) -> tuple[nn.Module, Mapping[str, Any]]:
+    given = vars(deltas[0]).get("development")
+    model = None if given is None else given.model()
+    if model is None or not any(m is deltas[0] for m in model.modules()):
+        raise ValueError(
+            f"{deltas[0].adapter.key}: a round is due and there is no development batch to score "
+            "ranks on. Call plait.set_development_batch(model, batch) before training; for "
+            "plait train set data.validation."
+        )
+    return model, given.batch
+
+
+@torch.no_grad()
+def importance(deltas: Sequence[Any], live_of: Callable[[Any], Tensor]) -> list[Tensor]:
+    """IS(k) of each rank up to the constant S(M), (slots,) a layer; -inf where a slot is dead.
+
+    Gates, weights, mode and random state are as before; under torch.distributed it is the mean over
+    processes, so that all choose alike.
+
+    Args:
+        deltas: the layers. live_of: gives a layer's 0/1 buffer.
+    """
+    model, batch = _development(deltas)
+    lives = [live_of(d) for d in deltas]
+    kept = [live.clone() for live in lives]
+    modes = [(m, m.training) for m in model.modules()]
+    scores = [torch.full_like(live, -torch.inf) for live in lives]
+    with ExitStack() as stack:
+        devices = sorted({live.device.index or 0 for live in lives if live.is_cuda})
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.callback(_restore, lives, kept, modes)
+        model.eval()
+        for live, score in zip(lives, scores, strict=True):
+            for k in live.nonzero()[:, 0].tolist():
+                live[k] = 0
+                without = _loss(model, batch)
+                others = [other.clone() for other in lives]
+                for other in lives:
+                    other.zero_()
+                live[k] = 1
+                score[k] = without - _loss(model, batch)
+                for other, value in zip(lives, others, strict=True):
+                    other.copy_(value)
+                live[k] = 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for score in scores:
+            torch.distributed.all_reduce(score)
+            score /= torch.distributed.get_world_size()
+    return scores
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Any]) -> float:
+    """The cross-entropy, -S."""
+    return float(model(**batch).loss)
+
+
+def _restore(
+    lives: Sequence[Tensor], kept: Sequence[Tensor], modes: Sequence[tuple[nn.Module, bool]]
+) -> None:
+    for live, value in zip(lives, kept, strict=True):
+        live.copy_(value)
+    for module, training in modes:
+        module.training = training
+
+
+@torch.no_grad()
+def allocate(
+    deltas: Sequence[Any], live_of: Callable[[Any], Tensor], scores: Sequence[Tensor], moved: int
+) -> None:
+    """Take the `moved` ranks of lowest score away and give as many to the layers that lost none.
+
+    Args:
+        deltas: the layers. live_of: gives a layer's 0/1 buffer. scores: (slots,) a layer, -inf
+        where dead.
+    """
+    lives = [live_of(d) for d in deltas]
+    ranked = [
+        (float(score), layer, int(k))
+        for layer, (live, score) in enumerate(zip(lives, [s.cpu() for s in scores], strict=True))
+        for k, score in enumerate(score)
+        if live[k]
+    ]
+    ranked.sort()
+    lost = ranked[:moved]
+    means = {}
+    for layer, live in enumerate(lives):
+        own = scores[layer][live.bool()]
+        means[layer] = float(own.mean()) if len(own) else -torch.inf
+    for _, layer, k in lost:
+        lives[layer][k] = 0
+    spared = sorted(set(range(len(lives))) - {layer for _, layer, _ in lost})
+    left = 0
+    for layer, wanted in zip(spared, shares(len(lost), [means[i] for i in spared]), strict=True):
+        left += _grow(deltas[layer], lives[layer], wanted)
+    for layer in sorted(spared, key=lambda i: (-means[i], i)):  # where a layer had no slot left
+        left = _grow(deltas[layer], lives[layer], left)
+    if left and spared:
+        warnings.warn(
+            f"{deltas[0].adapter.key}: {left} ranks found no free slot in step {deltas[0].steps} "
+            "and are dropped. Raise spare.",
+            PlaitWarning,
+            stacklevel=2,
+        )
+
+
+def shares(total: int, means: Sequence[float]) -> list[int]:
+    """`total` new ranks over layers: evenly, the remainder to the highest mean score first."""
+    if not means:
+        return []
+    each, rest = divmod(total, len(means))
+    order = sorted(range(len(means)), key=lambda i: (-means[i], i))
+    return [each + (i in order[:rest]) for i in range(len(means))]
+
+
+def _grow(delta: Any, live: Tensor, wanted: int) -> int:
+    """Start up to `wanted` ranks in the lowest dead slots; return how many found none."""
+    free = (live == 0).nonzero()[:wanted, 0]
+    if len(free):
+        delta.revive(free, seeded(delta.config.seed, delta.steps, delta.base.name, "new"))
+        live[free] = 1
+    return wanted - len(free)

@@ -1,0 +1,112 @@
+"""Random bases from a seed: the same numbers on every device, in every process, without storage.
+
+NumPy's raw Philox stream, which NumPy keeps stable, read as uint32, low half first:
+
+    u = Philox(key=[seed, crc32(tag)])        value_n = ((u_n >> 8) - 2^23) 2^-23, in [-1, 1), fp32
+    element (i, row, col) of a basis is n = (i rows + row) cols + col
+"""
+
+import math
+import zlib
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHECKED = 1024  # values that a checksum covers
+CHUNK = 2**24  # numbers made at a time where a basis is not kept
+
+
+def values(seed: int, tag: str, start: int, count: int) -> NDArray[np.float32]:
+    """Values start .. start + count of a stream, fp32 in [-1, 1)."""
+    generator = np.random.Philox(key=[seed, zlib.crc32(tag.encode())])
+    whole = start // 8 * 8  # a block of the generator is 8 values
+    generator.advance(whole // 8)
+    pairs = generator.random_raw(-(-(start + count - whole) // 2))
+    u = pairs.astype("<u8").view("<u4")[start - whole :][:count]
+    return ((u >> 8).astype(np.int32) - 2**23).astype(np.float32) * np.float32(2.0**-23)
+
+
+class Basis:
+    """`count` matrices (rows, cols) of a seed and a tag, rounded to a dtype.
+
+    Made by `basis`, one object for all layers that ask for the same; copies of a model share it.
+    """
+
+    def __init__(
+        self, seed: int, tag: str, count: int, rows: int, cols: int, dtype: torch.dtype
+    ) -> None:
+        self.key = (seed, tag, count, rows, cols, dtype)
+        self.seed, self.tag, self.count = seed, tag, count
+        self.rows, self.cols, self.dtype = rows, cols, dtype
+        self.kept: dict[torch.device, Tensor] = {}
+
+    def __reduce__(self) -> Any:
+        return basis, self.key
+
+    def __deepcopy__(self, memo: Any) -> "Basis":
+        return self
+
+    def part(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Matrices start:stop, (stop - start, rows cols)."""
+        size = self.rows * self.cols
+        flat = values(self.seed, self.tag, start * size, (stop - start) * size)
+        return torch.from_numpy(flat).view(stop - start, size).to(device, self.dtype)
+
+    def parts(self, device: torch.device, keep: bool) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, matrices) of the whole: kept, or made a few at a time."""
+        if keep:
+            if device not in self.kept:
+                self.kept[device] = self.part(0, self.count, device)
+            yield 0, self.count, self.kept[device]
+            return
+        step = max(1, CHUNK // (self.rows * self.cols))
+        for start in range(0, self.count, step):
+            stop = min(start + step, self.count)
+            yield start, stop, self.part(start, stop, device)
+
+
+_known: "WeakValueDictionary[tuple[Any, ...], Basis]" = WeakValueDictionary()
+
+
+def basis(seed: int, tag: str, count: int, rows: int, cols: int, dtype: torch.dtype) -> Basis:
+    """The basis of a seed and a tag, the same object for all who ask."""
+    key = (seed, tag, count, rows, cols, dtype)
+    found = _known.get(key)
+    if found is None:
+        found = _known[key] = Basis(*key)
+    return found
+
+
+def first_values(basis: Basis) -> int:
+    """Checksum of the first 1024 values."""
+    size = min(CHECKED, basis.count * basis.rows * basis.cols)
+    return zlib.crc32(values(basis.seed, basis.tag, 0, size).astype("<f4").tobytes())
+
+
+class Mixture(torch.autograd.Function):
+    """sum_i w_i M_i / sqrt(k), (rows, cols) in the dtype of w."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, basis: Basis, keep: bool) -> Tensor:
+        """Mix; w: (k,)."""
+        ctx.basis, ctx.keep = basis, keep
+        ctx.save_for_backward(w)
+        total = w.new_zeros(basis.rows * basis.cols)
+        for start, stop, matrices in basis.parts(w.device, keep):
+            total += w[start:stop] @ matrices.to(w.dtype)
+        return (total / math.sqrt(basis.count)).view(basis.rows, basis.cols)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """dw_i = <M_i, grad> / sqrt(k)."""
+        (w,) = ctx.saved_tensors
+        flat, basis = grads[0].reshape(-1).to(w.dtype), ctx.basis
+        found = [m.to(w.dtype) @ flat for _, _, m in basis.parts(w.device, ctx.keep)]
+        return torch.cat(found) / math.sqrt(basis.count), None, None

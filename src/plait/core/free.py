@@ -1,0 +1,87 @@
+"""Free factors: what most methods of low rank are made of, started as LoRA or at W's main part.
+
+    dW = s B A              init="kaiming": A Kaiming-uniform, B = 0
+    dW = s (B A - B0 A0)    init="pissa":   A = A0, B = B0, s B0 A0 the best rank-r part of W
+
+With several A or B each is its own draw, or its own copy of A0 and B0; routers whose weights sum to
+1 then start at the base model too. Delta mode, ours: the base weight is never edited.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plait.core.config import DeltaConfig, option
+from plait.core.delta import FrozenLinear, LowRankDelta
+from plait.core.init import kaiming
+
+
+@dataclass
+class FreeConfig(DeltaConfig):
+    """Options of methods with free factors."""
+
+    init: Literal["kaiming", "pissa"] = option("kaiming", "Start: LoRA's, or W's main directions.")
+    svd: Literal["randomized", "exact"] = option("randomized", "How W's principal part is found.")
+
+
+class FreeDelta(LowRankDelta):
+    """A (r, in) or (n, r, in), B (out, r) or (n, out, r), all free and trained."""
+
+    rank_axes: ClassVar[dict[str, int]] = {"A": -2, "B": -1, "A0": -2, "B0": -1}
+
+    config: FreeConfig
+    A0: Tensor | None
+    B0: Tensor | None
+
+    def __init__(
+        self,
+        base: FrozenLinear,
+        config: Any,
+        gen: torch.Generator,
+        num_A: int | None = None,
+        num_B: int | None = None,
+    ) -> None:
+        """Draw the factors.
+
+        Args:
+            base, config, gen: as in Delta.
+            num_A, num_B: how many of each, stacked; None: one, without that axis.
+        """
+        super().__init__(base, config, gen)
+        r = self.ranks
+        of_A, of_B = ([] if n is None else [n] for n in (num_A, num_B))
+        A = kaiming(gen, *of_A, r, base.in_features)
+        B = torch.zeros(*of_B, base.out_features, r)
+        self.register_buffer("A0", None)
+        self.register_buffer("B0", None)
+        if config.init == "pissa":
+            self.A0, self.B0 = A0, B0 = base.principal(r, self.scaling, config.svd, gen)
+            A, B = A0.expand(A.shape).clone(), B0.expand(B.shape).clone()
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+
+    @classmethod
+    def count(cls, config: Any, in_features: int, out_features: int) -> int:
+        """r (in + out)."""
+        return config.r * (in_features + out_features)
+
+    def masked_down(self, x: Tensor, A: Tensor) -> Tensor:
+        """Rank activations (.., n r) of x (.., in) with a dropout mask for each A of (n, r, in)."""
+        dropped = F.dropout(x.unsqueeze(-2).expand(*x.shape[:-1], len(A), -1), self.dropout)
+        return torch.einsum("...ni,nri->...nr", dropped, A).flatten(-2)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A_cat and B_cat; with a start each A_i as [A_i - A0; A0], each B_j as [B_j | B_j - B0].
+
+        b a - b0 a0 = b (a - a0) + (b - b0) a0: both parts are exactly zero at the start.
+        """
+        A, B = self.A, self.B
+        if self.A0 is not None and self.B0 is not None:
+            A = torch.cat([A - self.A0, self.A0.expand(A.shape)], dim=-2)
+            B = torch.cat([B, B - self.B0], dim=-1)
+        return (
+            A.flatten(0, 1) if A.ndim == 3 else A,
+            B.movedim(0, 1).flatten(1) if B.ndim == 3 else B,
+        )

@@ -1,0 +1,117 @@
+"""Allocating LoRA (ALoRA, AB-LoRA): ranks move to the layers where leaving them out hurts.
+
+    dW = s B diag(live) A     A: (slots, in)   B: (out, slots)   live: (slots,) 0/1 buffer
+    slots = spare * r, the first r live at the start;  s = lora_alpha / r, kept throughout
+
+Importance of a live rank k on one fixed development batch, S = -cross-entropy, evaluation mode:
+IS(k) = S(M) - S(M without k) + S(M with only k), "only": all other ranks of all layers off.
+
+Rounds, `rounds` of them, at step `first` and every `every` steps: the n_A ranks of lowest IS
+(ties by layer and slot) go off; as many new ones go to the layers that lost none, evenly, the
+remainder to those of highest mean IS. If every layer lost one, nothing is added and the budget
+shrinks. A new rank takes the lowest dead slot, starts with an update of zero and fresh optimizer
+state (ours); where no slot is left it goes to the next layer, or is dropped with a warning.
+
+Give the batch with plait.set_development_batch(model, batch); plait train takes validation rows.
+2 forwards for each live rank and round. arXiv 2403.16187, Algorithm 1. n_A is by default the
+number of adapted layers: the paper's "1 x N_mod" is 7 or 224. The gate can be added to other
+methods with ranks that start anew: `gates: [alloc]`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plait.core import FreeConfig, FreeDelta, Gate, option, register, register_gate
+from plait.core.allocation import allocate, importance
+
+
+@dataclass
+class AllocOptions:
+    """Options of the allocation."""
+
+    first: int | float = option(0.1, "K1: steps, or share of all, before the first round.", above=0)
+    every: int | float = option(0.025, "K2: steps, or share of all, between rounds.", above=0)
+    rounds: int = option(8, "N_A, the number of rounds.", least=0)
+    n_A: int | None = option(None, "Ranks moved in a round; None: one a layer.", least=1)
+    spare: int = option(2, "Slots of a layer, in multiples of r.", least=1)
+
+
+@register_gate("alloc")
+@dataclass
+class AllocGate(AllocOptions, Gate):
+    """live, moved between layers."""
+
+    allocates = True
+
+    @property
+    def total_steps_needed(self) -> bool:
+        """Shares of all steps need their number."""
+        return isinstance(self.first, float) or isinstance(self.every, float)
+
+    def check(self, delta_cls: Any) -> None:
+        """Only where ranks can start anew."""
+        if not delta_cls.rank_axes:
+            raise ValueError(
+                f"gates: alloc cannot start ranks of {delta_cls.__name__} anew: its factors are no "
+                "free matrices with one row for each rank. Use it on a method whose factors are."
+            )
+
+    def slots(self, ranks: int) -> int:
+        """Room to grow."""
+        return self.spare * ranks
+
+    def prepare(self, delta: Any, ranks: int, gen: torch.Generator) -> None:
+        """Declare live."""
+        live = torch.zeros(ranks)
+        live[: ranks // self.spare] = 1
+        delta.live_ranks = nn.Buffer(live)
+        delta.count_steps()
+
+    def value(self, delta: Any) -> Tensor:
+        """The 0/1 buffer."""
+        return delta.live_ranks
+
+    def due(self, delta: Any) -> bool:
+        """Whether the step just completed ends a round."""
+        total = delta.total_steps if self.total_steps_needed else 0
+        first, every = (
+            max(1, int(n * total)) if isinstance(n, float) else n for n in (self.first, self.every)
+        )
+        rounds, rest = divmod(delta.steps - first, every)
+        return not rest and 0 <= rounds < self.rounds
+
+    def after_all(self, deltas: Sequence[Any]) -> None:
+        """A round, where one is due."""
+        if self.due(deltas[0]):
+            scores = importance(deltas, lambda d: d.live_ranks)
+            allocate(deltas, lambda d: d.live_ranks, scores, self.n_A or len(deltas))
+
+
+@dataclass
+class AllocLoraConfig(AllocOptions, FreeConfig):
+    """Options of allocating LoRA; `r` is the mean rank of a layer."""
+
+
+@register(
+    "alloc",
+    AllocLoraConfig,
+    paper="2403.16187",
+    formula="dW = s B diag(live) A",
+    rank="live ranks",
+    names=("ALoRA", "AB-LoRA"),
+)
+class AllocLora(FreeDelta):
+    """See the module."""
+
+    own_gates = (AllocGate,)
+    config: AllocLoraConfig
+    live_ranks: Tensor
+
+    @classmethod
+    def count(cls, config: Any, in_features: int, out_features: int) -> int:
+        """spare r (in + out), of which r (in + out) live at the start."""
+        return cls.slots_of(config) * (in_features + out_features)
