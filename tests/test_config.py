@@ -472,7 +472,8 @@ def test_the_module_is_the_command():
         [sys.executable, "-m", "plait", "check", "nowhere.yaml"], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr == (
+    # On some processors bitsandbytes says at import which of its kernels it does without.
+    assert done.stderr.splitlines()[-1] == (
         "plait check: nowhere.yaml: there is no such config file. Write one with: plait init "
-        "nowhere.yaml\n"
+        "nowhere.yaml"
     )

@@ -119,6 +119,11 @@ class Delta(nn.Module):
             )
 
     @classmethod
+    def allocates(cls, config: Any) -> bool:
+        """Whether ranks move between layers, scored on a development batch."""
+        return False
+
+    @classmethod
     def count_shared(cls, config: Any, in_features: int, out_features: int) -> int:
         """Trainable parameters that all layers of one shape and rank share, counted once."""
         return 0
@@ -300,6 +305,11 @@ class LowRankDelta(Delta):
     def check_gates(cls, config: Any) -> None:
         """Refuse unknown gates and options, and gates that cannot act on the method."""
         gates_of(config, cls)
+
+    @classmethod
+    def allocates(cls, config: Any) -> bool:
+        """Whether one of its gates does."""
+        return any(gate.allocates for gate in gates_of(config, cls))
 
     @classmethod
     def gated(cls, config: Any) -> int:

@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from plait.core.config import did_you_mean
+from plait.core.config import DeltaConfig, did_you_mean
 from plait.run.baselines import BASELINES
 
 if typing.TYPE_CHECKING:
@@ -173,6 +173,7 @@ _PEFT_INTERNAL = {
     "inference_mode",
     "runtime_config",
     "plait_version",
+    "checksums",
 }
 
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS", "regression": "SEQ_CLS"}
@@ -238,6 +239,11 @@ def config_from_dict(raw: Any, overrides: Sequence[str] = (), file: str = "confi
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source.at('method')}: {error}") from error
     return config
+
+
+def allocates(config: Any) -> bool:
+    """Whether a peft config is of a method that scores ranks on a development batch."""
+    return isinstance(config, DeltaConfig) and config.delta_cls.allocates(config)
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:

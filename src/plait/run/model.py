@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from plait.core.bridge import keep_trainable_on_cpu
-from plait.run.config import ModelConfig, RunConfig, method_options, peft_config
+from plait.run.config import ModelConfig, RunConfig, allocates, method_options, peft_config
 from plait.run.data import DataBundle
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -115,8 +115,12 @@ def build_model(config: RunConfig, data: DataBundle) -> PeftModel | PreTrainedMo
     )
     if wanted is None:
         return base.train()
+    if allocates(wanted) and data.validation is None:
+        raise ValueError(
+            f"data.validation is not set, and {method.name} scores its ranks on validation rows. "
+            "Give a source or a fraction of train."
+        )
     if quantized:
-        keep_trainable_on_cpu(base)
         base = prepare_model_for_kbit_training(
             base, use_gradient_checkpointing=bool(config.training.get("gradient_checkpointing"))
         )
@@ -185,6 +189,7 @@ def _load(
         raise ValueError(f"{model.name}: weights damaged ({error}). Load them anew.") from None
     except OSError as error:
         raise FileNotFoundError(_not_there(model, "model", error)) from error
+    keep_trainable_on_cpu(loaded)
     if loaded.config.pad_token_id is None:
         loaded.config.pad_token_id = load_tokenizer(model).pad_token_id
     missing = sorted({key.rpartition(".")[0] for key in report["missing_keys"]})

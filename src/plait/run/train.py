@@ -19,10 +19,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from plait.core.allocation import set_development_batch
 from plait.core.events import PlaitCallback, check_events, drive_adalora
 from plait.run.adapter import stored_numbers, upstream_noise
 from plait.run.callbacks import MetricsFile, StopOnSignal
-from plait.run.config import RunConfig, config_to_dict, dump_config, load_config
+from plait.run.config import RunConfig, allocates, config_to_dict, dump_config, load_config
 from plait.run.data import DataBundle, load_data
 from plait.run.evaluate import Progress, evaluate_model, held_out_split, to_device
 from plait.run.folder import RunFolder, diff_configs, environment, replace_dir, write_atomic
@@ -51,6 +52,8 @@ _FREE = (
     "training.disable_tqdm",
 )
 
+DEVELOPMENT_ROWS = 32  # validation rows that an allocation scores ranks on
+
 _INITIAL = "initial"  # PiSSA's start, below checkpoints/
 
 
@@ -77,6 +80,7 @@ def train(
     data = load_data(cfg, tokenizer)
     model = to_device(build_model(cfg, data), cfg)
     checkpoint = _prepare(folder, cfg, data, model)
+    _give_development(data, model)
 
     split = held_out_split(data)
     if split is not None and "before" not in read_evaluation(folder):
@@ -242,6 +246,15 @@ def _fit(
             f"{latest_checkpoint(folder.checkpoints)} is complete."
         )
     return seconds
+
+
+def _give_development(data: DataBundle, model: PeftModel | PreTrainedModel) -> None:
+    """Give validation rows to a method that scores its ranks."""
+    if not isinstance(model, PeftModel) or not allocates(model.peft_config["default"]):
+        return
+    rows = data.splits()["validation"]
+    batch = data.collator([rows[i] for i in range(min(DEVELOPMENT_ROWS, len(rows)))])
+    set_development_batch(model, {k: v.to(model.device) for k, v in batch.items()})
 
 
 def _check_adalora(cfg: RunConfig, model: nn.Module, steps: int) -> None:
