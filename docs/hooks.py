@@ -39,6 +39,7 @@ from plait.run.config import (
     OutputConfig,
     method_options,
 )
+from plait.run.support import tables
 
 MARK = re.compile(r"^<!-- generated: (.+?) -->$", re.MULTILINE)
 BLOCK = re.compile(
@@ -378,7 +379,30 @@ def cost(*keys: str) -> str:
 # -------------------------------------------------------------------------------------- parts
 
 
+def matrix() -> str:
+    """Tables of what works with what, and the reasons."""
+    groups, notes = tables()
+    parts = []
+    for group, (head, *rows) in groups.items():
+        cells = [[code(row[0]), *row[1:]] for row in rows]
+        parts.append(f"**{group.capitalize()}**\n\n{table(head, cells)}")
+    reasons = "\n".join(f"- no {number}: {note}" for number, note in enumerate(notes, 1))
+    return "\n\n".join([*parts, reasons])
+
+
+def compositions() -> str:
+    """The run files of examples/compositions, with what each combines."""
+    folder = Path(__file__).parents[1] / "examples" / "compositions"
+    rows = []
+    for file in sorted(folder.glob("*.yaml")):
+        first = file.read_text("utf-8").partition("\n")[0].removeprefix("# ")
+        rows.append((code(file.name), first))
+    return table(("file", "what"), rows)
+
+
 PARTS: dict[str, Callable[..., str]] = {
+    "matrix": matrix,
+    "compositions": compositions,
     "options": options_of,
     "facts": facts,
     "cost": cost,

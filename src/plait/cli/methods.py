@@ -15,11 +15,10 @@ if TYPE_CHECKING:
 # What a name of the literature can mean besides the methods here that carry it.
 _ELSEWHERE = {
     "alora": (
-        "alloc: allocating LoRA (2403.16187), not in this version",
         "activated LoRA: upstream's lora with alora_invocation_tokens",
     ),
     "cola": (
-        "chain of LoRA (COLA, 2401.04151): merge and restart, not in this version",
+        "chain of LoRA (COLA, 2401.04151): tie and restart, `chain: {plan: chain}` in a run file",
         "the GLUE task CoLA: a data set, not a method",
     ),
 }
@@ -30,6 +29,9 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     text = "list the methods, or show one: formula, options, paper"
     parser = subparsers.add_parser("methods", help=text, description=text.capitalize() + ".")
     parser.add_argument("name", nargs="?", help="a method, or a name that papers use for one")
+    parser.add_argument(
+        "--matrix", action="store_true", help="what works with what: gates, optimizers, chains, ..."
+    )
     return parser
 
 
@@ -37,7 +39,11 @@ def run(args: argparse.Namespace) -> int:
     """Print the table, or what a name means."""
     from plait.cli import console
 
-    if args.name is None:
+    if args.matrix:
+        if args.name is not None:
+            raise ValueError(f"--matrix shows all methods. Leave {args.name} out.")
+        _print_matrix(console())
+    elif args.name is None:
         _print_table(console())
     else:
         _print_meanings(args.name, console())
@@ -66,6 +72,25 @@ def _print_table(console: "Console") -> None:
         )
     console.print(table)
     console.print("\nOptions of one method: plait methods NAME")
+
+
+def _print_matrix(console: "Console") -> None:
+    """Print a table for each group of features, and why a cell says no."""
+    from rich.table import Table
+
+    from plait.cli._show import quiet
+    from plait.run.support import tables
+
+    with quiet():
+        groups, notes = tables()
+    for group, (head, *rows) in groups.items():
+        table = Table(*head, box=None, pad_edge=False, title=group, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+    for number, note in enumerate(notes, 1):
+        console.print(f"no {number}: {note}", soft_wrap=True)
 
 
 def _print_meanings(name: str, console: "Console") -> None:

@@ -39,7 +39,7 @@ from plait.run.data import DataBundle
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HEADS = ("classifier", "score")  # peft trains and saves these for classification by itself
-_FLOAT_BASE_ONLY = {
+FLOAT_BASE_ONLY = {
     "pissa": "it splits the base weight",
     "unilora": "its scales take the base weight's type, which is not a float (peft 0.21.2)",
     "full": "packed weights cannot be trained",
@@ -94,10 +94,10 @@ def build_model(config: RunConfig, data: DataBundle) -> PeftModel | PreTrainedMo
     base, new = _load(config.model, outputs, id2label)
     _check_length(base, data)
     quantized = config.model.quantization != "none"
-    if quantized and config.method.name in _FLOAT_BASE_ONLY:
+    if quantized and config.method.name in FLOAT_BASE_ONLY:
         raise ValueError(
             f"method.name: {config.method.name} does not work on a {config.model.quantization} "
-            f"base: {_FLOAT_BASE_ONLY[config.method.name]}. Set model.quantization: none, or use "
+            f"base: {FLOAT_BASE_ONLY[config.method.name]}. Set model.quantization: none, or use "
             "another method."
         )
     options = dict(config.method.options)

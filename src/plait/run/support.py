@@ -1,0 +1,129 @@
+"""What works with what: a row for each method, a column for each feature, from the registry.
+
+Nothing is written down twice: a cell asks the code that would refuse the combination. A test tries
+every cell, the refused ones too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from plait.chain import chain_support
+from plait.core import gates
+from plait.core.registry import find
+from plait.run.baselines import BASELINES
+from plait.run.config import method_names, method_options
+from plait.run.model import FLOAT_BASE_ONLY
+from plait.run.optimizers import OPTIMIZERS, optimizer_support
+
+PLANS = ("chain", "rac", "xgb")
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One column: its name, its group, and what a method lacks for it (None: nothing)."""
+
+    key: str
+    group: str
+    why_not: Callable[[str], str | None]
+
+
+def why_not(method: str, feature: str) -> str | None:
+    """Why a method does not have a feature, in one clause; None where it has.
+
+    Args:
+        method: as in `method.name`.
+        feature: key of one of FEATURES.
+    """
+    return FEATURES[feature].why_not(method)
+
+
+def matrix() -> dict[str, dict[str, str | None]]:
+    """why_not of every method and feature."""
+    return {m: {f: why_not(m, f) for f in FEATURES} for m in method_names()}
+
+
+def tables() -> tuple[dict[str, list[list[str]]], list[str]]:
+    """The matrix as text: group -> rows of cells, the head first; and the notes.
+
+    A cell is "yes" or the number of a note, which says why not.
+    """
+    notes: list[str] = []
+    found: dict[str, list[list[str]]] = {}
+    for group in dict.fromkeys(f.group for f in FEATURES.values()):
+        own = [f for f in FEATURES.values() if f.group == group]
+        rows = [["", *(f.key.removeprefix(f"{group} ") for f in own)]]
+        for method in method_names():
+            row = [method]
+            for feature in own:
+                reason = feature.why_not(method)
+                if reason is not None and reason not in notes:
+                    notes.append(reason)
+                row.append("yes" if reason is None else f"no {notes.index(reason) + 1}")
+            rows.append(row)
+        found[group] = rows
+    return found, notes
+
+
+def _entry(method: str) -> Any:
+    return BASELINES[method] if method in BASELINES else find(method)
+
+
+def _merge(method: str) -> str | None:
+    return None if _entry(method).mergeable else "its update depends on the input"
+
+
+def _export(method: str) -> str | None:
+    entry = _entry(method)
+    if method == "full":
+        return "it has no adapter"
+    if entry.exact_export:
+        return None
+    return "its update depends on the input" if not entry.mergeable else "approximate"
+
+
+def _start(method: str) -> str | None:
+    """Whether `init: pissa` is a choice, or the method is PiSSA."""
+    if method == "pissa" or "init" in method_options(method):
+        return None
+    if method in BASELINES:
+        return "of upstream only pissa starts there"
+    return "its factors are not free, or have a start of their own"
+
+
+def _gate(key: str) -> Callable[[str], str | None]:
+    def why(method: str) -> str | None:
+        if method in BASELINES:
+            return "gates act on plait's methods"
+        try:
+            find(method).config(gates=[key])
+        except ValueError as error:
+            return str(error).partition(": ")[2].partition(".")[0]
+        return None
+
+    return why
+
+
+def _quantised(method: str) -> str | None:
+    return FLOAT_BASE_ONLY.get(method)
+
+
+def _features() -> dict[str, Feature]:
+    found = [
+        Feature("merge", "method", _merge),
+        Feature("init pissa", "method", _start),
+        *(Feature(f"gate {g.key}", "method", _gate(g.key)) for g in gates()),
+        *(
+            Feature(f"optimizer {key}", "optimizer", lambda m, key=key: optimizer_support(key, m))
+            for key in OPTIMIZERS
+        ),
+        *(Feature(f"chain {p}", "chain", lambda m, p=p: chain_support(p, m)) for p in PLANS),
+        Feature("8bit", "base", _quantised),
+        Feature("4bit", "base", _quantised),
+        Feature("export lora", "export", _export),
+        Feature("export merged", "export", _merge),
+    ]
+    return {f.key: f for f in found}
+
+
+FEATURES: dict[str, Feature] = _features()
