@@ -8,7 +8,9 @@ Importing it registers every method with peft:
     >>> model = get_peft_model(base, config)  # doctest: +SKIP
 """
 
+from plait import chain
 from plait._version import __version__
+from plait.chain import ChainCallback, ChainPlan, chain_schedule, chain_support
 from plait.core import (
     Delta,
     DeltaConfig,
@@ -32,6 +34,8 @@ from plait.methods.shared_b import SharedBLoraConfig
 from plait.core.registry import methods  # isort: skip
 
 __all__ = [
+    "ChainCallback",
+    "ChainPlan",
     "ColaConfig",
     "Delta",
     "DeltaConfig",
@@ -48,6 +52,9 @@ __all__ = [
     "SharedBLoraConfig",
     "__version__",
     "after_step",
+    "chain",
+    "chain_schedule",
+    "chain_support",
     "find",
     "methods",
     "penalty",
