@@ -8,7 +8,9 @@ Importing it registers every method with peft:
     >>> model = get_peft_model(base, config)  # doctest: +SKIP
 """
 
+from plait import chain
 from plait._version import __version__
+from plait.chain import ChainCallback, ChainPlan, chain_schedule, chain_support
 from plait.core import (
     Delta,
     DeltaConfig,
@@ -47,6 +49,8 @@ from plait.core.registry import methods  # isort: skip
 
 __all__ = [
     "AllocLoraConfig",
+    "ChainCallback",
+    "ChainPlan",
     "ColaConfig",
     "Delta",
     "DeltaConfig",
@@ -69,6 +73,9 @@ __all__ = [
     "TiedLoraConfig",
     "__version__",
     "after_step",
+    "chain",
+    "chain_schedule",
+    "chain_support",
     "drive_adalora",
     "find",
     "methods",

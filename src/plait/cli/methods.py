@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 # What a name of the literature can mean besides the methods here that carry it.
 _ELSEWHERE = {
-    "alora": (
-        "activated LoRA: upstream's lora with alora_invocation_tokens",
-    ),
+    "alora": ("activated LoRA: upstream's lora with alora_invocation_tokens",),
     "cola": (
         "chain of LoRA (COLA, 2401.04151): tie and restart, `chain: {plan: chain}` in a run file",
         "the GLUE task CoLA: a data set, not a method",

@@ -96,6 +96,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
 
     prefix: str
     delta_cls: type[Delta]
+    plait_trunk: Any = None  # the finished links of a chain, see core/trunk.py
 
     def __init__(self, base_layer: nn.Module, name: str, route: Route, **quantization: Any) -> None:
         super().__init__()
@@ -125,9 +126,10 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         return self.get_submodule(self.adapter_layer_names[0])  # type: ignore[return-value]
 
     def base_weight(self) -> Tensor:
-        """The base weight as (out, in), dequantised."""
+        """The base weight as (out, in), dequantised, with the finished links of a chain."""
         weight = self.get_base_weight()
-        return weight.T if self.transposed else weight
+        weight = weight.T if self.transposed else weight
+        return weight if self.plait_trunk is None else self.plait_trunk.effective(weight)
 
     def add_delta(self, adapter: str, config: DeltaConfig, siblings: Iterable[Any] = ()) -> None:
         """Create the Delta of an adapter with this layer's rank and scale.
@@ -241,6 +243,8 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
     def _mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
         """One batch, an adapter for each row; rows of BASE keep the base layer's output."""
         names = rows.names or ()
+        if self.plait_trunk is not None:
+            self.plait_trunk.refuse_mixed()
         if self.merged:
             raise ValueError(
                 "adapter_names cannot be used while adapters are merged. Call unmerge_adapter()."

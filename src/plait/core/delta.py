@@ -8,7 +8,7 @@ and in the rest of core, once.
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -83,6 +83,7 @@ class Delta(nn.Module):
     wants_mask: bool = False  # whether the forward uses the batch's padding mask
     # Tensors that all layers of one shape share; the first such layer owns and saves them.
     shared: ClassVar[tuple[str, ...]] = ()
+    no_restart: ClassVar[str | None] = None  # why `restart` cannot be, for a chain; None: it can
 
     t: Tensor | None
 
@@ -215,6 +216,25 @@ class Delta(nn.Module):
         with torch.no_grad():
             for p in self.parameters():
                 p.copy_(torch.randn(p.shape, generator=gen) * 0.1)
+
+    @torch.no_grad()
+    def restart(self, gen: torch.Generator) -> None:
+        """Start anew, as on a fresh layer of the weight that `base` now reads; for chains.
+
+        Parameters keep their objects and get new values, their gradients go; all buffers (t,
+        averages, masks) are those of a fresh Delta.
+        """
+        blank = replace(self.base, blank=False)  # a loaded adapter restarts from the weight, too
+        fresh = type(self)(blank, self.config, gen)
+        for name, p in self.named_parameters():
+            p.copy_(fresh.get_parameter(name))
+            p.grad = None
+        first = next(self.parameters())
+        for name, module in fresh.to(first.device, first.dtype).named_modules():
+            for buffer, value in module._buffers.items():
+                setattr(self.get_submodule(name), buffer, value)
+        self.forwards, self.fresh = 0, True
+        self.loaded()
 
     def weight(self, **choice: Any) -> Tensor:
         """dW (out, in), scaled, in the factors' dtype.

@@ -263,7 +263,7 @@ def after_step_of(deltas: list["Delta"]) -> None:
 
 
 def after_step(model: nn.Module, optimizer: Any = None) -> None:
-    """Fire the events by hand, for optimizers that are not torch optimizers.
+    """Fire the events by hand, those of a chain too, for optimizers that are not torch optimizers.
 
     Call it after each step of the optimizer, before the gradients are cleared. Penalties are
     not added by this call: add `plait.penalty(model)` to the loss, once per optimizer step.
@@ -272,9 +272,13 @@ def after_step(model: nn.Module, optimizer: Any = None) -> None:
         model: with plait's adapters.
         optimizer: anything with torch's `state`, for methods that start ranks anew.
     """
+    inside = {id(p) for p in model.parameters()}
     with _completing(optimizer):
         for deltas in adapters_of(model):
             after_step_of(deltas)
+        for listener in list(_listeners):
+            if any(id(p) in inside for p in listener.parameters()):
+                listener.after_step(optimizer)
 
 
 def penalty(model: nn.Module) -> torch.Tensor | None:

@@ -3,7 +3,8 @@
 A LowRankDelta with a constant mix is a LoRA already: gate and mix are folded into the factors and
 the scale is kept, so the export is exact. A DenseDelta, or a smaller rank on request, gives the
 best rank-k part of each dW, with its error measured. peft computes alpha / r for each module, so a
-rank that differs between layers is written with an alpha that keeps the scale.
+rank that differs between layers is written with an alpha that keeps the scale. The finished links
+of a chain are stacked in front of the live adapter: [s_1 B_1 | .. ] [A_1; ..], scaling 1.
 """
 
 import re
@@ -13,14 +14,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from plait.core import events
 from plait.core.bridge import PlaitLayer
 from plait.core.combine import WeightedSum
+from plait.core.config import DeltaConfig
 from plait.core.delta import Delta, LowRankDelta
+from plait.core.trunk import Trunk, trunk_of
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,42 @@ class LoraExport:
         save_file(self.tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The update of an upstream LoRA layer, read as that of a Delta: dW = scaling B A."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    def folded(self, **choice: Any) -> tuple[Tensor, Tensor]:
+        """A (k, in), B (out, k), ranks of zeros left out."""
+        alive = (self.A != 0).any(1) & (self.B != 0).any(0)
+        return self.A[alive], self.B[:, alive]
+
+
+def update_of(layer: nn.Module, adapter: str) -> Delta | Pair | None:
+    """What an adapter adds to a tuner layer, plait's or upstream LoRA's; None for others.
+
+    Raises:
+        ValueError: an upstream layer whose update is more than s B A of a linear layer.
+    """
+    if isinstance(layer, PlaitLayer) and adapter in layer.plait_delta:
+        return layer.plait_delta[adapter]  # type: ignore[return-value]
+    if not isinstance(layer, LoraLayer) or adapter not in layer.scaling:
+        return None
+    plain = adapter in layer.lora_A and isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
+    if not plain or adapter in layer.lora_variant or layer.lora_bias[adapter]:
+        kind = type(layer.get_base_layer()).__name__
+        raise ValueError(
+            f"adapter {adapter!r}: its update of a {kind} is not s B A of a linear layer (DoRA and "
+            "other variants, lora_bias, embeddings). Use plain LoRA on linear layers."
+        )
+    down, up = (factors.get_submodule(adapter) for factors in (layer.lora_A, layer.lora_B))
+    A, B = (part.get_parameter("weight").detach() for part in (down, up))
+    return Pair(A, B, layer.scaling[adapter])
+
+
 def to_lora(
     model: PeftModel,
     adapter: str = "default",
@@ -61,16 +103,18 @@ def to_lora(
     energy: float | None = None,
     task: str | None = None,
     approx: Literal["mean"] | None = None,
+    pad: bool = False,
 ) -> LoraExport:
-    """An adapter as a plain LoRA.
+    """An adapter as a plain LoRA, the finished links of its chain included.
 
     Args:
-        model: a PeftModel with a plait adapter.
+        model: a PeftModel with an adapter of plait, or of upstream's plain LoRA.
         adapter: its name.
         rank: largest rank of a layer. None: exact where the method allows it, else the config's r.
         energy: smallest share of ||dW||_F^2 to keep in each layer, 0 to 1; sets the rank by layer.
         task: which task of a task table.
         approx: "mean" takes a token router as uniform.
+        pad: give all layers the largest rank, with zeros, for servers that read no rank pattern.
 
     Raises:
         NotMergeable: the update depends on the input and neither task nor approx settles it.
@@ -83,30 +127,43 @@ def to_lora(
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy = {energy}. Give a share above 0 and up to 1.")
     config: Any = model.peft_config[adapter]
-    key = f"plait_{config.key}_delta"
-    found = [m.plait_delta for m in model.modules() if isinstance(m, PlaitLayer)]
-    summed = any(isinstance(dict(d.items()).get(adapter), WeightedSum) for d in found)
+    found = {
+        name: (layer, update)
+        for name, layer in model.get_base_model().named_modules()
+        if (update := update_of(layer, adapter)) is not None
+    }
+    summed = any(isinstance(update, WeightedSum) for _, update in found.values())
     saved = {} if summed else get_peft_model_state_dict(model, adapter_name=adapter)
+    key = f"plait_{config.key}_delta" if isinstance(config, DeltaConfig) else ".lora_"
     tensors = {name: value for name, value in saved.items() if key not in name}
+    factors: dict[str, tuple[Tensor, Tensor, float]] = {}
     layers: list[LayerExport] = []
-    alphas: dict[str, float] = {}
     transposed = False
-    for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, PlaitLayer) or adapter not in layer.plait_delta:
-            continue
-        delta: Any = layer.plait_delta[adapter]
-        events.check_fired(delta)
-        A, B, scale, error = plain_factors(delta, rank, energy, task=task, approx=approx)
+    for name, (layer, update) in found.items():
+        if isinstance(update, Delta):
+            events.check_fired(update)
+        trunk = trunk_of(layer)
+        if trunk is not None and trunk.adapter != adapter:
+            trunk = None
+        A, B, scale, error = plain_factors(update, rank, energy, trunk, task=task, approx=approx)
         layers.append(LayerExport(name, len(A), error))
         if len(A):  # a LoRA of rank 0 does not exist: the layer is left out
-            path = f"base_model.model.{name}"
-            tensors[f"{path}.lora_A.weight"] = A.contiguous()
-            tensors[f"{path}.lora_B.weight"] = B.contiguous()
-            alphas[name] = scale * len(A)
-            transposed |= layer.transposed
-    live = {layer.name: layer.rank for layer in layers if layer.rank}
+            factors[name] = A, B, scale
+            transposed |= isinstance(layer.get_base_layer(), Conv1D)  # type: ignore[operator]
+    widest = max((layer.rank for layer in layers), default=0)
+    alphas: dict[str, float] = {}
+    for name, (A, B, scale) in factors.items():
+        if pad:
+            spare, scale, B = widest - len(A), 1.0, scale * B
+            A, B = F.pad(A, (0, 0, 0, spare)), F.pad(B, (0, spare))
+        path = f"base_model.model.{name}"
+        tensors[f"{path}.lora_A.weight"] = A.contiguous()
+        tensors[f"{path}.lora_B.weight"] = B.contiguous()
+        alphas[name] = scale * len(A)
+    live = {layer.name: widest if pad else layer.rank for layer in layers if layer.rank}
     if not live:
-        raise ValueError(f"{config.key}: the update is zero in every layer. Train before export.")
+        method = config.key if isinstance(config, DeltaConfig) else "lora"
+        raise ValueError(f"{method}: the update is zero in every layer. Train before export.")
     r = Counter(live.values()).most_common(1)[0][0]
     alpha = Counter(alphas[n] for n, k in live.items() if k == r).most_common(1)[0][0]
     lora = LoraConfig(
@@ -128,21 +185,35 @@ def to_lora(
 
 @torch.no_grad()
 def plain_factors(
-    delta: Delta, rank: int | None, energy: float | None, **choice: Any
+    delta: Delta | Pair,
+    rank: int | None,
+    energy: float | None,
+    trunk: Trunk | None = None,
+    **choice: Any,
 ) -> tuple[Tensor, Tensor, float, float]:
     """A (k, in), B (out, k), scale and relative error with dW = scale B A, or near it.
 
     Args:
         delta: of one layer. rank, energy, choice: as in to_lora.
+        trunk: finished links, which come first. Where the ranks then exceed min(in, out), the
+            stack is compressed to that, which is exact.
     """
-    factors = delta.folded(**choice) if isinstance(delta, LowRankDelta | WeightedSum) else None
+    folds = isinstance(delta, LowRankDelta | WeightedSum | Pair)
+    factors = delta.folded(**choice) if folds else None
+    scale = delta.scaling
     if factors is not None:
         A, B = factors
+        if trunk is not None:
+            A0, B0 = (part.to(A) for part in trunk.factors())
+            A, B, scale = torch.cat([A0, A]), torch.cat([B0, scale * B], dim=1), 1.0
+            smaller = min(A.shape[1], B.shape[0])
+            if len(A) > smaller:
+                rank = min(rank or smaller, smaller)
         if (rank is None or rank >= len(A)) and energy is None:
-            return A, B, delta.scaling, 0.0
+            return A, B, scale, 0.0
         Qb, Rb = torch.linalg.qr(B)  # dW = Qb (Rb Ra^T) Qa^T: the SVD of a small matrix is enough
         Qa, Ra = torch.linalg.qr(A.T)
-        U, S, Vh = torch.linalg.svd(delta.scaling * Rb @ Ra.T)
+        U, S, Vh = torch.linalg.svd(scale * Rb @ Ra.T)
         U, Vh = Qb @ U[:, : len(S)], Vh[: len(S)] @ Qa.T
     else:
         U, S, Vh = torch.linalg.svd(delta.weight(**choice), full_matrices=False)

@@ -9,6 +9,7 @@ and from `transformers.TrainingArguments`.
 import copy
 import dataclasses
 import enum
+import inspect
 import math
 import types
 import typing
@@ -26,6 +27,8 @@ from plait.run.baselines import BASELINES
 
 if typing.TYPE_CHECKING:
     from peft import PeftConfig
+
+    from plait.chain import ChainPlan
 
 _STRICT = ConfigDict(extra="forbid")
 _Count = Annotated[int, Field(ge=1)]
@@ -128,6 +131,42 @@ class OutputConfig:
 
 
 @dataclass(kw_only=True)
+class ChainConfig:
+    """A chain of adapters. plan: chain, rac or xgb; what is null is that plan's own default."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    plan: Literal["chain", "rac", "xgb"] = "chain"
+    links: _Count | None = None
+    steps_per_link: _Count | None = None
+    ranks: _Count | list[_Count] | None = None
+    lr: Literal["restart", "global"] | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    reset_optimizer: bool | None = None
+    storage: Literal["stack", "merge"] | None = None
+    freeze: Literal["A", "B"] | None = None
+    sketch: Literal["orthonormal", "gaussian"] | None = None
+    sketch_std: float | None = None
+    blocks_per_link: int | float | None = None
+    rank: _Count | None = None
+    seed: int | None = None
+
+    def build(self) -> "ChainPlan":
+        """The plan; raises ValueError for an option of another plan, or one out of range."""
+        from plait.chain import ChainPlan
+
+        make = {"chain": ChainPlan.chain, "rac": ChainPlan.rac, "xgb": ChainPlan.xgb}[self.plan]
+        given = {k: v for k, v in vars(self).items() if v is not None and k != "plan"}
+        known = inspect.signature(make).parameters
+        for name in given:
+            if name not in known:
+                raise ValueError(
+                    f"chain: {name} is no option of the plan {self.plan}. "
+                    f"{did_you_mean(name, known)}"
+                )
+        return make(**given)
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """One checked run. training: keywords of TrainingArguments, plait's defaults filled in."""
 
@@ -136,6 +175,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    chain: ChainConfig | None = None
     output: OutputConfig = field(default_factory=OutputConfig)
 
 
@@ -231,6 +271,7 @@ def config_from_dict(raw: Any, overrides: Sequence[str] = (), file: str = "confi
         data=data,
         training=_training(section["training"], data, source),
         evaluation=_checked(EvaluationConfig, section["evaluation"], "evaluation", source),
+        chain=_chain(raw.get("chain"), section["method"], source),
         output=_checked(OutputConfig, section["output"], "output", source),
     )
     try:
@@ -246,6 +287,23 @@ def allocates(config: Any) -> bool:
     return isinstance(config, DeltaConfig) and config.delta_cls.allocates(config)
 
 
+def _chain(raw: dict[str, Any] | None, method: dict[str, Any], source: _Source) -> Any:
+    """Check the `chain` section, where there is one, and that its plan works with the method."""
+    if raw is None:
+        return None
+    from plait.chain import chain_support
+
+    chain: ChainConfig = _checked(ChainConfig, raw, "chain", source)
+    try:
+        chain.build()
+        reason = chain_support(chain.plan, method.get("name", MethodConfig.name))
+    except ValueError as error:
+        raise ValueError(f"{source.at('chain')}: {error}") from None
+    if reason is not None:
+        raise ValueError(f"{source.at('chain.plan')}: {reason}")
+    return chain
+
+
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Return the nested dict that `config_from_dict` reads back to an equal config."""
     result = dataclasses.asdict(config)
@@ -254,6 +312,10 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     result["method"] = {"name": method["name"], **method["options"], **lr_scale}
     columns = result["data"]["columns"]
     result["data"]["columns"] = {k: v for k, v in columns.items() if v is not None}
+    if config.chain is None:
+        del result["chain"]
+    else:
+        result["chain"] = {k: v for k, v in result["chain"].items() if v is not None}
     return result
 
 

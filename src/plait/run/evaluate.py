@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from plait import chain
 from plait.run.adapter import load_adapter
 from plait.run.config import RunConfig, did_you_mean, load_config, peft_config
 from plait.run.data import (
@@ -364,7 +365,10 @@ def load_run(
     expected = peft_config(cfg.method, cfg.model.task, tasks=run.get("tasks"))
     assert expected is not None  # only `full` has none
     base = load_base(cfg.model, outputs, names)
-    return cfg, load_adapter(base, trained, expected).eval(), tokenizer
+    model = load_adapter(base, trained, expected).eval()
+    if cfg.chain is not None:
+        chain.load(model, trained)
+    return cfg, model, tokenizer
 
 
 def evaluate_run(

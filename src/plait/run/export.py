@@ -179,7 +179,7 @@ def _as_lora(
     if not isinstance(model, PeftModel):
         raise ValueError("method.name = full has no adapter. Use --to merged.")
     config: Any = model.peft_config["default"]
-    if isinstance(config, DeltaConfig):
+    if isinstance(config, DeltaConfig) or cfg.chain is not None:
         return to_lora(model, rank=rank, energy=energy, **choice)
     if choice:
         raise ValueError(

@@ -10,6 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from plait.core.files import umask, write_atomic
+
+__all__ = ["RunFolder", "diff_configs", "environment", "replace_dir", "write_atomic"]
+
 _PACKAGES = ("plait", "torch", "peft", "transformers", "accelerate", "datasets", "safetensors")
 
 
@@ -91,24 +95,6 @@ class RunFolder:
         return self.path / "loss.png"
 
 
-def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write a file under a temporary name beside it, then rename it: never half a file."""
-    path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; give it what the user's umask gives any other file.
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def replace_dir(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write(folder)` fill a temporary folder, then put it at `path`.
 
@@ -121,11 +107,11 @@ def replace_dir(path: str | Path, write: Callable[[Path], object]) -> None:
     try:
         write(new)
         for file in filter(Path.is_file, new.rglob("*")):  # some writers make files private
-            file.chmod(0o666 & ~_umask())
-        new.chmod(0o777 & ~_umask())
+            file.chmod(0o666 & ~umask())
+        new.chmod(0o777 & ~umask())
         for file in new.rglob("*"):  # safetensors makes its files private
             if file.is_file():
-                file.chmod(0o666 & ~_umask())
+                file.chmod(0o666 & ~umask())
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             os.replace(path, old)
@@ -169,10 +155,3 @@ def diff_configs(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
             shown = ["(not set)" if v is absent else repr(v) for v in (a, b)]
             lines.append(f"{prefix}{key}: {shown[0]} -> {shown[1]}")
     return lines
-
-
-def _umask() -> int:
-    """Return the process' umask; it can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

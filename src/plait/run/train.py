@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from plait.chain import ChainCallback, chain_of
 from plait.core.allocation import set_development_batch
 from plait.core.events import PlaitCallback, check_events, drive_adalora
 from plait.run.adapter import stored_numbers, upstream_noise
@@ -88,6 +89,7 @@ def train(
         write_evaluation(folder, split=split, before=before)
 
     stop = StopOnSignal()
+    plan = None if cfg.chain is None else cfg.chain.build()
     # Made after the first evaluation: the Trainer seeds all generators.
     trainer = RunTrainer(
         cfg,
@@ -95,6 +97,7 @@ def train(
         stop,
         model=model,
         args=args,
+        chain=None if plan is None else ChainCallback(plan, checkpoint=checkpoint),
         data_collator=data.collator,
         train_dataset=data.train,
         eval_dataset=data.validation,
@@ -289,6 +292,9 @@ def _save_trained(folder: RunFolder, model: PeftModel | PreTrainedModel, tokeniz
     def write(to: Path) -> None:
         model.save_pretrained(str(to), **options)
         tokenizer.save_pretrained(str(to))
+        chain = chain_of(model)
+        if chain is not None:
+            chain.save(to)
 
     if isinstance(model, PeftModel):
         with upstream_noise():

@@ -21,6 +21,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from plait.chain import ChainCallback, chain_schedule, load
+from plait.chain.plan import SHAPES
 from plait.core.events import EventNeverFired
 from plait.run.adapter import first_line, load_weights, readable, upstream_noise
 from plait.run.callbacks import StopOnSignal
@@ -45,12 +47,16 @@ class RunTrainer(Trainer):
         stop: StopOnSignal,
         model: PeftModel | PreTrainedModel,
         args: TrainingArguments,
+        chain: ChainCallback | None = None,
         **kwargs: Any,
     ):
         self.cfg, self.data, self.stop, self.trained = cfg, data, stop, model
+        self.chain = chain
         self.checkpoints = Path(str(args.output_dir))
         self._staging: Path | None = None
-        super().__init__(model=model, args=args, **kwargs)
+        own = [] if chain is None else [chain]
+        callbacks = [*kwargs.pop("callbacks", ()), *own]
+        super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
 
     # ------------------------------------------------------------------------ optimizer, loss
 
@@ -61,6 +67,19 @@ class RunTrainer(Trainer):
         if first and self.cfg.method.lr_scale:
             scale_learning_rates(optimizer, self.trained, self.cfg.method.lr_scale)
         return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As upstream, or one that restarts with the links of a chain."""
+        plan = None if self.chain is None else self.chain.plan
+        if self.lr_scheduler is None and plan is not None and plan.lr == "restart":
+            optimizer = self.optimizer if optimizer is None else optimizer
+            assert optimizer is not None
+            shape: Any = restarting_shape(self.args)
+            self.lr_scheduler = chain_schedule(plan, optimizer, num_training_steps, shape)
+            return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As upstream; a loss that is not finite ends the run before it reaches a weight."""
@@ -154,10 +173,14 @@ class RunTrainer(Trainer):
         tuner = adalora_of(self.trained)
         if tuner is not None:
             save_adalora(tuner, folder / _ADALORA)
+        if self.chain is not None and self.chain.chain is not None:
+            self.chain.chain.save(folder)  # before the checkpoint gets its name: whole or absent
 
     def load_weights(self, checkpoint: Path) -> None:
-        """Load the weights of a checkpoint, all of them or an error."""
+        """Load the weights of a checkpoint, all of them or an error; a chain's links, too."""
         self._load_from_checkpoint(str(checkpoint))
+        if self.chain is not None:
+            load(self.trained, checkpoint)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -215,6 +238,18 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 # ------------------------------------------------------------------------------- learning rates
+
+
+def restarting_shape(args: TrainingArguments) -> str:
+    """The shape of each link's learning rate; ValueError for a schedule that cannot restart."""
+    name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    shape = name.removesuffix("_with_warmup")
+    if shape not in SHAPES:
+        raise ValueError(
+            f"training.lr_scheduler_type is {name}, which cannot restart with each link of a "
+            f"chain. Use one of {', '.join(SHAPES)}, or set chain.lr: global."
+        )
+    return shape
 
 
 def scale_learning_rates(

@@ -1,0 +1,306 @@
+"""The live link of one layer: upstream's LoRA or a low-rank Delta of plait, read and started anew.
+
+A link is read as (A, B, s) with dW = s B A when it is tied. A new one starts as the method starts:
+upstream's A at U(-1, 1) / sqrt(in) and B = 0, a Delta through `restart`, from keyed generators.
+"""
+
+import re
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.adalora import AdaLoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from plait.chain.plan import ChainPlan
+from plait.core.bridge import PlaitLayer
+from plait.core.config import DeltaConfig
+from plait.core.delta import Delta, DenseDelta, LowRankDelta, TaskTable, TokenRouter
+from plait.core.export import update_of
+from plait.core.init import kaiming, seeded
+from plait.core.registry import find
+from plait.core.trunk import is_quantized
+
+# Upstream's methods: why no chain of them; "" where there is one.
+UPSTREAM = {
+    "lora": "",
+    "rslora": "",
+    "pissa": "pissa edits the base weight at its start, so a disabled adapter is not the base. "
+    "Use lora",
+    "dora": "dora rescales the rows of the whole weight, so its update is no sum of links. "
+    "Use lora",
+    "adalora": "adalora's schedule spans the training and cannot start anew. Use lora",
+    "vera": "vera shares its factors between layers, so no layer starts anew by itself. Use lora",
+    "vblora": "vblora's factors share one bank between layers, so no layer starts anew by itself. "
+    "Use lora",
+    "unilora": "unilora's factors share one vector between layers, so no layer starts anew by "
+    "itself. Use lora",
+    "full": "full fine-tuning has no adapter. Use lora",
+}
+_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # of LoraConfig: they leave the base alone
+
+
+def chain_support(plan: str, method_key: str) -> str | None:
+    """Why a plan does not work with a method; None where it does.
+
+    Example:
+        >>> import plait
+        >>> plait.chain_support("chain", "lora") is None
+        True
+        >>> plait.chain_support("rac", "pissa").partition(",")[0]
+        'rac: pissa edits the base weight at its start'
+
+    Args:
+        plan: "chain", "rac" or "xgb".
+        method_key: a method of plait, or a baseline such as "lora".
+
+    Raises:
+        ValueError: an unknown plan or method.
+    """
+    if plan not in ("chain", "rac", "xgb"):
+        raise ValueError(f"chain: plan = {plan!r} is not known. Use one of 'chain', 'rac', 'xgb'.")
+    if method_key in UPSTREAM:
+        reason = UPSTREAM[method_key]
+    else:
+        method = find(method_key)
+        reason = _against(method_key, method.delta, plan)
+    return f"{plan}: {reason}." if reason else None
+
+
+def _against(key: str, delta: type[Delta], plan: str) -> str:
+    """The reason against a Delta class, "" for none."""
+    if issubclass(delta, DenseDelta) or not issubclass(delta, LowRankDelta):
+        return f"{key}'s update has full rank and no factors that a finished link could keep"
+    if not delta.mergeable:
+        return f"{key}'s update depends on the input, so a finished link is no matrix"
+    if delta.no_restart:
+        return delta.no_restart
+    if plan == "rac":
+        return f"{key} has no single pair of which one side could be frozen. Use lora or rslora"
+    if plan == "xgb":
+        return f"{key} has no rank-1 form that can be switched off by block. Use lora or rslora"
+    return ""
+
+
+class Link:
+    """The live link of one layer.
+
+    Attributes:
+        name: of the layer in the base model. layer: the tuner layer. shape: (out, in) of dW.
+        r: the adapter's rank here. block: the transformer block that the layer is in.
+    """
+
+    r: int
+
+    def __init__(self, name: str, layer: Any, adapter: str) -> None:
+        self.name, self.layer, self.adapter = name, layer, adapter
+        base = layer.get_base_layer()
+        self.quantized = is_quantized(base)
+        self.half = not self.quantized and base.weight.dtype.itemsize < 4
+        self.shape: tuple[int, int] = (layer.out_features, layer.in_features)
+        index = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+        self.block = index[0] if index else name
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All its parameters, the frozen ones included."""
+        raise NotImplementedError
+
+    def trained(self, plan: ChainPlan) -> list[nn.Parameter]:
+        """Those that the plan trains."""
+        return self.parameters()
+
+    def read(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        """A (k, in), B (out, k) and s with dW = s B A: fp32 copies (fp64 of fp64) on the CPU."""
+        raise NotImplementedError
+
+    def start(self, plan: ChainPlan, number: int, steps: int) -> None:
+        """Start link `number` (0, 1, ..) of so many steps; 0 keeps the adapter's own start."""
+        raise NotImplementedError
+
+    def resume(self, plan: ChainPlan, number: int, steps: int) -> None:
+        """Tell what the link's saved state does not hold."""
+
+    def switch(self, on: bool) -> None:
+        """The 0/1 gate on the update: gradients are exactly 0 while it is off."""
+        raise NotImplementedError
+
+    def frozen(self, plan: ChainPlan) -> nn.Parameter | None:
+        """The factor that the plan freezes, if any."""
+        return None
+
+
+class LoraLink(Link):
+    """Of an upstream LoRA layer."""
+
+    def __init__(self, name: str, layer: Any, adapter: str) -> None:
+        super().__init__(name, layer, adapter)
+        self.A: nn.Parameter = layer.lora_A[adapter].weight
+        self.B: nn.Parameter = layer.lora_B[adapter].weight
+        self.scaling: float = layer.scaling[adapter]
+        self.r = r = layer.r[adapter]
+        if self.A.shape != (r, self.shape[1]) or self.B.shape != (self.shape[0], r):
+            raise ValueError(
+                f"chain: the factors of {name} are {tuple(self.A.shape)} and "
+                f"{tuple(self.B.shape)}, so they are sharded or flattened (DeepSpeed ZeRO, FSDP). "
+                "Train in one process or with DDP."
+            )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """A and B."""
+        return [self.A, self.B]
+
+    def trained(self, plan: ChainPlan) -> list[nn.Parameter]:
+        """Without the frozen side."""
+        return [p for p in self.parameters() if p is not self.frozen(plan)]
+
+    def frozen(self, plan: ChainPlan) -> nn.Parameter | None:
+        """The sketched side of rac."""
+        return {"A": self.A, "B": self.B, None: None}[plan.freeze]
+
+    def read(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        """The live ranks of the factors."""
+        A, B = (_kept(p) for p in (self.A[:rank], self.B[:, :rank]))
+        return A, B, self.scaling
+
+    @torch.no_grad()
+    def start(self, plan: ChainPlan, number: int, steps: int) -> None:
+        """A at U(-1, 1) / sqrt(in) and B = 0; rac: a sketch and 0. Surplus ranks are zero.
+
+        A rank of which both factors are zero gets the gradient 0 and stays zero.
+        """
+        r, rank = self.r, plan.rank(number, self.r)
+        if plan.freeze == "A":
+            self.A.copy_(plan.draw(number, self.name, r, self.shape[1]))
+            self.B.zero_()
+        elif plan.freeze == "B":
+            self.B.copy_(plan.draw(number, self.name, r, self.shape[0]).T)
+            self.A.zero_()
+        elif number:
+            self.A.copy_(kaiming(seeded(plan.seed, number, self.name), r, self.shape[1]))
+            self.B.zero_()
+        self.A[rank:] = 0
+        self.B[:, rank:] = 0
+
+    def switch(self, on: bool) -> None:
+        """Through the scale."""
+        self.layer.scaling[self.adapter] = self.scaling if on else 0.0
+
+
+class DeltaLink(Link):
+    """Of a plait layer."""
+
+    def __init__(self, name: str, layer: PlaitLayer, adapter: str) -> None:
+        super().__init__(name, layer, adapter)
+        self.delta: Any = layer.plait_delta[adapter]
+        self.r = self.delta.config.r
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The Delta's."""
+        return list(self.delta.parameters())
+
+    def read(self, rank: int) -> tuple[Tensor, Tensor, float]:
+        """The factors in evaluation, gate and mix folded in."""
+        A, B = self.delta.folded()
+        return _kept(A), _kept(B), self.delta.scaling
+
+    def start(self, plan: ChainPlan, number: int, steps: int) -> None:
+        """The method's own start on the weight with the trunk; its schedule spans the link."""
+        if number:
+            self.delta.restart(seeded(plan.seed, number, self.name))
+        self.resume(plan, number, steps)
+
+    def resume(self, plan: ChainPlan, number: int, steps: int) -> None:
+        """The schedule's length."""
+        self.delta.adapter.total_steps = steps
+
+
+def _kept(p: Tensor) -> Tensor:
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return p.detach().to("cpu", wide, copy=True).contiguous()
+
+
+def find_links(model: nn.Module, plan: ChainPlan, adapter: str) -> list[Link]:
+    """The links of a model's adapter, in its order; everything a chain cannot do is refused here.
+
+    Raises:
+        ValueError: the method, a layer, the base or the plan do not fit, with the reason.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    configs: Any = model.peft_config if isinstance(model, PeftModel) else {}
+    config = configs.get(adapter)
+    if isinstance(config, LoraConfig):
+        _check_lora(config, plan)
+    elif isinstance(config, DeltaConfig):
+        reason = chain_support(plan.recipe, config.key)
+        if reason:
+            raise ValueError(reason)
+        if plan.ranks is not None:
+            raise ValueError(
+                f"chain: ranks = {plan.ranks} needs upstream's lora or rslora; {config.key} keeps "
+                "its own r. Leave ranks out."
+            )
+    elif config is not None:
+        kind = str(config.peft_type).removeprefix("PeftType.")
+        raise ValueError(f"chain: an adapter of type {kind} has no links. Use lora.")
+    links: list[Link] = []
+    for name, layer in base.named_modules():
+        update = update_of(layer, adapter)
+        if isinstance(update, Delta):
+            assert isinstance(layer, PlaitLayer)
+            _check_delta(name, update)
+            links.append(DeltaLink(name, layer, adapter))
+        elif update is not None:
+            assert isinstance(layer, LoraLayer)
+            links.append(LoraLink(name, layer, adapter))
+    if not links:
+        raise ValueError(
+            f"chain: the model has no adapter {adapter!r} of LoRA or of a low-rank method of "
+            "plait. Wrap it first."
+        )
+    _check_storage(links, plan)
+    return links
+
+
+def _check_lora(config: LoraConfig, plan: ChainPlan) -> None:
+    """Refuse LoRA's variants."""
+    start = config.init_lora_weights
+    kind = "lora"
+    if isinstance(config, AdaLoraConfig):
+        kind = "adalora"
+    elif config.use_dora:
+        kind = "dora"
+    elif isinstance(start, str) and start.startswith("pissa"):
+        kind = "pissa"
+    reason = chain_support(plan.recipe, kind)
+    if reason:
+        raise ValueError(reason)
+    if start not in _STARTS:
+        raise ValueError(
+            f"chain: init_lora_weights = {start!r} edits the base weight or takes data, which a "
+            "new link cannot. Use True."
+        )
+    if config.target_parameters:
+        raise ValueError("chain: target_parameters are no linear layers. Leave them out.")
+
+
+def _check_delta(name: str, delta: Delta) -> None:
+    """Refuse an update that is no constant product of factors."""
+    key = delta.adapter.key
+    if not isinstance(delta, LowRankDelta) or delta.no_restart:
+        raise ValueError(f"chain: {name} has no factors that a finished link of {key} could keep.")
+    if isinstance(delta.mix(), TokenRouter | TaskTable):
+        raise ValueError(f"chain: the update of {key} depends on the input. Use another method.")
+
+
+def _check_storage(links: list[Link], plan: ChainPlan) -> None:
+    """Refuse bases that merging cannot serve."""
+    if plan.storage != "merge":
+        return
+    for link in links:
+        if link.quantized:
+            kind = type(link.layer.get_base_layer()).__name__
+            raise ValueError(
+                f'chain: storage = "merge" edits the base weight, and {link.name} is {kind}. '
+                'Use storage="stack".'
+            )

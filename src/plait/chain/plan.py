@@ -1,0 +1,348 @@
+"""The plan of a chain: how long each link trains, at what rank, how it starts, at what rate.
+
+    for k = 1..K:  start link k  ->  fresh optimizer state  ->  T_k steps on the link only
+                   if k < K:  tie: record (A_k, B_k, s_k);  W += s_k B_k A_k
+
+One engine serves three recipes. chain (Chain-of-LoRA, arXiv 2401.04151): A and B are trained. rac
+(RAC-LoRA, 2410.08305): one side is a random sketch and frozen. xgb (XGBLoRA, 2410.19694): links of
+rank 1 on a random subset of the transformer blocks. T_k is counted in completed optimizer steps.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from plait.core.init import seeded
+from plait.core.trunk import Storage
+
+Recipe = Literal["chain", "rac", "xgb"]
+Rate = Literal["restart", "global"]
+Shape = Literal["constant", "linear", "cosine"]
+SHAPES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainPlan:
+    """A plan, made by `ChainPlan.chain`, `.rac` or `.xgb`.
+
+    Attributes:
+        recipe: "chain", "rac" or "xgb".
+        links: number of links K; None: as many as steps_per_link gives.
+        steps_per_link: optimizer steps of a link; None: total // K, the first total % K links get
+            one more.
+        ranks: rank of each link, or one for all; None: the adapter's r. A link below the adapter's
+            r leaves the surplus ranks at zero: it costs the memory of r.
+        lr: "restart", with a warm-up in each link, or "global", one schedule over all links.
+        warmup_steps: of a link (of the run with lr="global"), at most a tenth of it.
+        reset_optimizer: forget the optimizer's state of the link's parameters at a tie.
+        storage: of finished links, "stack" or "merge", see core/trunk.py.
+        freeze: the side that rac freezes, "A" or "B".
+        sketch: "orthonormal" (Haar), or "gaussian", a control that the theory does not cover.
+        sketch_std: scale of the sketch.
+        blocks_per_link: number of blocks of an xgb link, or their share.
+        seed: of starts, sketches and choices.
+    """
+
+    recipe: Recipe
+    links: int | None = None
+    steps_per_link: int | None = None
+    ranks: int | tuple[int, ...] | None = None
+    lr: Rate = "restart"
+    warmup_steps: int = 100
+    reset_optimizer: bool = True
+    storage: Storage = "stack"
+    freeze: Literal["A", "B"] | None = None
+    sketch: Literal["orthonormal", "gaussian"] = "orthonormal"
+    sketch_std: float = 1.0
+    blocks_per_link: int | float = 1.0
+    seed: int = 0
+
+    @classmethod
+    def chain(
+        cls,
+        links: int | None = None,
+        *,
+        steps_per_link: int | None = None,
+        ranks: int | list[int] | tuple[int, ...] | None = None,
+        lr: Rate = "restart",
+        warmup_steps: int = 100,
+        reset_optimizer: bool = True,
+        storage: Storage = "stack",
+        seed: int = 0,
+    ) -> "ChainPlan":
+        """Chain-of-LoRA: A and B are trained in every link; 3 links unless given.
+
+        Raises:
+            ValueError: an option out of range, with its value and the remedy.
+        """
+        return cls(
+            recipe="chain",
+            links=3 if links is None and steps_per_link is None else links,
+            steps_per_link=steps_per_link,
+            ranks=tuple(ranks) if isinstance(ranks, list) else ranks,
+            lr=lr,
+            warmup_steps=warmup_steps,
+            reset_optimizer=reset_optimizer,
+            storage=storage,
+            seed=seed,
+        )
+
+    @classmethod
+    def rac(
+        cls,
+        links: int | None = None,
+        *,
+        steps_per_link: int | None = None,
+        freeze: Literal["A", "B"] = "A",
+        sketch: Literal["orthonormal", "gaussian"] = "orthonormal",
+        sketch_std: float = 1.0,
+        lr: Rate = "restart",
+        warmup_steps: int = 100,
+        reset_optimizer: bool = True,
+        storage: Storage = "stack",
+        seed: int = 0,
+    ) -> "ChainPlan":
+        """RAC-LoRA: one side is a random sketch and frozen; 12 links unless given.
+
+        Raises:
+            ValueError: an option out of range, with its value and the remedy.
+        """
+        return cls(
+            recipe="rac",
+            links=12 if links is None and steps_per_link is None else links,
+            steps_per_link=steps_per_link,
+            lr=lr,
+            warmup_steps=warmup_steps,
+            reset_optimizer=reset_optimizer,
+            storage=storage,
+            freeze=freeze,
+            sketch=sketch,
+            sketch_std=sketch_std,
+            seed=seed,
+        )
+
+    @classmethod
+    def xgb(
+        cls,
+        links: int | None = None,
+        *,
+        steps_per_link: int | None = None,
+        blocks_per_link: int | float = 1 / 3,
+        rank: int = 1,
+        lr: Rate = "global",
+        warmup_steps: int = 100,
+        reset_optimizer: bool = True,
+        storage: Storage = "stack",
+        seed: int = 0,
+    ) -> "ChainPlan":
+        """XGBLoRA: rank-1 links on a random subset of blocks; 10 steps a link unless given.
+
+        Raises:
+            ValueError: an option out of range, with its value and the remedy.
+        """
+        return cls(
+            recipe="xgb",
+            links=links,
+            steps_per_link=10 if links is None and steps_per_link is None else steps_per_link,
+            ranks=rank,
+            lr=lr,
+            warmup_steps=warmup_steps,
+            reset_optimizer=reset_optimizer,
+            storage=storage,
+            blocks_per_link=blocks_per_link,
+            seed=seed,
+        )
+
+    def __post_init__(self) -> None:
+        if (self.links is None) == (self.steps_per_link is None):
+            raise ValueError(
+                f"chain: links = {self.links} and steps_per_link = {self.steps_per_link}. "
+                "Give one of them; the other follows from the number of steps."
+            )
+        ranks = self.ranks if isinstance(self.ranks, tuple) else (self.ranks,)
+        for name, value, least in (
+            ("links", self.links, 1),
+            ("steps_per_link", self.steps_per_link, 1),
+            ("warmup_steps", self.warmup_steps, 0),
+            *(("ranks", rank, 1) for rank in ranks),
+        ):
+            if value is not None and (type(value) is not int or value < least):
+                raise ValueError(f"chain: {name} = {value!r}. Give a whole number from {least} on.")
+        if isinstance(self.ranks, tuple) and self.links is not None:
+            self._check_ranks(self.links)
+        for name, value, known in (
+            ("recipe", self.recipe, ("chain", "rac", "xgb")),
+            ("lr", self.lr, ("restart", "global")),
+            ("storage", self.storage, ("stack", "merge")),
+            ("sketch", self.sketch, ("orthonormal", "gaussian")),
+            ("freeze", self.freeze, ("A", "B") if self.recipe == "rac" else (None,)),
+        ):
+            if value not in known:
+                options = ", ".join(map(repr, known))
+                raise ValueError(f"chain: {name} = {value!r} is not known. Use one of {options}.")
+        if not self.sketch_std > 0 or not math.isfinite(self.sketch_std):
+            raise ValueError(f"chain: sketch_std = {self.sketch_std}. Give a number above 0.")
+        share = self.blocks_per_link
+        if isinstance(share, bool) or share <= 0 or (isinstance(share, float) and share > 1):
+            raise ValueError(
+                f"chain: blocks_per_link = {share!r}. Give a number of blocks, or their share "
+                "above 0 and up to 1.0."
+            )
+
+    def _check_ranks(self, links: int) -> None:
+        if isinstance(self.ranks, tuple) and len(self.ranks) != links:
+            raise ValueError(
+                f"chain: ranks has {len(self.ranks)} entries for {links} links. Give one for each "
+                "link, or one number for all."
+            )
+
+    # What the plan says -------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as json has it."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def lengths(self, total_steps: int) -> list[int]:
+        """Optimizer steps of each link.
+
+        Raises:
+            ValueError: fewer steps than links.
+        """
+        if self.steps_per_link is not None:
+            whole, rest = divmod(total_steps, self.steps_per_link)
+            lengths = [self.steps_per_link] * whole + ([rest] if rest else [])
+        else:
+            links = self.links or 1
+            lengths = [total_steps // links + (k < total_steps % links) for k in range(links)]
+        if not lengths or min(lengths) < 1:
+            raise ValueError(
+                f"chain: {total_steps} optimizer steps for {self.links} links. Give at least one "
+                "step for each link."
+            )
+        self._check_ranks(len(lengths))
+        return lengths
+
+    def rank(self, link: int, most: int) -> int:
+        """Rank of a link (0, 1, ..) on a layer whose adapter has rank `most`.
+
+        Raises:
+            ValueError: more than the adapter has.
+        """
+        rank = self.ranks[link] if isinstance(self.ranks, tuple) else self.ranks
+        if rank is None:
+            return most
+        if rank > most:
+            raise ValueError(
+                f"chain: link {link} has rank {rank}, the adapter r = {most}. Give the adapter the "
+                "largest rank of a link."
+            )
+        return rank
+
+    def draw(self, link: int, name: str, rank: int, size: int) -> Tensor:
+        """The sketch of a link and layer, rows (rank, size) in fp64: keyed, so all ranks agree.
+
+        Orthonormal: Haar-distributed rows times sketch_std. Gaussian: N(0, sketch_std^2).
+
+        Raises:
+            ValueError: more orthonormal rows than the space has dimensions.
+        """
+        if self.sketch == "orthonormal" and rank > size:
+            raise ValueError(
+                f"chain: {name} has {size} features on its frozen side, r = {rank} orthonormal "
+                "directions do not fit. Give a smaller r."
+            )
+        gen = seeded(self.seed, link, name)
+        columns = torch.randn(size, rank, generator=gen, dtype=torch.float64)
+        if self.sketch == "orthonormal":
+            Q, R = torch.linalg.qr(columns)
+            signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q)  # without them Q is not Haar
+            columns = Q * signs
+        return self.sketch_std * columns.T.contiguous()
+
+    def chosen(self, link: int, blocks: list[str]) -> set[str]:
+        """The blocks that a link trains: keyed by seed and link.
+
+        Raises:
+            ValueError: more than there are.
+        """
+        share = self.blocks_per_link
+        count = max(1, round(share * len(blocks))) if isinstance(share, float) else share
+        if count > len(blocks):
+            raise ValueError(
+                f"chain: blocks_per_link = {count}, the adapter has {len(blocks)} blocks. Give at "
+                "most that."
+            )
+        order = torch.randperm(len(blocks), generator=seeded(self.seed, link, "blocks"))
+        return {blocks[i] for i in order[:count].tolist()}
+
+    def factors(self, total_steps: int, shape: Shape) -> list[float]:
+        """Factor on the learning rate in each step; never 0, which would waste the step.
+
+        In a link of T steps with w = min(warmup_steps, T // 10) for warm-up: (j + 1) / w in its
+        step j < w, then the shape over (j - w) / (T - w).
+        """
+        if shape not in SHAPES:
+            raise ValueError(
+                f"chain: the learning rate cannot restart as {shape!r}. Use one of "
+                f'{", ".join(map(repr, SHAPES))}, or a plan with lr="global".'
+            )
+        lengths = self.lengths(total_steps)
+        values = []
+        for length in lengths if self.lr == "restart" else [total_steps]:
+            warm = min(self.warmup_steps, length // 10)
+            for j in range(length):
+                part = (j - warm) / (length - warm)
+                after = {
+                    "constant": 1.0,
+                    "linear": 1 - part,
+                    "cosine": (1 + math.cos(math.pi * part)) / 2,
+                }[shape]
+                values.append((j + 1) / warm if j < warm else after)
+        return values
+
+
+class ChainSchedule(LambdaLR):
+    """The pre-computed learning rates of a plan; made by `plait.chain_schedule`."""
+
+    def __init__(self, optimizer: Optimizer, plan: ChainPlan, total_steps: int, shape: Shape):
+        values = plan.factors(total_steps, shape)
+        # Text, so that it is saved with the schedule and compared on resume.
+        self.signature = signature(plan, total_steps)
+        super().__init__(optimizer, lambda step: values[min(step, len(values) - 1)])
+
+
+def signature(plan: ChainPlan, total_steps: int) -> str:
+    """What a schedule and a chain must agree on."""
+    return f"{plan.lengths(total_steps)} {plan.lr} {plan.warmup_steps}"
+
+
+def chain_schedule(
+    plan: ChainPlan, optimizer: Optimizer, total_steps: int, shape: Shape = "linear"
+) -> ChainSchedule:
+    """The learning-rate schedule of a chain, as `optimizers=(optimizer, schedule)` takes it.
+
+    Example:
+        >>> import plait, torch
+        >>> plan = plait.ChainPlan.chain(links=2, warmup_steps=0)
+        >>> opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        >>> plan.factors(4, "linear")
+        [1.0, 0.5, 1.0, 0.5]
+        >>> schedule = plait.chain_schedule(plan, opt, total_steps=4)
+
+    Args:
+        plan: with lr="restart" the warm-up and the shape start anew in each link.
+        optimizer: with the base learning rates.
+        total_steps: planned optimizer steps, those of the Trainer's max_steps.
+        shape: "constant", "linear" or "cosine", from the end of the warm-up towards 0.
+
+    Raises:
+        ValueError: an unknown shape, or fewer steps than links.
+    """
+    return ChainSchedule(optimizer, plan, total_steps, shape)
