@@ -54,10 +54,8 @@ class DualModuleLoraConfig(DeltaConfig):
         for r in (self.r, *self.rank_pattern.values()):
             shared, expert, target = self.ranks(r)
             if expert < 0 or target > expert > 0:
-                text = (
-                    f"r = {r}, shared_r = {shared}, target_r = {target}: give shared_r up to r and"
-                )
-                raise ValueError(f"{text} target_r up to r - shared_r = {expert}.")
+                text = f"r = {r}, shared_r = {shared}, target_r = {target}: give shared_r up to r"
+                raise ValueError(f"{text} and target_r up to r - shared_r = {expert}.")
 
     def ranks(self, r: int) -> tuple[int, int, int]:
         """(r_s, r_e, target_r) of a layer of total rank r."""
@@ -77,6 +75,7 @@ class DualModule(LowRankDelta):
     """See the module."""
 
     config: DualModuleLoraConfig
+    no_pairs = "its gate E belongs to single ranks"
     alive = (("E", "B_e"),)  # with both zero no gradient ever leaves zero
     optional_buffers = screening.buffer_names(SCREENED)
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, option, register
+from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, Pair, option, register
 from plait.core.delta import TaskTable, TokenRouter
 from plait.core.init import kaiming
 
@@ -85,6 +85,11 @@ class SharedB(LowRankDelta):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A_cat (n r, in), B_cat (out, r)."""
         return self.A.flatten(0, 1), self.B
+
+    def pairs(self) -> list[Pair]:
+        """One: all A side by side with B. Router and tasks only weight the A's."""
+        slices = tuple(range(self.config.num_A))
+        return [Pair(self.base.name, self.A, self.B, self.scaling, A_slices=slices)]
 
     def mix(self) -> TokenRouter | TaskTable:
         """(.., n r) to (.., r)."""
