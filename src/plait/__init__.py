@@ -27,6 +27,7 @@ from plait.methods.cola import ColaConfig
 from plait.methods.dual_lora import DualLoraConfig
 from plait.methods.dual_module import DualModuleLoraConfig
 from plait.methods.shared_b import SharedBLoraConfig
+from plait.optim import create_lora_rite_optimizer, create_lorsum_optimizer
 
 # The function, bound after the package of the same name was imported above.
 from plait.core.registry import methods  # isort: skip
@@ -48,6 +49,8 @@ __all__ = [
     "SharedBLoraConfig",
     "__version__",
     "after_step",
+    "create_lora_rite_optimizer",
+    "create_lorsum_optimizer",
     "find",
     "methods",
     "penalty",
