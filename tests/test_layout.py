@@ -17,13 +17,14 @@ ALLOWED = {
     "kernels": {"kernels"},
     "core": {"core", "kernels", "_version"},
     "methods": {"methods", "core"},
-    "run": {"run", "core", "methods", "assets", "_version"},
+    "optim": {"optim", "core"},
+    "run": {"run", "core", "methods", "optim", "assets", "_version"},
     "assets": {"assets", "run"},
     "cli": {"cli", "run", "core", "methods", "_version"},
 }
 # Who may import these: heavy, optional, or another layer's business.
 ONLY = {
-    "peft": {"core", "run"},
+    "peft": {"core", "optim", "run"},
     "transformers": {"core", "run", "assets", "cli"},
     "datasets": {"run"},
     "accelerate": {"run"},

@@ -58,7 +58,9 @@ def delta(model: Any) -> Tensor:
 
 def basis(cond: float, r: int, gen: torch.Generator) -> Tensor:
     """R (r, r) of a condition number, its singular values spaced evenly on a log scale."""
-    Q1, Q2 = (torch.linalg.qr(torch.randn(r, r, generator=gen, dtype=torch.float64)).Q for _ in "12")
+    Q1, Q2 = (
+        torch.linalg.qr(torch.randn(r, r, generator=gen, dtype=torch.float64)).Q for _ in "12"
+    )
     values = torch.logspace(0, torch.log10(torch.tensor(cond)).item(), r, dtype=torch.float64)
     return Q1 @ torch.diag(values / cond**0.5) @ Q2
 

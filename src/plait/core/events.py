@@ -243,10 +243,14 @@ def _holds(optimizer: Optimizer, tuner: Any) -> bool:
 
 
 class PlaitCallback(TrainerCallback):
-    """Optional, for Trainer and TRL: fills `total_steps` of every plait adapter at the start."""
+    """Optional, for Trainer and TRL: fills `total_steps` of every plait adapter at the start.
+
+    It also refuses gradient clipping with optimizers that must see the raw gradients.
+    """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell the adapters how many optimizer steps are planned."""
+        """Tell the adapters how many optimizer steps are planned; check the clipping."""
+        check_clipping(kwargs.get("optimizer"), args.max_grad_norm)
         set_total_steps(kwargs["model"], state.max_steps)
 
 
@@ -255,3 +259,22 @@ def set_total_steps(model: nn.Module, total_steps: int) -> None:
     for deltas in _of(model):
         if deltas[0].adapter.total_steps is None:
             deltas[0].adapter.total_steps = total_steps
+
+
+def check_clipping(optimizer: Any, max_grad_norm: float | None) -> None:
+    """Refuse clipping of raw gradients for an optimizer that clips by itself.
+
+    Args:
+        optimizer: also as accelerate wraps it, or None.
+        max_grad_norm: of the trainer; None and 0 mean no clipping.
+
+    Raises:
+        ValueError: the optimizer is lora_rite or lorsum and gradients are to be clipped.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if max_grad_norm and getattr(inner, "own_clipping", False):
+        raise ValueError(
+            f"{inner.key}: max_grad_norm = {max_grad_norm:g} clips the gradients of A and B before "
+            "the step, which makes it depend on their basis. Set max_grad_norm=0; the optimizer "
+            "has a clip of its own."
+        )

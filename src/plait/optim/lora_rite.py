@@ -59,8 +59,8 @@ def unmagnified(A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor) -> Frames:
 class Memory(NamedTuple):
     """What n pairs carry from step to step; zeros at the start.
 
-    M_A, U_A: (n, in, r). M_B, U_B: (n, out, r). The sides A and B in one tensor: V (2, n, r, r), its
-    eigenvalues in ascending order spectrum (2, n, r), and rho (2, n).
+    M_A, U_A: (n, in, r). M_B, U_B: (n, out, r). The sides A and B in one tensor: V (2, n, r, r),
+    spectrum (2, n, r), its eigenvalues in ascending order, and rho (2, n).
     """
 
     M_A: Tensor
