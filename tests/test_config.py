@@ -211,8 +211,8 @@ def test_the_starter_config_is_a_valid_run():
         ("data: [1]", "dual.yaml: data is [1]. It should be keys and values."),
         (
             "- 1",
-            "dual.yaml: is a list. Give sections: model, method, data, training, evaluation, "
-            "output.",
+            "dual.yaml: is a list. Give sections: model, method, optimizer, data, training, "
+            "evaluation, output.",
         ),
         ("a: b: c", "dual.yaml: line 1, column 5: mapping values are not allowed here."),
         (

@@ -18,13 +18,14 @@ ALLOWED = {
     "core": {"core", "kernels", "_version"},
     "methods": {"methods", "core"},
     "chain": {"chain", "core"},
-    "run": {"run", "core", "methods", "chain", "assets", "_version"},
+    "optim": {"optim", "core"},
+    "run": {"run", "core", "methods", "chain", "optim", "assets", "_version"},
     "assets": {"assets", "run"},
     "cli": {"cli", "run", "core", "methods", "_version"},
 }
 # Who may import these: heavy, optional, or another layer's business.
 ONLY = {
-    "peft": {"core", "chain", "run"},
+    "peft": {"core", "chain", "optim", "run"},
     "transformers": {"core", "chain", "run", "assets", "cli"},
     "datasets": {"run"},
     "accelerate": {"run"},

@@ -55,9 +55,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(place: Path, run: Path, method: str, **sections: Any) -> RunConfig:
+def config(place: Path, run: Path, key: str, **sections: Any) -> RunConfig:
     """A run of four steps of a method; sections add to it."""
-    own = {"name": method, **OPTIONS.get(method, {"r": 2}), **sections.pop("method", {})}
+    own = {"name": key, **OPTIONS.get(key, {"r": 2}), **sections.pop("method", {})}
     training = {"max_steps": 4, **sections.pop("training", {})}
     return run_config(
         place / "base",
@@ -96,6 +96,8 @@ def attempt(feature: str, method: str, place: Path, run: Path) -> None:
             export = plait.to_lora(model)
             if export.error:
                 raise ValueError("approximate")
+        elif method == "adalora":
+            assert plait.to_lora(model).error == 0
         elif model.peft_config["default"].peft_type != "LORA" or method == "dora":
             convert_to_lora(model, 2)
             raise ValueError("approximate")
@@ -108,7 +110,8 @@ def attempt(feature: str, method: str, place: Path, run: Path) -> None:
         chosen = {"name": name, **OPTIMIZER_OPTIONS.get(name, {})}
         train(config(place, run, method, optimizer=chosen))
     elif group == "chain":
-        train(config(place, run, method, chain={"plan": name, **CHAINS[name]}))
+        plan = {"plan": name, **CHAINS[name]}
+        train(config(place, run, method, chain=plan, training={"max_steps": 8}))
     else:
         train(config(place, run, method, model={"quantization": feature}))
 

@@ -112,7 +112,7 @@ def run_config(base: Path, rows: Path, run: Path, **sections: Any) -> RunConfig:
         if "name" in values and name == "method":
             raw[name] = values
         else:
-            raw[name] |= values
+            raw[name] = raw.get(name, {}) | values
     return config_from_dict(raw)
 
 

@@ -43,6 +43,7 @@ from plait.methods.nola import NolaConfig
 from plait.methods.shared_b import SharedBLoraConfig
 from plait.methods.sora import SoraConfig
 from plait.methods.tied import TiedLoraConfig
+from plait.optim import create_lora_rite_optimizer, create_lorsum_optimizer
 
 # The function, bound after the package of the same name was imported above.
 from plait.core.registry import methods  # isort: skip
@@ -76,6 +77,8 @@ __all__ = [
     "chain",
     "chain_schedule",
     "chain_support",
+    "create_lora_rite_optimizer",
+    "create_lorsum_optimizer",
     "drive_adalora",
     "find",
     "methods",

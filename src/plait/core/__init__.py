@@ -8,6 +8,7 @@ from plait.core.delta import (
     FrozenLinear,
     LowRankDelta,
     NotMergeable,
+    Pair,
     less_start,
 )
 from plait.core.events import EventNeverFired, PlaitWarning
@@ -29,6 +30,7 @@ __all__ = [
     "LowRankDelta",
     "Method",
     "NotMergeable",
+    "Pair",
     "PlaitWarning",
     "TaskTable",
     "TokenRouter",

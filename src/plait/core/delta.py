@@ -63,6 +63,23 @@ class FrozenLinear:
         return svd_start(self.weight, rank, scaling, svd, gen)
 
 
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Free factors on which one change of basis acts: (A, B) -> (R A, B R^-1) leaves dW unchanged.
+
+    name: of the layer. A: (r, in), or (n, r, in) of which the pair has the slices A_slices, side by
+    side on `in`. B: (out, r), or (n, out, r) of which it has B_slices, stacked on `out`. Slices are
+    None for a 2-D factor. scaling: s.
+    """
+
+    name: str
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float
+    A_slices: tuple[int, ...] | None = None
+    B_slices: tuple[int, ...] | None = None
+
+
 class Delta(nn.Module):
     """The update of one layer. Subclasses declare; the constructor receives the layer's facts.
 
@@ -84,6 +101,8 @@ class Delta(nn.Module):
     # Tensors that all layers of one shape share; the first such layer owns and saves them.
     shared: ClassVar[tuple[str, ...]] = ()
     no_restart: ClassVar[str | None] = None  # why `restart` cannot be, for a chain; None: it can
+    # Why the method has no pairs, for the error of `pairs`.
+    no_pairs: ClassVar[str] = "it states no pairs of free factors"
 
     t: Tensor | None
 
@@ -142,6 +161,17 @@ class Delta(nn.Module):
     @classmethod
     def after_all(cls, deltas: Sequence[Any]) -> None:
         """What happens once a step over all layers of an adapter, after every after_step."""
+
+    def pairs(self) -> list[Pair]:
+        """The pairs of free factors, each slice of a parameter in one of them.
+
+        Raises:
+            ValueError: the method has none.
+        """
+        raise ValueError(
+            f"{self.base.name}: {self.adapter.key} has no pairs (A, B) that can change their basis "
+            f"freely: {self.no_pairs}. Train it with AdamW."
+        )
 
     def loaded(self) -> None:
         """Recompute what is derived from saved state."""
@@ -345,6 +375,20 @@ class LowRankDelta(Delta):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A_cat (R_in, in) and B_cat (out, R_out)."""
         raise NotImplementedError
+
+    def pairs(self) -> list[Pair]:
+        """As in Delta; a gate belongs to single ranks, so with one no basis is free."""
+        if self.gates:
+            keys = ", ".join(gate.key or "its own" for gate in self.gates)
+            raise ValueError(
+                f"{self.base.name}: {self.adapter.key} has no pairs (A, B) that can change their "
+                f"basis freely: a gate ({keys}) belongs to single ranks. Train it with AdamW."
+            )
+        return self.free_pairs()
+
+    def free_pairs(self) -> list[Pair]:
+        """The pairs of the method without gates."""
+        return super().pairs()
 
     def live(self) -> Tensor | None:
         """The product of the gates, (ranks,), or None."""

@@ -380,15 +380,15 @@ def drive_adalora(model: nn.Module, start: int = 0) -> None:
 class PlaitCallback(TrainerCallback):
     """Optional, for Trainer and TRL: tells every plait adapter what only the Trainer knows.
 
-    That is `total_steps`, and the micro-batches of an optimizer step. Upstream AdaLoRA is driven
-    too, from the step where training starts.
+    That is `total_steps`, and the micro-batches of an optimizer step. It also refuses gradient
+    clipping with optimizers that must see the raw gradients.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the adapters how many optimizer steps are planned, of how many micro-batches."""
-        model = kwargs["model"]
-        set_total_steps(model, state.max_steps)
-        set_micro_batches(model, args.gradient_accumulation_steps)
+        check_clipping(kwargs.get("optimizer"), args.max_grad_norm)
+        set_total_steps(kwargs["model"], state.max_steps)
+        set_micro_batches(kwargs["model"], args.gradient_accumulation_steps)
 
 
 def set_total_steps(model: nn.Module, total_steps: int) -> None:
@@ -406,3 +406,22 @@ def set_micro_batches(model: nn.Module, count: int) -> None:
     """
     for deltas in adapters_of(model):
         deltas[0].adapter.micro_batches = count
+
+
+def check_clipping(optimizer: Any, max_grad_norm: float | None) -> None:
+    """Refuse clipping of raw gradients for an optimizer that clips by itself.
+
+    Args:
+        optimizer: also as accelerate wraps it, or None.
+        max_grad_norm: of the trainer; None and 0 mean no clipping.
+
+    Raises:
+        ValueError: the optimizer is lora_rite or lorsum and gradients are to be clipped.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if max_grad_norm and getattr(inner, "own_clipping", False):
+        raise ValueError(
+            f"{inner.key}: max_grad_norm = {max_grad_norm:g} clips the gradients of A and B before "
+            "the step, which makes it depend on their basis. Set max_grad_norm=0; the optimizer "
+            "has a clip of its own."
+        )

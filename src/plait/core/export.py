@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class LoraExport:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PlainUpdate:
     """The update of an upstream LoRA layer, read as that of a Delta: dW = scaling B A."""
 
     A: Tensor
@@ -73,7 +74,7 @@ class Pair:
         return self.A[alive], self.B[:, alive]
 
 
-def update_of(layer: nn.Module, adapter: str) -> Delta | Pair | None:
+def update_of(layer: nn.Module, adapter: str) -> Delta | PlainUpdate | None:
     """What an adapter adds to a tuner layer, plait's or upstream LoRA's; None for others.
 
     Raises:
@@ -83,6 +84,11 @@ def update_of(layer: nn.Module, adapter: str) -> Delta | Pair | None:
         return layer.plait_delta[adapter]  # type: ignore[return-value]
     if not isinstance(layer, LoraLayer) or adapter not in layer.scaling:
         return None
+    if isinstance(layer, AdaLoraLayer):  # dW = scaling B diag(E) A / r, pruned ranks have E = 0
+        A, B, E = (getattr(layer, f"lora_{name}")[adapter].detach() for name in "ABE")
+        return PlainUpdate(
+            A * E, B, layer.scaling[adapter] / (float(layer.ranknum[adapter]) + 1e-5)
+        )
     plain = adapter in layer.lora_A and isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
     if not plain or adapter in layer.lora_variant or layer.lora_bias[adapter]:
         kind = type(layer.get_base_layer()).__name__
@@ -92,7 +98,7 @@ def update_of(layer: nn.Module, adapter: str) -> Delta | Pair | None:
         )
     down, up = (factors.get_submodule(adapter) for factors in (layer.lora_A, layer.lora_B))
     A, B = (part.get_parameter("weight").detach() for part in (down, up))
-    return Pair(A, B, layer.scaling[adapter])
+    return PlainUpdate(A, B, layer.scaling[adapter])
 
 
 def to_lora(
@@ -185,7 +191,7 @@ def to_lora(
 
 @torch.no_grad()
 def plain_factors(
-    delta: Delta | Pair,
+    delta: Delta | PlainUpdate,
     rank: int | None,
     energy: float | None,
     trunk: Trunk | None = None,
@@ -198,7 +204,7 @@ def plain_factors(
         trunk: finished links, which come first. Where the ranks then exceed min(in, out), the
             stack is compressed to that, which is exact.
     """
-    folds = isinstance(delta, LowRankDelta | WeightedSum | Pair)
+    folds = isinstance(delta, LowRankDelta | WeightedSum | PlainUpdate)
     factors = delta.folded(**choice) if folds else None
     scale = delta.scaling
     if factors is not None:

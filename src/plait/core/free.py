@@ -8,6 +8,7 @@ With several A or B each is its own draw, or its own copy of A0 and B0; routers 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait.core.config import DeltaConfig, option
-from plait.core.delta import FrozenLinear, LowRankDelta
+from plait.core.delta import FrozenLinear, LowRankDelta, Pair
 from plait.core.init import kaiming
 
 
@@ -66,6 +67,14 @@ class FreeDelta(LowRankDelta):
     def count(cls, config: Any, in_features: int, out_features: int) -> int:
         """r (in + out)."""
         return config.r * (in_features + out_features)
+
+    def free_pairs(self) -> list[Pair]:
+        """One pair of all A with all B; where there are several of both, one for each expert."""
+        pair = partial(Pair, self.base.name, self.A, self.B, self.scaling)
+        of_A, of_B = (tuple(range(len(p))) if p.ndim == 3 else None for p in (self.A, self.B))
+        if of_A and of_B:
+            return [pair((i,), (i,)) for i in of_A]
+        return [pair(of_A, of_B)]
 
     def masked_down(self, x: Tensor, A: Tensor) -> Tensor:
         """Rank activations (.., n r) of x (.., in) with a dropout mask for each A of (n, r, in)."""

@@ -56,8 +56,8 @@ class AllocGate(AllocOptions, Gate):
         """Only where ranks can start anew."""
         if not delta_cls.rank_axes:
             raise ValueError(
-                f"gates: alloc cannot start ranks of {delta_cls.__name__} anew: its factors are no "
-                "free matrices with one row for each rank. Use it on a method whose factors are."
+                "gates: no rank can start anew for alloc, the factors are no free matrices with "
+                "one row for each rank. Use it on a method whose factors are."
             )
 
     def slots(self, ranks: int) -> int:

@@ -1,4 +1,4 @@
-"""CoLA (collaborative): M matrices A and N matrices B that work together.
+"""CoLA (collaborative): M matrices A and N matrices B that work together (2505.15471, ACL 2025).
 
     dW = s (sum_ij P_ji B_j A_i - k B0 A0)      A: (M, r, in)   B: (N, out, r)   s = lora_alpha / r
 
@@ -10,13 +10,10 @@
 
 Start "pissa": A_i = A0/M, B_j = B0/N, s B0 A0 the best rank-r part of W: the base model for every
 strategy and draw. "kaiming": A_i Kaiming, B_j = 0, no A0. "pissa_split" (ours, heuristic only):
-block i of the singular triples for group i. arXiv 2505.15471, Findings of ACL 2025.
-P = U V folds into the factors, sum_a (U B)_a (V A)_a: a LoRA of k ranks r, no loop over pairs.
-
-In training, full is one LoRA of rank r with learning rates M lr for A and N lr for B, for all A_i
-get one gradient and all B_j too: its control arm is `pissa` with `lr_scale: {A: M, B: N}`. At
-inference full, random and random_b are one LoRA of rank r, heuristic one of rank M r. The released
-code merges (sum B)(sum A) for every strategy and draws in evaluation: not followed.
+block i of the singular triples for group i. P = U V folds into the factors: k ranks r, no loop.
+full trains as one LoRA of rank r with learning rates M lr for A and N lr for B, for all A_i get one
+gradient and all B_j too: control arm `pissa` with `lr_scale: {A: M, B: N}`. At inference full,
+random, random_b have rank r, heuristic M r. Released code: (sum B)(sum A) always; not followed.
 """
 
 import warnings
@@ -27,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, PlaitWarning, option, register
-from plait.core.delta import less_start
+from plait.core.delta import Pair, less_start
 from plait.core.init import kaiming, seeded
 
 
@@ -50,9 +47,7 @@ class ColaConfig(DeltaConfig):
         if self.init == "pissa_split" and not heuristic:
             raise ValueError(f'init="pissa_split" needs "heuristic", not "{self.strategy}".')
         if heuristic and self.init == "pissa" and len(set(sizes)) < len(sizes):
-            text = (
-                f"cola: groups of equal size, here {sizes}, never separate from a pissa start; the"
-            )
+            text = f"cola: groups of equal size {sizes} never separate from a pissa start; the"
             text += f" product has rank {len(set(sizes))} r, not {self.num_A} r. Use pissa_split."
             warnings.warn(text, PlaitWarning, stacklevel=3)
 
@@ -143,8 +138,13 @@ class Cola(LowRankDelta):
             return a.flatten(0, 1), b.movedim(0, 1).flatten(1)
         if self.config.init == "pissa_split":
             return less_start(a, b, self.A0, self.B0)
-        share_a, share_b = (  # each term of the start is this share of A0 and of B0
-            fold(p.new_full((len(p), 1, 1), 1 / len(p)))
-            for fold, p in ((self.fold_A, self.A), (self.fold_B, self.B))
-        )
-        return less_start(a, b, self.A0, self.B0, share_a, share_b)
+        share_a = self.fold_A(self.A.new_full((len(self.A), 1, 1), 1 / len(self.A)))
+        share_b = self.fold_B(self.B.new_full((len(self.B), 1, 1), 1 / len(self.B)))
+        return less_start(a, b, self.A0, self.B0, share_a, share_b)  # of A0, B0 in each term
+
+    def free_pairs(self) -> list[Pair]:
+        """All A with all B; heuristic: each A with its group of B. The start is a constant."""
+        A, B = tuple(range(self.config.num_A)), tuple(range(self.config.num_B))
+        slices = [((i,), tuple(j for j in B if self.groups[j] == i)) for i in A]
+        slices = slices if self.config.strategy == "heuristic" else [(A, B)]
+        return [Pair(self.base.name, self.A, self.B, self.scaling, a, b) for a, b in slices]

@@ -79,6 +79,7 @@ class DualLora(DenseDelta):
     """See the module."""
 
     config: DualLoraConfig
+    no_pairs = "sign(D C) and relu(B A) change with the basis"
     alive = (("A",), ("B",))  # relu'(0) = 0: a zero magnitude never learns
 
     def __init__(self, base: FrozenLinear, config: DualLoraConfig, gen: torch.Generator) -> None:

@@ -46,10 +46,8 @@ class DualModuleLoraConfig(screening.ScreeningOptions, DeltaConfig):
             shared, expert = self.ranks(r)
             target = screening.Screening.of(self).target(expert)
             if expert < 0 or target > expert > 0:
-                text = (
-                    f"r = {r}, shared_r = {shared}, target_r = {target}: give shared_r up to r and"
-                )
-                raise ValueError(f"{text} target_r up to r - shared_r = {expert}.")
+                text = f"r = {r}, shared_r = {shared}, target_r = {target}: give shared_r up to r"
+                raise ValueError(f"{text} and target_r up to r - shared_r = {expert}.")
 
     def ranks(self, r: int) -> tuple[int, int]:
         """(r_s, r_e) of a layer of total rank r."""

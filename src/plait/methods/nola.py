@@ -55,6 +55,7 @@ class NolaConfig(DeltaConfig):
 class Nola(LowRankDelta):
     """See the module."""
 
+    no_pairs = "its factors are mixtures of fixed bases"
     config: NolaConfig
 
     def __init__(self, base: FrozenLinear, config: NolaConfig, gen: torch.Generator) -> None:

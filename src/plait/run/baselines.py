@@ -102,6 +102,7 @@ BASELINES: dict[str, Baseline] = {
             "left at the end on average; init_r is 1.5 r unless given.",
             "init_r (in + out + 1)",
             "init_r",
+            exact_export=True,
             defaults={"lora_alpha": 16, "target_r": 8},
             renamed={"r": "target_r"},
         ),

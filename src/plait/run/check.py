@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from plait.run.config import RunConfig
 from plait.run.data import IGNORED, DataBundle, Overlap, load_data, overlap
 from plait.run.model import build_model, load_tokenizer, planned_steps
+from plait.run.optimizers import DEFAULT, make_optimizer
 from plait.run.train import parameter_counts
 
 
@@ -57,7 +58,7 @@ def check(config: RunConfig) -> CheckReport:
     trainable, total = parameter_counts(model)
     first = data.train[0]
     causal = config.model.task == "causal_lm"
-    return CheckReport(
+    report = CheckReport(
         config=config,
         model=type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__,
         trainable=trainable,
@@ -79,6 +80,10 @@ def check(config: RunConfig) -> CheckReport:
         target=None if causal else str(first["label"]),
         overlaps=overlap(data),
     )
+    own = config.optimizer
+    if own.name != DEFAULT:  # last: it may freeze parameters
+        make_optimizer(own.name, own.options, model, config.training)
+    return report
 
 
 def masked_pieces(

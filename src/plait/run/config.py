@@ -64,6 +64,18 @@ class MethodConfig:
 
 
 @dataclass(kw_only=True)
+class OptimizerConfig:
+    """The optimizer.
+
+    name: `default` (training.optim decides) or one of plait.run.optimizers. options: its checked
+    keywords. Learning rate and weight decay are those of `training`.
+    """
+
+    name: str = "default"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
 class ColumnsConfig:
     """Where the data keeps what plait needs: a column name, or its index from 0."""
 
@@ -172,6 +184,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -265,9 +278,11 @@ def config_from_dict(raw: Any, overrides: Sequence[str] = (), file: str = "confi
             raise ValueError(f"{source.at(name)} is {value!r}. It should be keys and values.")
     section = {name: raw.get(name) or {} for name in RunConfig.__dataclass_fields__}
     data = _checked(DataConfig, section["data"], "data", source)
+    method = _method(section["method"], source)
     config = RunConfig(
         model=_checked(ModelConfig, section["model"], "model", source),
-        method=_method(section["method"], source),
+        method=method,
+        optimizer=_optimizer(section["optimizer"], method, section["training"], source),
         data=data,
         training=_training(section["training"], data, source),
         evaluation=_checked(EvaluationConfig, section["evaluation"], "evaluation", source),
@@ -310,6 +325,7 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     method = result["method"]
     lr_scale = {} if method["lr_scale"] is None else {"lr_scale": method["lr_scale"]}
     result["method"] = {"name": method["name"], **method["options"], **lr_scale}
+    result["optimizer"] = {"name": config.optimizer.name, **result["optimizer"]["options"]}
     columns = result["data"]["columns"]
     result["data"]["columns"] = {k: v for k, v in columns.items() if v is not None}
     if config.chain is None:
@@ -467,6 +483,49 @@ def _method(raw: dict[str, Any], source: _Source) -> MethodConfig:
             raise ValueError(f"{source.at(at)} is {value}. Give a rank of at least 1.")
         options[key] = value
     return MethodConfig(name=name, options=options, lr_scale=lr_scale)
+
+
+def optimizer_options(name: str) -> dict[str, Option]:
+    """Return the options that `optimizer:` takes for this optimizer; {} for the default."""
+    from plait.run.optimizers import option_facts
+
+    return {
+        key: Option(key, kind, None if default is inspect.Parameter.empty else default, text)
+        for key, (kind, default, text) in option_facts(name).items()
+    }
+
+
+def _optimizer(
+    raw: dict[str, Any], method: MethodConfig, training: dict[str, Any], source: _Source
+) -> OptimizerConfig:
+    """Check the `optimizer` section against the options of the one it names, and the method."""
+    from plait.run.optimizers import DEFAULT, OPTIMIZERS, check_optimizer, option_facts
+
+    raw = dict(raw)
+    name = raw.pop("name", OptimizerConfig.name)
+    if name != DEFAULT and name not in OPTIMIZERS:
+        raise ValueError(
+            f"{source.at('optimizer.name')} is {name!r}, which is no optimizer. "
+            f"{did_you_mean(name, [DEFAULT, *OPTIMIZERS])}"
+        )
+    known, options = option_facts(name), {}
+    for key, value in raw.items():
+        at = f"optimizer.{key}"
+        if key in ("lr", "learning_rate", "weight_decay"):
+            there = "weight_decay" if key == "weight_decay" else "learning_rate"
+            raise ValueError(f"{source.at(at)} cannot be set. Set training.{there}.")
+        if key not in known:
+            remedy = did_you_mean(key, known) if known else "Name the optimizer, optimizer.name."
+            raise ValueError(f"{source.at(at)} is not an option of {name}. {remedy}")
+        options[key] = _value(known[key][0], value, at, source)
+    for key, (_, default, _) in known.items():
+        if default is inspect.Parameter.empty and key not in options:
+            raise ValueError(f"{source.at('optimizer')}: {name} needs {key}. Give it.")
+    try:
+        check_optimizer(name, method.name, method.lr_scale, training)
+    except ValueError as error:
+        raise ValueError(f"{source.at('optimizer.name')}: {error}") from error
+    return OptimizerConfig(name=name, options=options)
 
 
 def _training(raw: dict[str, Any], data: DataConfig, source: _Source) -> dict[str, Any]:

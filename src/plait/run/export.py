@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora.conversion import convert_to_lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -179,7 +179,8 @@ def _as_lora(
     if not isinstance(model, PeftModel):
         raise ValueError("method.name = full has no adapter. Use --to merged.")
     config: Any = model.peft_config["default"]
-    if isinstance(config, DeltaConfig) or cfg.chain is not None:
+    adalora = isinstance(config, AdaLoraConfig) and not choice
+    if isinstance(config, DeltaConfig) or cfg.chain is not None or adalora:
         return to_lora(model, rank=rank, energy=energy, **choice)
     if choice:
         raise ValueError(

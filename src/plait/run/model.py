@@ -39,11 +39,23 @@ from plait.run.data import DataBundle
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HEADS = ("classifier", "score")  # peft trains and saves these for classification by itself
-FLOAT_BASE_ONLY = {
+_FLOAT_BASE_ONLY = {
     "pissa": "it splits the base weight",
     "unilora": "its scales take the base weight's type, which is not a float (peft 0.21.2)",
     "full": "packed weights cannot be trained",
 }
+
+
+_NO_8BIT = {"dora": "upstream's start leaves an 8-bit layer without its scales (peft 0.21.2)"}
+
+
+def quantised_reason(method: str, quantization: str) -> str | None:
+    """Why a method does not work on a base of this `model.quantization`; None where it does."""
+    if quantization == "none":
+        return None
+    return _FLOAT_BASE_ONLY.get(method) or (
+        _NO_8BIT.get(method) if quantization == "8bit" else None
+    )
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -94,11 +106,11 @@ def build_model(config: RunConfig, data: DataBundle) -> PeftModel | PreTrainedMo
     base, new = _load(config.model, outputs, id2label)
     _check_length(base, data)
     quantized = config.model.quantization != "none"
-    if quantized and config.method.name in FLOAT_BASE_ONLY:
+    reason = quantised_reason(config.method.name, config.model.quantization)
+    if reason is not None:
         raise ValueError(
             f"method.name: {config.method.name} does not work on a {config.model.quantization} "
-            f"base: {FLOAT_BASE_ONLY[config.method.name]}. Set model.quantization: none, or use "
-            "another method."
+            f"base: {reason}. Set model.quantization: none, or use another method."
         )
     options = dict(config.method.options)
     if new:

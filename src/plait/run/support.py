@@ -4,6 +4,7 @@ Nothing is written down twice: a cell asks the code that would refuse the combin
 every cell, the refused ones too.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from plait.core import gates
 from plait.core.registry import find
 from plait.run.baselines import BASELINES
 from plait.run.config import method_names, method_options
-from plait.run.model import FLOAT_BASE_ONLY
+from plait.run.model import quantised_reason
 from plait.run.optimizers import OPTIMIZERS, optimizer_support
 
 PLANS = ("chain", "rac", "xgb")
@@ -35,7 +36,11 @@ def why_not(method: str, feature: str) -> str | None:
         method: as in `method.name`.
         feature: key of one of FEATURES.
     """
-    return FEATURES[feature].why_not(method)
+    reason = FEATURES[feature].why_not(method)
+    if reason is None:
+        return None
+    reason = re.sub(rf"\b{method}'s\b", "its", reason)
+    return re.sub(rf"\b{method}\b", "it", reason).partition(". ")[0].rstrip(".")
 
 
 def matrix() -> dict[str, dict[str, str | None]]:
@@ -56,7 +61,7 @@ def tables() -> tuple[dict[str, list[list[str]]], list[str]]:
         for method in method_names():
             row = [method]
             for feature in own:
-                reason = feature.why_not(method)
+                reason = why_not(method, feature.key)
                 if reason is not None and reason not in notes:
                     notes.append(reason)
                 row.append("yes" if reason is None else f"no {notes.index(reason) + 1}")
@@ -98,14 +103,18 @@ def _gate(key: str) -> Callable[[str], str | None]:
         try:
             find(method).config(gates=[key])
         except ValueError as error:
-            return str(error).partition(": ")[2].partition(".")[0]
+            return str(error).partition(": ")[2]
         return None
 
     return why
 
 
-def _quantised(method: str) -> str | None:
-    return FLOAT_BASE_ONLY.get(method)
+def _chain(plan: str) -> Callable[[str], str | None]:
+    def why(method: str) -> str | None:
+        reason = chain_support(plan, method)
+        return None if reason is None else reason.partition(": ")[2]
+
+    return why
 
 
 def _features() -> dict[str, Feature]:
@@ -117,9 +126,8 @@ def _features() -> dict[str, Feature]:
             Feature(f"optimizer {key}", "optimizer", lambda m, key=key: optimizer_support(key, m))
             for key in OPTIMIZERS
         ),
-        *(Feature(f"chain {p}", "chain", lambda m, p=p: chain_support(p, m)) for p in PLANS),
-        Feature("8bit", "base", _quantised),
-        Feature("4bit", "base", _quantised),
+        *(Feature(f"chain {plan}", "chain", _chain(plan)) for plan in PLANS),
+        *(Feature(b, "base", lambda m, b=b: quantised_reason(m, b)) for b in ("8bit", "4bit")),
         Feature("export lora", "export", _export),
         Feature("export merged", "export", _merge),
     ]

@@ -8,6 +8,7 @@ weights, bit for bit on the CPU, as a run that was never stopped.
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from plait.chain import ChainCallback, chain_of
 from plait.core.allocation import set_development_batch
-from plait.core.events import PlaitCallback, check_events, drive_adalora
+from plait.core.events import PlaitCallback, PlaitWarning, check_events, drive_adalora
 from plait.run.adapter import stored_numbers, upstream_noise
 from plait.run.callbacks import MetricsFile, StopOnSignal
 from plait.run.config import RunConfig, allocates, config_to_dict, dump_config, load_config
@@ -29,6 +30,7 @@ from plait.run.data import DataBundle, load_data
 from plait.run.evaluate import Progress, evaluate_model, held_out_split, to_device
 from plait.run.folder import RunFolder, diff_configs, environment, replace_dir, write_atomic
 from plait.run.model import build_model, load_tokenizer
+from plait.run.optimizers import OPTIMIZERS
 from plait.run.report import (
     read_environment,
     read_evaluation,
@@ -141,6 +143,17 @@ def training_arguments(cfg: RunConfig, folder: RunFolder) -> TrainingArguments:
             "training.load_best_model_at_end does not work with adalora: peft 0.21.2 cannot load "
             "an adapter of other ranks into the one in training. Set it to false."
         )
+    own = OPTIMIZERS.get(cfg.optimizer.name)
+    if own is not None and not own.clips:
+        norm = given.get("max_grad_norm", TrainingArguments.max_grad_norm)
+        if norm:
+            warnings.warn(
+                f"training.max_grad_norm is {norm:g}, and {own.key} needs the raw gradients: it is "
+                "set to 0. The optimizer has a clip of its own.",
+                PlaitWarning,
+                stacklevel=2,
+            )
+        given["max_grad_norm"] = 0.0
     given.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # else torch warns
     given.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
     args = TrainingArguments(

@@ -30,6 +30,7 @@ from plait.run.config import RunConfig, did_you_mean
 from plait.run.data import DataBundle
 from plait.run.evaluate import evaluate_model
 from plait.run.folder import replace_dir
+from plait.run.optimizers import DEFAULT, make_optimizer
 
 _REMEDY = "Remove that checkpoint to resume from the one before it."
 _ADALORA = "adalora.safetensors"
@@ -61,8 +62,11 @@ class RunTrainer(Trainer):
     # ------------------------------------------------------------------------ optimizer, loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As upstream, then apply method.lr_scale."""
+        """The run's own, or as upstream; then apply method.lr_scale."""
         first = self.optimizer is None
+        own = self.cfg.optimizer
+        if first and own.name != DEFAULT:
+            self.optimizer = make_optimizer(own.name, own.options, self.trained, self.cfg.training)
         optimizer = super().create_optimizer(model)
         if first and self.cfg.method.lr_scale:
             scale_learning_rates(optimizer, self.trained, self.cfg.method.lr_scale)
