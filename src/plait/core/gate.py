@@ -87,6 +87,9 @@ class Gate:
         """A scalar over all layers of an adapter whose gradient enters once per step, or None."""
         return None
 
+    def before_step(self, delta: "LowRankDelta") -> None:
+        """Refuse a schedule that cannot run, before each step; delta: the first layer."""
+
     def after_step(self, delta: "LowRankDelta") -> None:
         """What happens to one layer after each completed optimizer step."""
 

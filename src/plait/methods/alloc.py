@@ -13,9 +13,10 @@ shrinks. A new rank takes the lowest dead slot, starts with an update of zero an
 state (ours); where no slot is left it goes to the next layer, or is dropped with a warning.
 
 Give the batch with plait.set_development_batch(model, batch); plait train takes validation rows.
-2 forwards for each live rank and round. arXiv 2403.16187, Algorithm 1. n_A is by default the
-number of adapted layers: the paper's "1 x N_mod" is 7 or 224. The gate can be added to other
-methods with ranks that start anew: `gates: [alloc]`.
+2 forwards for each live rank and round. The paper counts K1 and K2 in epochs, 1 and 0.25 of up to
+10; steps by default are ours. arXiv 2403.16187, Algorithm 1. n_A is by default the number of
+adapted layers: the paper's "1 x N_mod" is 7 or 224. The gate can be added to other methods with
+ranks that start anew: `gates: [alloc]`.
 """
 
 from collections.abc import Sequence
@@ -33,8 +34,8 @@ from plait.core.allocation import allocate, importance
 class AllocOptions:
     """Options of the allocation."""
 
-    first: int | float = option(0.1, "K1: steps, or share of all, before the first round.", above=0)
-    every: int | float = option(0.025, "K2: steps, or share of all, between rounds.", above=0)
+    first: int | float = option(200, "K1: steps, or share of all, before the first round.", above=0)
+    every: int | float = option(50, "K2: steps, or share of all, between rounds.", above=0)
     rounds: int = option(8, "N_A, the number of rounds.", least=0)
     n_A: int | None = option(None, "Ranks moved in a round; None: one a layer.", least=1)
     spare: int = option(2, "Slots of a layer, in multiples of r.", least=1)
@@ -75,12 +76,28 @@ class AllocGate(AllocOptions, Gate):
         """The 0/1 buffer."""
         return delta.live_ranks
 
-    def due(self, delta: Any) -> bool:
-        """Whether the step just completed ends a round."""
+    def plan(self, delta: Any) -> tuple[int, int]:
+        """first and every in steps."""
         total = delta.total_steps if self.total_steps_needed else 0
         first, every = (
             max(1, int(n * total)) if isinstance(n, float) else n for n in (self.first, self.every)
         )
+        return first, every
+
+    def before_step(self, delta: Any) -> None:
+        """Refuse rounds that would come after the end, where that is known."""
+        first, every = self.plan(delta)
+        total, last = delta.adapter.total_steps, first + every * (self.rounds - 1)
+        if self.rounds and total is not None and last > total:
+            raise ValueError(
+                f"{delta.adapter.key}: round {self.rounds} is due in step {last}, training has "
+                f"{total}. Lower first = {self.first}, every = {self.every} or rounds, or give "
+                "first and every as shares of all steps, such as 0.1 and 0.025."
+            )
+
+    def due(self, delta: Any) -> bool:
+        """Whether the step just completed ends a round."""
+        first, every = self.plan(delta)
         rounds, rest = divmod(delta.steps - first, every)
         return not rest and 0 <= rounds < self.rounds
 
