@@ -30,6 +30,7 @@ from plait.core.events import (
     set_micro_batches,
 )
 from plait.core.export import LoraExport, to_lora
+from plait.core.prune import prune
 from plait.methods.alloc import AllocLoraConfig
 from plait.methods.cola import ColaConfig
 from plait.methods.droplora import DropLoraConfig
@@ -73,6 +74,7 @@ __all__ = [
     "find",
     "methods",
     "penalty",
+    "prune",
     "register",
     "set_development_batch",
     "set_micro_batches",
