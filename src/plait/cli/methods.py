@@ -14,10 +14,7 @@ if TYPE_CHECKING:
 
 # What a name of the literature can mean besides the methods here that carry it.
 _ELSEWHERE = {
-    "alora": (
-        "alloc: allocating LoRA (2403.16187), not in this version",
-        "activated LoRA: upstream's lora with alora_invocation_tokens",
-    ),
+    "alora": ("activated LoRA: upstream's lora with alora_invocation_tokens",),
     "cola": (
         "chain of LoRA (COLA, 2401.04151): merge and restart, not in this version",
         "the GLUE task CoLA: a data set, not a method",

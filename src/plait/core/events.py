@@ -192,8 +192,8 @@ def _free_from_decay(
             start = group.get("initial_lr", rate)
             if rate is None or (wanted is not None and not start):
                 raise ValueError(
-                    f"{type(optimizer).__name__}: lr = {rate}, so a gate's step can be neither freed "
-                    "from weight decay nor given its own learning rate. Give lr above 0."
+                    f"{type(optimizer).__name__}: lr = {rate}, so a gate's step can be neither "
+                    "freed from weight decay nor given its own learning rate. Give lr above 0."
                 )
             scale = 1.0 if wanted is None else wanted / float(start)
             back = 0.0 if coupled else float(rate) * decay

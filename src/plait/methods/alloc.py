@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.core import FreeConfig, FreeDelta, Gate, option, register, register_gate
-from plait.core.allocation import allocate, importance
+from plait.core.allocation import allocate, development, importance
 
 
 @dataclass
@@ -75,20 +75,27 @@ class AllocGate(AllocOptions, Gate):
         """The 0/1 buffer."""
         return delta.live_ranks
 
-    def due(self, delta: Any) -> bool:
-        """Whether the step just completed ends a round."""
+    def times(self, delta: Any) -> range:
+        """The steps that end with a round."""
         total = delta.total_steps if self.total_steps_needed else 0
         first, every = (
             max(1, int(n * total)) if isinstance(n, float) else n for n in (self.first, self.every)
         )
-        rounds, rest = divmod(delta.steps - first, every)
-        return not rest and 0 <= rounds < self.rounds
+        return range(first, first + every * self.rounds, every)
 
     def after_all(self, deltas: Sequence[Any]) -> None:
-        """A round, where one is due."""
-        if self.due(deltas[0]):
+        """A round, where one is due; what it needs is asked for from the first step on."""
+        times, t, moved = self.times(deltas[0]), deltas[0].steps, self.n_A or len(deltas)
+        if not times or t > times[-1]:
+            return
+        development(deltas)
+        if t == 1 and moved >= (live := sum(int(d.live_ranks.sum()) for d in deltas)):
+            raise ValueError(
+                f"n_A = {moved}: a round would take all of {live} ranks. Give a smaller n_A."
+            )
+        if t in times:
             scores = importance(deltas, lambda d: d.live_ranks)
-            allocate(deltas, lambda d: d.live_ranks, scores, self.n_A or len(deltas))
+            allocate(deltas, lambda d: d.live_ranks, scores, moved)
 
 
 @dataclass
