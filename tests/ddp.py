@@ -72,7 +72,7 @@ def main(folder: Path) -> None:
     ]:
         case = CASES[int(name)] if name.isdigit() else None
         if case is not None and case.key == "alloc":
-            ids = tiny.tokens(4, 8, 99)
+            ids = tiny.tokens(4, 8, 99)[rank * 4 // world : (rank + 1) * 4 // world]
             plait.set_development_batch(model, {"input_ids": ids, "labels": ids})
         train(model, rank, world, case is not None and "tasks" in case.options)
         key = "lora_" if case is None else f"plait_{case.key}"

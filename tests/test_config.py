@@ -434,7 +434,7 @@ def test_methods_resolves_names_that_clash(capsys):
     assert main(["methods", "ALoRA"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "shared_b: ALoRA (asymmetric)" in out
-    assert "alloc: allocating LoRA (2403.16187)" in out
+    assert "alloc: Allocating LoRA (ALoRA, AB-LoRA)" in out
     assert "activated LoRA: upstream's lora with alora_invocation_tokens" in out
     assert main(["methods", "CoLA"]) == 0
     out = " ".join(capsys.readouterr().out.split())

@@ -32,6 +32,7 @@ from plait.core.events import (
     set_micro_batches,
 )
 from plait.core.export import LoraExport, to_lora
+from plait.core.prune import prune
 from plait.methods.alloc import AllocLoraConfig
 from plait.methods.cola import ColaConfig
 from plait.methods.droplora import DropLoraConfig
@@ -83,6 +84,7 @@ __all__ = [
     "find",
     "methods",
     "penalty",
+    "prune",
     "register",
     "set_development_batch",
     "set_micro_batches",

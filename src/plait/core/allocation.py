@@ -26,6 +26,10 @@ class Development:
     batch: Mapping[str, Any]
 
 
+# By Delta; beside them, so that a model with a batch can still be pickled.
+_given: "weakref.WeakKeyDictionary[Any, Development]" = weakref.WeakKeyDictionary()
+
+
 def set_development_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Give the batch that allocation scores ranks on, for example 32 validation rows.
 
@@ -42,17 +46,22 @@ def set_development_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
     if not found:
         raise ValueError("set_development_batch: no adapter of this model allocates ranks.")
     for delta in found:
-        delta.development = Development(weakref.ref(model), batch)  # type: ignore[assignment]
+        _given[delta] = Development(weakref.ref(model), batch)
 
 
-def _development(deltas: Sequence[Any]) -> tuple[nn.Module, Mapping[str, Any]]:
-    given = vars(deltas[0]).get("development")
+def development(deltas: Sequence[Any]) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The model and the batch to score on.
+
+    Raises:
+        ValueError: none was given, or only for a copy of this model.
+    """
+    given = _given.get(deltas[0])
     model = None if given is None else given.model()
-    if model is None or not any(m is deltas[0] for m in model.modules()):
+    if given is None or model is None or not any(m is deltas[0] for m in model.modules()):
         raise ValueError(
-            f"{deltas[0].adapter.key}: a round is due and there is no development batch to score "
-            "ranks on. Call plait.set_development_batch(model, batch) before training; for "
-            "plait train set data.validation."
+            f"{deltas[0].adapter.key}: there is no development batch to score ranks on. Call "
+            "plait.set_development_batch(model, batch) before training; for plait train set "
+            "data.validation."
         )
     return model, given.batch
 
@@ -67,8 +76,10 @@ def importance(deltas: Sequence[Any], live_of: Callable[[Any], Tensor]) -> list[
     Args:
         deltas: the layers. live_of: gives a layer's 0/1 buffer.
     """
-    model, batch = _development(deltas)
+    model, batch = development(deltas)
     lives = [live_of(d) for d in deltas]
+    to = lives[0].device  # the model may have moved since the batch was given
+    batch = {k: v.to(to) if isinstance(v, Tensor) else v for k, v in batch.items()}
     kept = [live.clone() for live in lives]
     modes = [(m, m.training) for m in model.modules()]
     scores = [torch.full_like(live, -torch.inf) for live in lives]
@@ -98,7 +109,12 @@ def importance(deltas: Sequence[Any], live_of: Callable[[Any], Tensor]) -> list[
 
 def _loss(model: nn.Module, batch: Mapping[str, Any]) -> float:
     """The cross-entropy, -S."""
-    return float(model(**batch).loss)
+    loss = model(**batch).loss
+    if loss is None:
+        raise ValueError(
+            f"The development batch ({', '.join(batch)}) gives no loss. Put labels into it."
+        )
+    return float(loss)
 
 
 def _restore(
@@ -116,6 +132,8 @@ def allocate(
 ) -> None:
     """Take the `moved` ranks of lowest score away and give as many to the layers that lost none.
 
+    A round that would take every rank is left out with a warning.
+
     Args:
         deltas: the layers. live_of: gives a layer's 0/1 buffer. scores: (slots,) a layer, -inf
         where dead.
@@ -127,6 +145,9 @@ def allocate(
         for k, score in enumerate(score)
         if live[k]
     ]
+    if moved >= len(ranked):
+        _warn(deltas, f"{len(ranked)} ranks are left, a round moves {moved} and is left out")
+        return
     ranked.sort()
     lost = ranked[:moved]
     means = {}
@@ -142,12 +163,12 @@ def allocate(
     for layer in sorted(spared, key=lambda i: (-means[i], i)):  # where a layer had no slot left
         left = _grow(deltas[layer], lives[layer], left)
     if left and spared:
-        warnings.warn(
-            f"{deltas[0].adapter.key}: {left} ranks found no free slot in step {deltas[0].steps} "
-            "and are dropped. Raise spare.",
-            PlaitWarning,
-            stacklevel=2,
-        )
+        _warn(deltas, f"{left} ranks found no free slot and are dropped. Raise spare")
+
+
+def _warn(deltas: Sequence[Any], text: str) -> None:
+    where = f"{deltas[0].adapter.key}, step {deltas[0].steps}"
+    warnings.warn(f"{where}: {text}.", PlaitWarning, stacklevel=3)
 
 
 def shares(total: int, means: Sequence[float]) -> list[int]:
@@ -162,7 +183,8 @@ def shares(total: int, means: Sequence[float]) -> list[int]:
 def _grow(delta: Any, live: Tensor, wanted: int) -> int:
     """Start up to `wanted` ranks in the lowest dead slots; return how many found none."""
     free = (live == 0).nonzero()[:wanted, 0]
-    if len(free):
-        delta.revive(free, seeded(delta.config.seed, delta.steps, delta.base.name, "new"))
+    if len(free):  # a layer may grow twice in a round: the first slot keys another draw
+        first = int(free[0])
+        delta.revive(free, seeded(delta.config.seed, delta.steps, delta.base.name, "new", first))
         live[free] = 1
     return wanted - len(free)

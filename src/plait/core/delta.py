@@ -372,6 +372,11 @@ class LowRankDelta(Delta):
         ranks = cls.gated(config)
         return max([ranks, *(gate.slots(ranks) for gate in gates_of(config, cls))])
 
+    @property
+    def all_rank_axes(self) -> dict[str, int]:
+        """rank_axes with those of the gates."""
+        return {**self.rank_axes, **{n: a for g in self.gates for n, a in g.rank_axes.items()}}
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A_cat (R_in, in) and B_cat (out, R_out)."""
         raise NotImplementedError
@@ -422,9 +427,11 @@ class LowRankDelta(Delta):
             gen: of the draws.
         """
         fresh = self.start_of(index, gen)
+        for gate in self.gates:
+            fresh |= gate.start_of(index, gen)
         for name, value in fresh.items():
             p = self.get_parameter(name)
-            axis = self.rank_axes[name] % p.ndim
+            axis = self.all_rank_axes[name] % p.ndim
             where = (*(slice(None) for _ in range(axis)), index)
             p[where] = value.to(p)
             events.forget(p, where)

@@ -124,17 +124,22 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | N
         _unscale(optimizer)
     for listener in listeners:
         listener.before_step(optimizer)
-    _rates[id(optimizer)] = _free_from_decay(optimizer, held)
+    freed = _free_from_decay(optimizer, held)
+    _rates[id(optimizer)] = [after for _, after in freed]
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
+
+    def penalise() -> Any:
+        total = sum(before_step(deltas) for deltas in held)
+        for before, _ in freed:
+            before()
+        return total
+
     if closure is None or not held:
-        for deltas in held:
-            before_step(deltas)
+        penalise()
         return None
 
-    def with_penalties() -> Any:  # a closure computes the gradients anew, after this hook
-        return closure() + sum(before_step(deltas) for deltas in held)
-
-    return args[:1], {"closure": with_penalties}
+    # A closure computes the gradients anew, after this hook.
+    return args[:1], {"closure": lambda: closure() + penalise()}
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -150,15 +155,25 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 # Optimizers that add weight decay to the gradient; all others take it off the weight.
-_COUPLED = ("SGD", "ASGD", "Adagrad", "Adadelta", "RMSprop", "Rprop", "LBFGS")
+_COUPLED = ("SGD", "ASGD", "Adagrad", "Adadelta", "Adamax", "RMSprop")
+
+
+def _coupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    if "decoupled_weight_decay" in group:
+        return not group["decoupled_weight_decay"]
+    older = type(optimizer) is torch.optim.Adam  # before torch 2.7 Adam does not say
+    return older or type(optimizer).__name__ in _COUPLED
 
 
 @torch.no_grad()
-def _free_from_decay(optimizer: Optimizer, held: list[list["Delta"]]) -> list[Callable[[], None]]:
+def _free_from_decay(
+    optimizer: Optimizer, held: list[list["Delta"]]
+) -> list[tuple[Callable[[], None], Callable[[], None]]]:
     """Keep weight decay, and another learning rate than their own, from what a Delta names.
 
     Whatever groups the user's optimizer has: a step is linear in the learning rate, so what it did
-    to a parameter can be scaled, and its decay be put back. Returns what to call after the step.
+    to a parameter can be scaled, and its decay be put back. Returns, for each parameter, what to
+    call when its gradient is complete and what to call after the step.
     """
     own = {
         id(delta.get_parameter(name)): lr
@@ -166,25 +181,44 @@ def _free_from_decay(optimizer: Optimizer, held: list[list["Delta"]]) -> list[Ca
         for delta in deltas
         for name, lr in delta.own_rates().items()
     }
-    found: list[Callable[[], None]] = []
+    found = []
     for group in optimizer.param_groups if own else ():
-        rate, decay = float(group["lr"]), group.get("weight_decay", 0.0)
-        coupled = not group.get("decoupled_weight_decay", type(optimizer).__name__ not in _COUPLED)
-        for p in (p for p in group["params"] if id(p) in own and p.grad is not None):
-            if decay and coupled:
-                p.grad = p.grad - decay * p
-            wanted = own[id(p)]
-            scale = 1.0 if wanted is None else wanted / float(group.get("initial_lr", rate))
-            back = rate * decay if decay and not coupled else 0.0
-            if back or scale != 1:
-                found.append(functools.partial(_rescale, p, p.detach().clone(), scale, back))
+        decay = group.get("weight_decay") or 0.0
+        coupled = _coupled(optimizer, group)
+        for p in (p for p in group["params"] if id(p) in own):
+            wanted, rate = own[id(p)], group["lr"]
+            if wanted is None and not decay:
+                continue
+            start = group.get("initial_lr", rate)
+            if rate is None or (wanted is not None and not start):
+                raise ValueError(
+                    f"{type(optimizer).__name__}: lr = {rate}, so a gate's step can be neither "
+                    "freed from weight decay nor given its own learning rate. Give lr above 0."
+                )
+            scale = 1.0 if wanted is None else wanted / float(start)
+            back = 0.0 if coupled else float(rate) * decay
+            old = p.detach().clone() if back or scale != 1 else p
+            found.append(
+                (
+                    functools.partial(_uncouple, p, decay if coupled else 0.0),
+                    functools.partial(_rescale, p, old, scale, back),
+                )
+            )
     return found
 
 
 @torch.no_grad()
-def _rescale(p: nn.Parameter, before: torch.Tensor, scale: float, back: float) -> None:
-    """p = before + scale * (its step without weight decay)."""
-    p.copy_(before + scale * (p - before + back * before))
+def _uncouple(p: nn.Parameter, decay: float) -> None:
+    """Take off the gradient what the optimizer is about to add to it."""
+    if decay and p.grad is not None:
+        p.grad = p.grad - decay * p
+
+
+@torch.no_grad()
+def _rescale(p: nn.Parameter, old: torch.Tensor, scale: float, back: float) -> None:
+    """p = old + scale * (its step without weight decay)."""
+    if old is not p and p.grad is not None:
+        p.copy_(old + scale * (p - old + back * old))
 
 
 @contextmanager
@@ -214,9 +248,12 @@ def forget(p: nn.Parameter, index: Any = ...) -> None:
         index: of the entries that start anew; all by default.
     """
     for optimizer in _stepping:
-        for value in optimizer.state.get(p, {}).values():
+        state = optimizer.state.get(p, {})
+        for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == p.shape:
-                value[index] = 0
+                codes = state.get(name.replace("state", "qmap"))  # bitsandbytes keeps 8-bit codes
+                eight = value.dtype == torch.uint8 and codes is not None
+                value[index] = int(codes.abs().argmin()) if eight else 0
 
 
 def before_step(deltas: list["Delta"]) -> torch.Tensor | float:

@@ -30,10 +30,12 @@ class Gate:
     Attributes:
         key: its name in `gates`.
         allocates: whether it decides how many ranks a layer has, in place of the method's own rule.
+        rank_axes: its parameters -> their rank axis.
     """
 
     key: ClassVar[str] = ""
     allocates: ClassVar[bool] = False
+    rank_axes: ClassVar[dict[str, int]] = {}
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -78,6 +80,10 @@ class Gate:
     def mask(self, delta: "LowRankDelta", z: Tensor, ranks: int) -> Tensor | None:
         """A factor (.., ranks) for each token of z (.., R_in) in training, or None."""
         return None
+
+    def start_of(self, index: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
+        """Start values of some ranks (k,) by parameter, for ranks that start anew."""
+        return {}
 
     def own_rates(self, delta: "LowRankDelta") -> dict[str, float | None]:
         """Parameters without weight decay -> their own base learning rate, or None."""

@@ -19,6 +19,7 @@ adapted layers: the paper's "1 x N_mod" is 7 or 224. The gate can be added to ot
 ranks that start anew: `gates: [alloc]`.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plait.core import FreeConfig, FreeDelta, Gate, option, register, register_gate
+from plait.core import FreeConfig, FreeDelta, Gate, PlaitWarning, option, register, register_gate
 from plait.core.allocation import allocate, importance
 
 
@@ -76,36 +77,39 @@ class AllocGate(AllocOptions, Gate):
         """The 0/1 buffer."""
         return delta.live_ranks
 
-    def plan(self, delta: Any) -> tuple[int, int]:
-        """first and every in steps."""
+    def times(self, delta: Any) -> range:
+        """The steps that end with a round."""
         total = delta.total_steps if self.total_steps_needed else 0
         first, every = (
             max(1, int(n * total)) if isinstance(n, float) else n for n in (self.first, self.every)
         )
-        return first, every
+        return range(first, first + every * self.rounds, every)
 
     def before_step(self, delta: Any) -> None:
         """Refuse rounds that would come after the end, where that is known."""
-        first, every = self.plan(delta)
-        total, last = delta.adapter.total_steps, first + every * (self.rounds - 1)
-        if self.rounds and total is not None and last > total:
+        times, total = self.times(delta), delta.adapter.total_steps
+        if times and total is not None and times[-1] > total:
             raise ValueError(
-                f"{delta.adapter.key}: round {self.rounds} is due in step {last}, training has "
-                f"{total}. Lower first = {self.first}, every = {self.every} or rounds, or give "
+                f"{delta.adapter.key}: round {self.rounds} is due in step {times[-1]}, training "
+                f"has {total}. Lower first = {self.first}, every = {self.every} or rounds, or give "
                 "first and every as shares of all steps, such as 0.1 and 0.025."
             )
-
-    def due(self, delta: Any) -> bool:
-        """Whether the step just completed ends a round."""
-        first, every = self.plan(delta)
-        rounds, rest = divmod(delta.steps - first, every)
-        return not rest and 0 <= rounds < self.rounds
+        if times and not delta.steps and vars(delta).get("development") is None:
+            text = f"{delta.adapter.key}: there is no development batch; step {times[0]} needs it."
+            text += " Call plait.set_development_batch(model, batch)."
+            warnings.warn(text, PlaitWarning, stacklevel=2)
 
     def after_all(self, deltas: Sequence[Any]) -> None:
-        """A round, where one is due."""
-        if self.due(deltas[0]):
+        """A round, where one is due; what it would take is checked in the first step."""
+        t, moved = deltas[0].steps, self.n_A or len(deltas)
+        live = sum(int(d.live_ranks.sum()) for d in deltas)
+        if t == 1 and self.rounds and moved >= live:
+            raise ValueError(
+                f"n_A = {moved}: a round would take all of {live} ranks. Give a smaller n_A."
+            )
+        if t in self.times(deltas[0]):
             scores = importance(deltas, lambda d: d.live_ranks)
-            allocate(deltas, lambda d: d.live_ranks, scores, self.n_A or len(deltas))
+            allocate(deltas, lambda d: d.live_ranks, scores, moved)
 
 
 @dataclass

@@ -20,7 +20,7 @@ be added to other methods: `gates: [sora]`. arXiv 2311.11696.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,16 +46,19 @@ class SoraOptions:
 class SoraGate(SoraOptions, Gate):
     """g, trained, thresholded after each step."""
 
+    rank_axes: ClassVar[dict[str, int]] = {"g": -1}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for xi in self.xi_schedule or ():
             if not (isinstance(xi, int | float) and math.isfinite(xi) and xi >= 0):
-                raise ValueError(f"xi_schedule = {self.xi_schedule}: {xi!r} is no threshold.")
+                text = f"xi_schedule = {self.xi_schedule}: {xi!r} is no threshold."
+                raise ValueError(f"{text} Give numbers from 0.")
 
     @property
     def total_steps_needed(self) -> bool:
         """Its stages end with training."""
-        return self.xi_schedule is not None
+        return bool(self.xi_schedule)
 
     def count(self, ranks: int) -> int:
         """One number a rank."""
@@ -69,6 +72,10 @@ class SoraGate(SoraOptions, Gate):
     def value(self, delta: Any) -> Tensor:
         """The trained g."""
         return delta.g
+
+    def start_of(self, index: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
+        """A rank that starts anew draws its g: with g = 0 and B = 0 no gradient would reach it."""
+        return {"g": gaussian(gen, len(index), std=1.0)}
 
     def own_rates(self, delta: Any) -> dict[str, float | None]:
         """No decay on g, and its learning rate."""
@@ -86,7 +93,7 @@ class SoraGate(SoraOptions, Gate):
             return self.xi
         total, every = delta.total_steps, self.xi_every
         stage = max(1, int(every * total) if isinstance(every, float) else every)
-        before_end = (total - delta.steps) // stage  # stages still to come after this one
+        before_end = max(0, total - delta.steps) // stage  # stages still to come after this one
         return self.xi_schedule[max(0, len(self.xi_schedule) - 1 - before_end)]
 
     def after_step(self, delta: Any) -> None:
