@@ -24,13 +24,13 @@ class Balance:
 
     Attributes:
         loss: of the weights. weight: its factor. count: micro-batches since the last step.
-        last: the loss of the last micro-batch, unweighted.
+        last: the loss of the last micro-batch, unweighted, a scalar.
     """
 
     loss: Loss
     weight: float
     count: int = 0
-    last: float | None = None
+    last: Tensor | None = None
 
     def into(self, w: Tensor, rows: Rows | None, delta: Any) -> Tensor:
         """The weights w (batch, .., N) unchanged; their gradient gets this loss's."""
@@ -44,7 +44,7 @@ class Balance:
             leaf = flat.requires_grad_()
             loss = self.loss(leaf, kept, rows, delta.config)
             (grad,) = torch.autograd.grad(loss, leaf)
-        self.last = float(loss.detach())
+        self.last = loss.detach()
         share = self.weight / (delta.adapter.micro_batches or 1)
         return _Inject.apply(w, (share * grad).view_as(w), self)
 
@@ -99,6 +99,10 @@ def loramoe(w: Tensor, kept: Tensor, rows: Rows | None, config: Any) -> Tensor:
             raise ValueError(
                 f"{config.key}: delta = {config.delta} needs the type of each row, 0 or 1. Pass "
                 "model(..., sample_types=...), or set delta = 0."
+            )
+        if not bool(((types == 0) | (types == 1)).all()):
+            raise ValueError(
+                f"{config.key}: sample_types holds {types.tolist()}. Give 0 or 1 for each row."
             )
         half = q.shape[1] // 2
         group = torch.cat([q.new_ones(half), q.new_zeros(half)])  # the first half favours type 1
