@@ -71,7 +71,7 @@ class Nola(LowRankDelta):
         A0 = values(config.seed, f"{base.name}/A0:{r}x{n_in}", 0, r * n_in)
         self.A0 = nn.Buffer(torch.from_numpy(A0).view(r, n_in) / n_in**0.5, persistent=False)
         for one in self.bases:
-            # One dict for all layers, so that the saved config has it; a copy may have another seed.
+            # One dict for all layers, saved with the config; a copy may have another seed.
             found, name = first_values(one), f"{config.seed}/{one.tag}"
             if config.checksums.setdefault(name, found) != found:
                 raise ValueError(

@@ -40,7 +40,7 @@ class TiedLoraConfig(DeltaConfig):
             raise ValueError(f"train = {self.train}. Give some of {', '.join(NAMES)}.")
         if not {"B", "v"} & set(self.train):
             raise ValueError(
-                f"train = {self.train}: with neither B nor v trained the update stays zero. Add one."
+                f"train = {self.train}: without B and v the update stays zero. Add one of them."
             )
 
 
