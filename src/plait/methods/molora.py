@@ -134,8 +134,7 @@ class MoLora(FreeDelta):
     def after_step(self) -> None:
         """The next step's micro-batches are counted anew."""
         if self.balance is not None:
-            self.balance.check_count(self)  # steps that are told by hand have no before_step
-            self.balance.count = 0
+            self.balance.restart(self)
 
     def rank(self) -> int:
         """Ranks that one token can use."""
