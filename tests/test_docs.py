@@ -105,12 +105,14 @@ def test_options_on_a_page_are_those_of_the_config(key: str, hooks: ModuleType) 
     config = plait.find(key).config
     own, common = options(hooks.part(f"options {key}")), options(hooks.part("options common"))
     internal = {f.name for f in dataclasses.fields(PeftConfig)} | {"auto_mapping", "plait_version"}
+    internal |= {"checksums"}
     assert {*own, *common} == {f.name for f in dataclasses.fields(config)} - internal
     for f in dataclasses.fields(config):
         if f.name in own:
             shown = {"null": None, "true": True, "false": False}.get(own[f.name], own[f.name])
-            same = shown == f.default or shown == str(f.default)
-            assert same, f"{f.name}: the page says {shown}, the config {f.default}"
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            same = shown == default or shown == str(default)
+            assert same, f"{f.name}: the page says {shown}, the config {default}"
 
 
 def options(table: str) -> dict[str, str]:

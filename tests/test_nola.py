@@ -286,6 +286,14 @@ def test_count_and_file_on_llama_2_7b(
     assert (found < 100_000) == (targets == Q_V and bases == 128)
 
 
+def test_memory_of_the_bases() -> None:
+    """The page's figure: Llama-2-7B, all linear layers, r = 16, 512 bases, one of each shape."""
+    tags = {(16, 4096), (16, 11008), (4096, 16), (11008, 16)}
+    assert sum(512 * rows * cols * 4 for rows, cols in tags) == 989_855_744
+    kept = basis(0, "A:16x64", 512, 16, 64, torch.float32).parts(torch.device("cpu"), True)
+    assert sum(m.numel() * m.element_size() for _, _, m in kept) == 512 * 16 * 64 * 4
+
+
 # One basis everywhere --------------------------------------------------------------------------
 
 

@@ -117,7 +117,7 @@ class Mixture(torch.autograd.Function):
         total = w.new_zeros(basis.rows * basis.cols)
         with _no_autocast(w.device):
             for start, stop, matrices in basis.parts(w.device, keep):
-                total += w[start:stop] @ matrices.to(w.dtype)
+                total += (w[None, start:stop] @ matrices.to(w.dtype))[0]
         return (total / math.sqrt(basis.count)).view(basis.rows, basis.cols)
 
     @staticmethod
@@ -125,7 +125,7 @@ class Mixture(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """dw_i = <M_i, grad> / sqrt(k)."""
         (w,) = ctx.saved_tensors
-        flat, basis = grads[0].reshape(-1).to(w.dtype), ctx.basis
+        flat, basis = grads[0].reshape(-1, 1).to(w.dtype), ctx.basis
         with _no_autocast(w.device):
             found = [m.to(w.dtype) @ flat for _, _, m in basis.parts(w.device, ctx.keep)]
-        return torch.cat(found) / math.sqrt(basis.count), None, None
+        return torch.cat(found)[:, 0] / math.sqrt(basis.count), None, None

@@ -174,6 +174,7 @@ _PEFT_INTERNAL = {
     "inference_mode",
     "runtime_config",
     "plait_version",
+    "checksums",
 }
 
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS", "regression": "SEQ_CLS"}
