@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import plait
 from plait.cli.methods import _type_name
 from plait.core import DeltaConfig
+from plait.core.delta import planned
 from plait.run.baselines import BASELINES
 from plait.run.config import (
     _PEFT_INTERNAL,
@@ -72,6 +73,21 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "heuristic, 2 A, 3 B": {"strategy": "heuristic"},
         "heuristic, pissa_split": {"strategy": "heuristic", "init": "pissa_split"},
         "full, kaiming": {"init": "kaiming"},
+    },
+    "nola": {
+        "128 bases": {"num_basis_A": 128, "num_basis_B": 128},
+        "256 bases": {},
+        "r = 16, 512 bases": {"r": 16, "num_basis_A": 512, "num_basis_B": 512},
+    },
+    "tied": {
+        "A, B, u, v": {},
+        "u, v": {"train": ["u", "v"]},
+        "r = 256, u, v": {"train": ["u", "v"], "r": 256, "lora_alpha": 256},
+    },
+    "hydra": {"r = 4, 4 B": {}, "r = 4, 8 B": {"num_B": 8}},
+    "molora": {
+        "r = 4, 8 experts": {},
+        "r = 4, 8 experts, top 2": {"top_k": 2},
     },
 }
 
@@ -134,7 +150,7 @@ def own_options(key: str) -> list[Option]:
         or (f.default, f.metadata) != (common[name].default, common[name].metadata)
     ]
     options = method_options(key)
-    return [options[name] for name in changed]
+    return [options[name] for name in changed if name in options]
 
 
 def options_of(key: str) -> str:
@@ -318,8 +334,13 @@ def at(place: int, values: Mapping[int, Fraction | int]) -> Fraction:
     return total
 
 
-def counts(config: Any, rank: int | None, export: str, count: Callable[..., int]) -> Counts:
-    """Counts of one config; `rank` and `export` where the config is not of plait."""
+def counts(
+    config: Any, rank: int | None, export: str, count: Callable[[Sequence[tuple[int, int]]], int]
+) -> Counts:
+    """Counts of one config; `rank` and `export` where the config is not of plait.
+
+    count: trainable parameters of layers of these (in, out), what they share once.
+    """
     model = adapted(config, SIDE, "meta")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = sum(t.numel() for t in get_peft_model_state_dict(model).values())
@@ -327,9 +348,10 @@ def counts(config: Any, rank: int | None, export: str, count: Callable[..., int]
         rank = model.base_model.model.linear.plait_delta["default"].rank()
     by_task = vars(config).get("tasks")  # a lone layer gets no task ids
     cost = "-" if by_task else f"{float(arithmetic(config) / arithmetic(None)):.3f}"
-    if trained != count(SIDE, SIDE):
-        raise ValueError(f"{config}: {trained} parameters, the formula says {count(SIDE, SIDE)}.")
-    whole = sum(count(*sizes) for sizes in LLAMA_2_7B)
+    formula = count([(SIDE, SIDE)])
+    if trained != formula:
+        raise ValueError(f"{config}: {trained} parameters, the formula says {formula}.")
+    whole = count(LLAMA_2_7B)
     return Counts(f"{trained:,}", f"{stored:,}", f"{rank:,}", export, cost, f"{whole:,}")
 
 
@@ -343,14 +365,18 @@ def method_counts(key: str, label: str) -> Counts:
     """Counts of one setting of a method."""
     method = plait.find(key)
     config = method.config(**settings(key)[label])
-    count = functools.partial(method.delta.count, config)
+
+    def count(layers: Sequence[tuple[int, int]]) -> int:
+        return planned((method.delta, config, n_in, n_out) for n_in, n_out in layers)
+
     return counts(config, None, export_rank(method, config), count)
 
 
 @functools.cache
 def lora_counts() -> Counts:
     """Counts of upstream's LoRA of rank 8."""
-    return counts(LoraConfig(r=8, lora_alpha=16), 8, "8", lambda n_in, n_out: 8 * (n_in + n_out))
+    config = LoraConfig(r=8, lora_alpha=16)
+    return counts(config, 8, "8", lambda layers: sum(8 * (n_in + n_out) for n_in, n_out in layers))
 
 
 def export_rank(method: plait.Method, config: DeltaConfig) -> str:

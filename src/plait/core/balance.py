@@ -5,6 +5,7 @@ once a micro-batch. Here an identity on the weights adds (1 / k) d(loss)/dw on t
 micro-batches of an optimizer step: the mean over them, whatever the main loss is divided by.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plait.core.events import PlaitWarning
 from plait.core.route import Rows
 
 # weights (batch, tokens, N), kept (batch, tokens), rows, options -> a scalar
@@ -24,27 +26,27 @@ class Balance:
 
     Attributes:
         loss: of the weights. weight: its factor. count: micro-batches since the last step.
-        last: the loss of the last micro-batch, unweighted.
+        last: the loss of the last micro-batch, unweighted, a scalar.
     """
 
     loss: Loss
     weight: float
     count: int = 0
-    last: float | None = None
+    last: Tensor | None = None
 
     def into(self, w: Tensor, rows: Rows | None, delta: Any) -> Tensor:
         """The weights w (batch, .., N) unchanged; their gradient gets this loss's."""
+        if not w.numel():
+            return w
         flat = w.detach().reshape(len(w) if w.ndim > 1 else 1, -1, w.shape[-1])
         kept = flat.new_ones(flat.shape[:2])
         if rows is not None and rows.mask is not None and rows.mask.shape == kept.shape:
             kept = rows.mask.to(kept)
-        if not flat.numel():
-            return w
         with torch.enable_grad():
             leaf = flat.requires_grad_()
             loss = self.loss(leaf, kept, rows, delta.config)
             (grad,) = torch.autograd.grad(loss, leaf)
-        self.last = float(loss.detach())
+        self.last = loss.detach()
         share = self.weight / (delta.adapter.micro_batches or 1)
         return _Inject.apply(w, (share * grad).view_as(w), self)
 
@@ -59,12 +61,21 @@ class Balance:
     def check_count(self, delta: Any) -> None:
         """Raise ValueError where several micro-batches came and nobody told their number."""
         if delta.adapter.micro_batches is None and self.count > 1:
-            raise ValueError(
-                f"{delta.adapter.key}: this optimizer step had {self.count} micro-batches and the "
-                "balance loss took each for a step of its own. Call "
-                f"plait.set_micro_batches(model, {self.count}) before training, or add "
-                "plait.PlaitCallback() to the Trainer."
-            )
+            raise ValueError(self._untold(delta))
+
+    def restart(self, delta: Any) -> None:
+        """Count anew; warn where a step was told by hand, which check_count does not precede."""
+        if delta.adapter.micro_batches is None and self.count > 1:
+            warnings.warn(self._untold(delta), PlaitWarning, stacklevel=2)
+        self.count = 0
+
+    def _untold(self, delta: Any) -> str:
+        return (
+            f"{delta.adapter.key}: this optimizer step had {self.count} micro-batches and the "
+            "balance loss took each for a step of its own. Call "
+            f"plait.set_micro_batches(model, {self.count}) before training, or add "
+            "plait.PlaitCallback() to the Trainer."
+        )
 
 
 class _Inject(torch.autograd.Function):
@@ -99,6 +110,10 @@ def loramoe(w: Tensor, kept: Tensor, rows: Rows | None, config: Any) -> Tensor:
             raise ValueError(
                 f"{config.key}: delta = {config.delta} needs the type of each row, 0 or 1. Pass "
                 "model(..., sample_types=...), or set delta = 0."
+            )
+        if not bool(((types == 0) | (types == 1)).all()):
+            raise ValueError(
+                f"{config.key}: sample_types holds {types.tolist()}. Give 0 or 1 for each row."
             )
         half = q.shape[1] // 2
         group = torch.cat([q.new_ones(half), q.new_zeros(half)])  # the first half favours type 1

@@ -9,6 +9,7 @@ NumPy's raw Philox stream, which NumPy keeps stable, read as uint32, low half fi
 import math
 import zlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHECKED = 1024  # values that a checksum covers
-CHUNK = 2**24  # numbers made at a time where a basis is not kept
+CHUNK = 2**24  # numbers that are mixed, and where a basis is not kept made, at a time
 
 
 def values(seed: int, tag: str, start: int, count: int) -> NDArray[np.float32]:
@@ -59,16 +60,14 @@ class Basis:
         return torch.from_numpy(flat).view(stop - start, size).to(device, self.dtype)
 
     def parts(self, device: torch.device, keep: bool) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, stop, matrices) of the whole: kept, or made a few at a time."""
-        if keep:
-            if device not in self.kept:
-                self.kept[device] = self.part(0, self.count, device)
-            yield 0, self.count, self.kept[device]
-            return
+        """(start, stop, matrices) of the whole, a few at a time: kept, or made now."""
+        if keep and device not in self.kept:
+            self.kept[device] = self.part(0, self.count, device)
         step = max(1, CHUNK // (self.rows * self.cols))
         for start in range(0, self.count, step):
             stop = min(start + step, self.count)
-            yield start, stop, self.part(start, stop, device)
+            kept = self.kept[device][start:stop] if keep else None
+            yield start, stop, self.part(start, stop, device) if kept is None else kept
 
 
 _known: "WeakValueDictionary[tuple[Any, ...], Basis]" = WeakValueDictionary()
@@ -89,8 +88,26 @@ def first_values(basis: Basis) -> int:
     return zlib.crc32(values(basis.seed, basis.tag, 0, size).astype("<f4").tobytes())
 
 
+@torch.compiler.disable  # NumPy makes the values
+def mixture(w: Tensor, basis: Basis, keep: bool) -> Tensor:
+    """sum_i w_i M_i / sqrt(k), (rows, cols) in the dtype of w, under autocast too.
+
+    Args:
+        w: weights (k,).
+        basis: of k matrices.
+        keep: hold the basis in memory from now on.
+    """
+    return Mixture.apply(w, basis, keep)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A mixture is taken in the dtype of its weights: autocast would round every basis value."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
 class Mixture(torch.autograd.Function):
-    """sum_i w_i M_i / sqrt(k), (rows, cols) in the dtype of w."""
+    """The mixture and its gradient; the basis itself is not saved for the backward."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, basis: Basis, keep: bool) -> Tensor:
@@ -98,8 +115,9 @@ class Mixture(torch.autograd.Function):
         ctx.basis, ctx.keep = basis, keep
         ctx.save_for_backward(w)
         total = w.new_zeros(basis.rows * basis.cols)
-        for start, stop, matrices in basis.parts(w.device, keep):
-            total += w[start:stop] @ matrices.to(w.dtype)
+        with _no_autocast(w.device):
+            for start, stop, matrices in basis.parts(w.device, keep):
+                total += (w[None, start:stop] @ matrices.to(w.dtype))[0]
         return (total / math.sqrt(basis.count)).view(basis.rows, basis.cols)
 
     @staticmethod
@@ -107,6 +125,7 @@ class Mixture(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """dw_i = <M_i, grad> / sqrt(k)."""
         (w,) = ctx.saved_tensors
-        flat, basis = grads[0].reshape(-1).to(w.dtype), ctx.basis
-        found = [m.to(w.dtype) @ flat for _, _, m in basis.parts(w.device, ctx.keep)]
-        return torch.cat(found) / math.sqrt(basis.count), None, None
+        flat, basis = grads[0].reshape(-1, 1).to(w.dtype), ctx.basis
+        with _no_autocast(w.device):
+            found = [m.to(w.dtype) @ flat for _, _, m in basis.parts(w.device, ctx.keep)]
+        return torch.cat(found)[:, 0] / math.sqrt(basis.count), None, None

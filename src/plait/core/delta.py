@@ -226,6 +226,13 @@ class Delta(nn.Module):
             else:
                 self.register_buffer(name, owner._buffers[name])
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Delta":
+        """Move or cast; shared tensors that were replaced stay those of the owner."""
+        super()._apply(fn, recurse)
+        if self.owner:
+            self.borrow(self.owner[0])
+        return self
+
     @property
     def needs_events(self) -> bool:
         """Whether training without optimizer-step events would be wrong."""

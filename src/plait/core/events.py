@@ -269,7 +269,8 @@ def before_step(deltas: list["Delta"]) -> torch.Tensor | float:
         total = _penalty(deltas)
     if total is None:
         return 0.0
-    params = [p for delta in deltas for p in delta.parameters() if p.requires_grad]
+    trained = (p for delta in deltas for p in delta.parameters() if p.requires_grad)
+    params = list({id(p): p for p in trained}.values())  # a shared one once
     grads = torch.autograd.grad(total, params, allow_unused=True)  # no hooks of a wrapper run
     for p, grad in zip(params, grads, strict=True):
         if grad is not None:
@@ -442,7 +443,12 @@ def set_micro_batches(model: nn.Module, count: int) -> None:
 
     Losses of activations, such as molora's balance, enter as the mean over them. PlaitCallback and
     plait train tell it; a loop of your own that accumulates has to.
+
+    Raises:
+        ValueError: a count below 1.
     """
+    if count < 1:
+        raise ValueError(f"set_micro_batches: count = {count}. Give 1 or more.")
     for deltas in adapters_of(model):
         deltas[0].adapter.micro_batches = count
 

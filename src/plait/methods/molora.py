@@ -21,6 +21,7 @@ each summed over the layers and times balance_weight. Padding is left out where 
 mask. Limits: no merge, no export but merge(approx="mean").
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from plait.core import FreeConfig, FreeDelta, FrozenLinear, TokenRouter, option, register
 from plait.core.balance import Balance, loramoe, switch
+from plait.core.events import PlaitWarning
 from plait.core.init import kaiming
 from plait.core.route import Rows
 
@@ -47,6 +49,11 @@ class MoLoraConfig(FreeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.delta and self.balance != "loramoe":
+            raise ValueError(f'delta = {self.delta} is for balance = "loramoe". Set it as well.')
+        if self.balance == "switch" and self.top_k is None:
+            text = 'molora: balance = "switch" without top_k is the constant 1. Give top_k.'
+            warnings.warn(text, PlaitWarning, stacklevel=3)
         numbers = self.num_experts if isinstance(self.num_experts, list) else [self.num_experts]
         for n in numbers:
             if not isinstance(n, int) or n < 1:
@@ -110,7 +117,7 @@ class MoLora(FreeDelta):
 
     def tap(self, w: Tensor, rows: Rows | None) -> Tensor:
         """The weights; in training their gradient gets that of the balance loss."""
-        if self.balance is None or not (self.training and w.requires_grad):
+        if self.balance is None or not (self.training and w.requires_grad and self.G.requires_grad):
             return w
         return self.balance.into(w, rows, self)
 
@@ -127,7 +134,7 @@ class MoLora(FreeDelta):
     def after_step(self) -> None:
         """The next step's micro-batches are counted anew."""
         if self.balance is not None:
-            self.balance.count = 0
+            self.balance.restart(self)
 
     def rank(self) -> int:
         """Ranks that one token can use."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, option, register
-from plait.core.bases import Mixture, basis, first_values, values
+from plait.core.bases import basis, first_values, mixture, values
 from plait.core.init import gaussian
 
 
@@ -72,12 +72,13 @@ class Nola(LowRankDelta):
         A0 = values(config.seed, f"{base.name}/A0:{r}x{n_in}", 0, r * n_in)
         self.A0 = nn.Buffer(torch.from_numpy(A0).view(r, n_in) / n_in**0.5, persistent=False)
         for one in self.bases:
-            found = first_values(one)
-            if config.checksums.setdefault(one.tag, found) != found:
+            # One dict for all layers, saved with the config; a copy may have another seed.
+            found, name = first_values(one), f"{config.seed}/{one.tag}"
+            if config.checksums.setdefault(name, found) != found:
                 raise ValueError(
                     f"nola: the basis {one.tag} of seed {config.seed} has the checksum {found}, "
-                    f"the adapter was trained with {config.checksums[one.tag]}. Use the numpy "
-                    "and plait that it was trained with."
+                    f"the adapter was trained with {config.checksums[name]}. Use the numpy and "
+                    "plait that it was trained with."
                 )
 
     @classmethod
@@ -88,7 +89,5 @@ class Nola(LowRankDelta):
     def factors(self) -> tuple[Tensor, Tensor]:
         """The mixtures, fp32 (fp64 on an fp64 base) whatever the base is."""
         keep = self.config.keep_bases
-        A, B = (
-            Mixture.apply(w, one, keep) for w, one in zip((self.a, self.b), self.bases, strict=True)
-        )
+        A, B = (mixture(w, one, keep) for w, one in zip((self.a, self.b), self.bases, strict=True))
         return (A + self.A0 if self.config.a0 else A), B

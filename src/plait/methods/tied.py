@@ -38,6 +38,10 @@ class TiedLoraConfig(DeltaConfig):
         self.train = list(self.train)
         if not self.train or not set(self.train) <= set(NAMES):
             raise ValueError(f"train = {self.train}. Give some of {', '.join(NAMES)}.")
+        if not {"B", "v"} & set(self.train):
+            raise ValueError(
+                f"train = {self.train}: without B and v the update stays zero. Add one of them."
+            )
 
 
 @register(

@@ -87,6 +87,7 @@ class ColumnsConfig:
     text_pair: str | int | None = None
     label: str | int | None = None
     task: str | int | None = None
+    sample_type: str | int | None = None
 
 
 @dataclass(kw_only=True)

@@ -60,13 +60,20 @@ class DataBundle:
 class Collator:
     """Pads the rows of a batch to its longest one and keeps what the model takes.
 
-    task_ids: also emit `task_ids`, a LongTensor (batch,), for a method that routes by task.
+    task_ids, sample_types: also emit these, LongTensors (batch,), for a method that routes by task
+    or whose balance loss has a target for each type.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, causal: bool, task_ids: bool = False):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        causal: bool,
+        task_ids: bool = False,
+        sample_types: bool = False,
+    ):
         inner = DataCollatorForSeq2Seq if causal else DataCollatorWithPadding
         self.pad: Callable[[list[dict[str, Any]]], Any] = inner(tokenizer)
-        self.task_ids = task_ids
+        self.task_ids, self.sample_types = task_ids, sample_types
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return input_ids, attention_mask (batch, longest) and labels."""
@@ -74,6 +81,8 @@ class Collator:
         batch = dict(self.pad([{k: row[k] for k in wanted if k in row} for row in rows]))
         if self.task_ids:
             batch["task_ids"] = torch.tensor([row["task_id"] for row in rows])
+        if self.sample_types:
+            batch["sample_types"] = torch.tensor([row["sample_type"] for row in rows])
         return batch
 
 
@@ -110,6 +119,12 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBund
             "method.routing is 'task', but the rows have no task column. "
             "Name it in data.columns.task."
         )
+    delta = config.method.options.get("delta")  # of molora's balance loss
+    if delta and not reader.has_type:
+        raise ValueError(
+            f"method.delta is {delta}, but the rows have no sample_type column. "
+            "Name it in data.columns.sample_type."
+        )
     read = {split: [reader.read(row) for row in found] for split, found in rows.items()}
     if tasks is not None:
         tasks = _all_tasks(read, rows, tasks, routed)
@@ -122,7 +137,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBund
         validation=splits.get("validation"),
         test=splits.get("test"),
         kind=reader.kind,
-        collator=Collator(tokenizer, config.model.task == "causal_lm", task_ids=routed),
+        collator=Collator(tokenizer, config.model.task == "causal_lm", routed, bool(delta)),
         tokenizer=tokenizer,
         labels=labels,
         tasks=tasks,
@@ -143,6 +158,8 @@ class _Reader:
         self.kind: Kind = self._kind(config.model.task)
         self.has_pair = self.columns.text_pair is not None or "text_pair" in first.values
         self.has_task = self.columns.task is not None or "task" in first.values
+        typed = self.columns.sample_type is not None or "sample_type" in first.values
+        self.has_type = typed and bool(config.method.options.get("delta"))  # else nobody reads it
 
     def read(self, row: Row) -> dict[str, Any]:
         """Return the row's raw strings (`messages` stays a list), `label` and `task`."""
@@ -167,6 +184,11 @@ class _Reader:
             )
         if self.has_task:
             found["task"] = _name(self._value(row, "task"), row.where, "task")
+        if self.has_type:
+            kind = _name(self._value(row, "sample_type"), row.where, "sample_type")
+            if kind not in ("0", "1"):
+                raise ValueError(f"{row.where}: the sample_type is {kind!r:.60}. Give 0 or 1.")
+            found["sample_type"] = int(kind)
         return found
 
     def label_names(self, rows: Iterable[Row]) -> list[str] | None:
