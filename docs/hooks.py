@@ -28,6 +28,7 @@ import plait
 from plait.cli.methods import _type_name
 from plait.core import DeltaConfig
 from plait.core.delta import planned
+from plait.core.gate import gates_of
 from plait.run.baselines import BASELINES
 from plait.run.config import (
     _PEFT_INTERNAL,
@@ -88,6 +89,15 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "molora": {
         "r = 4, 8 experts": {},
         "r = 4, 8 experts, top 2": {"top_k": 2},
+    },
+    "droplora": {"r = 8": {}},
+    "sora": {
+        "all 8 ranks live": {},
+        "all live, pissa": {"init": "pissa"},
+    },
+    "alloc": {
+        "8 of 16 slots live": {},
+        "8 of 16 live, pissa": {"init": "pissa"},
     },
 }
 
@@ -232,9 +242,15 @@ def facts(key: str) -> str:
         ("paper", f"{m.title}, {paper(m.paper)}"),
         ("merge into the base weight", yes(m.mergeable)),
         ("exact as a plain LoRA", yes(m.exact_export)),
-        ("needs the number of steps", yes(m.config.total_steps_needed)),
+        ("needs the number of steps", yes(needs_steps(m))),
     ]
     return table(("", ""), rows)
+
+
+def needs_steps(m: plait.Method) -> bool:
+    """Whether a method, with its defaults, needs the number of optimizer steps."""
+    gates = gates_of(m.config(), m.delta) if issubclass(m.delta, plait.LowRankDelta) else []
+    return m.config.total_steps_needed or any(gate.total_steps_needed for gate in gates)
 
 
 def yes(fact: bool) -> str:
