@@ -116,6 +116,9 @@ class Delta(nn.Module):
     def after_all(cls, deltas: Sequence[Any]) -> None:
         """What happens once a step over all layers of an adapter, after every after_step."""
 
+    def check_schedule(self) -> Any:
+        """Raise ValueError where total_steps leaves no room for the schedule."""
+
     def loaded(self) -> None:
         """Recompute what is derived from saved state."""
 

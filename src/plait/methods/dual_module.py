@@ -79,6 +79,7 @@ class DualModule(LowRankDelta):
     config: DualModuleLoraConfig
     alive = (("E", "B_e"),)  # with both zero no gradient ever leaves zero
     optional_buffers = screening.buffer_names(SCREENED)
+    check_schedule = screening.window
 
     def __init__(self, base: FrozenLinear, config: Any, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
@@ -121,8 +122,7 @@ class DualModule(LowRankDelta):
         else:
             eye = torch.eye(len(self.E)).to(self.E)
             gaps = self.A_e @ self.A_e.T - eye, self.B_e.T @ self.B_e - eye
-        norms = torch.stack([torch.linalg.norm(gap) for gap in gaps])
-        return self.config.orth_reg_weight * norms.mean()
+        return self.config.orth_reg_weight * torch.stack([*map(torch.linalg.norm, gaps)]).mean()
 
     def after_step(self) -> None:
         """Observe the importance, until the final choice."""
