@@ -115,7 +115,7 @@ def test_each_link_screens_within_its_own_steps() -> None:
 
 def test_a_link_too_short_for_the_schedule_is_refused_at_the_start() -> None:
     model = wrap(Case("dual_module", {"r": 4, "tinit": 1, "tfinal": 1}), total_steps=None)
-    with pytest.raises(ValueError, match="leave no step to screen in total_steps = 2. Lower them"):
+    with pytest.raises(ValueError, match=r"leave no step to screen in total_steps = 2. Lower them"):
         start(model, ChainPlan.chain(steps_per_link=4), 10)
 
 

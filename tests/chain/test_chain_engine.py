@@ -1,6 +1,7 @@
 """The engine on upstream LoRA: ties, restarts, trunks, merging, the three recipes."""
 
 import copy
+import itertools
 import warnings
 from typing import Any
 
@@ -109,7 +110,7 @@ def test_a_merge_that_is_not_finite_changes_nothing() -> None:
         toys.layer(model).lora_B["default"].weight[0] = torch.inf
     weight = toys.layer(model).base_layer.weight.clone()
     with pytest.raises(
-        ValueError, match="NaNs detected in the merged weights. A link of the chain"
+        ValueError, match=r"NaNs detected in the merged weights. A link of the chain"
     ):
         plait.chain.merge(model)
     assert torch.equal(toys.layer(model).base_layer.weight, weight)
@@ -321,7 +322,7 @@ def test_another_optimizer_is_no_step() -> None:
 
 
 class Quadratic(nn.Module):
-    """f(W) = 1/2 sum h_ij (W_ij - T_ij)^2 on a 3 x 3 weight, h = 10 in one entry and 1 elsewhere."""
+    """f(W) = 1/2 sum h_ij (W_ij - T_ij)^2, 3 x 3, h = 10 in one entry and 1 elsewhere."""
 
     def __init__(self, key: int) -> None:
         super().__init__()
@@ -358,7 +359,7 @@ def test_rac_descends_monotonically(freeze: Any) -> None:
     for key in range(20):
         plan = ChainPlan.rac(steps_per_link=1, freeze=freeze, seed=key, lr="global")
         values = descend(plan, key, 60)
-        assert all(b <= a * (1 + 1e-12) for a, b in zip(values, values[1:], strict=False)), key
+        assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(values)), key
         assert values[-1] < 0.25 * values[0]
 
 
@@ -570,11 +571,11 @@ def test_refusals_of_models() -> None:
     start(model, ChainPlan.chain(2), 6)
     with pytest.raises(ValueError, match="the model carries a chain already"):
         start(model, ChainPlan.chain(2), 6)
-    with pytest.raises(ValueError, match="carries no chain. Start or load one first"):
+    with pytest.raises(ValueError, match=r"carries no chain. Start or load one first"):
         plait.chain.merge(toys.wrap())
     frozen = toys.wrap()
     frozen.requires_grad_(False)
-    with pytest.raises(ValueError, match="is frozen. Load it with is_trainable=True"):
+    with pytest.raises(ValueError, match=r"is frozen. Load it with is_trainable=True"):
         start(frozen, ChainPlan.chain(2), 6)
     flat = toys.wrap()
     toys.layer(flat).lora_A["default"].weight = nn.Parameter(torch.zeros(20))

@@ -198,7 +198,7 @@ def test_a_run_whose_events_never_come_raises(tmp_path: Path) -> None:
 
     made = trainer(lora(), ChainPlan.chain(2), tmp_path)
     made.add_callback(Deaf())
-    with pytest.raises(EventNeverFired, match="with 0 of 1 ties. Train 10 steps with a torch opt"):
+    with pytest.raises(EventNeverFired, match=r"with 0 of 1 ties. Train 10 steps with a torch opt"):
         made.train()
 
 

@@ -79,7 +79,7 @@ class DualModule(LowRankDelta):
     config: DualModuleLoraConfig
     alive = (("E", "B_e"),)  # with both zero no gradient ever leaves zero
     optional_buffers = screening.buffer_names(SCREENED)
-    check_schedule = screening.window
+    check_schedule = screening.window  # type: ignore[assignment]
 
     def __init__(self, base: FrozenLinear, config: Any, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
