@@ -77,12 +77,12 @@ class Chain(events.Listener):
         """Check the optimizer once; keep it off the links that are switched off."""
         if self.checked != id(optimizer):
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            for link in self.selected():
+            for link in self.links:
                 if any(id(p) not in held for p in link.trained(self.plan)):
                     raise ValueError(
-                        f"chain: this optimizer holds only a part of the live link ({link.name} is "
-                        "missing), so the steps of a link cannot be counted. Give all parameters "
-                        "of the adapter to one optimizer, made before the chain starts."
+                        f"chain: this optimizer holds only a part of the adapter ({link.name} is "
+                        "missing). Give all its parameters to one optimizer; for xgb, which "
+                        "switches blocks off, make it before the chain starts."
                     )
             self.checked = id(optimizer)
         if self.plan.recipe == "xgb":
@@ -259,6 +259,7 @@ def start(
             raise ValueError(
                 f"chain: the adapter of {link.name} is frozen. Load it with is_trainable=True."
             )
+        link.check(lengths)
     names = [link.name for link in links]
     if resume is not None:
         ledger = Ledger.load(resume)

@@ -114,6 +114,9 @@ class Link:
         """A (k, in), B (out, k) and s with dW = s B A: fp32 copies (fp64 of fp64) on the CPU."""
         raise NotImplementedError
 
+    def check(self, lengths: list[int]) -> None:
+        """Raise where a link is too short for the method's schedule."""
+
     def start(self, plan: ChainPlan, number: int, steps: int) -> None:
         """Start link `number` (0, 1, ..) of so many steps; 0 keeps the adapter's own start."""
         raise NotImplementedError
@@ -203,6 +206,12 @@ class DeltaLink(Link):
         """The factors in evaluation, gate and mix folded in."""
         A, B = self.delta.folded()
         return _kept(A), _kept(B), self.delta.scaling
+
+    def check(self, lengths: list[int]) -> None:
+        """By the Delta itself."""
+        for steps in set(lengths):
+            self.delta.adapter.total_steps = steps
+            self.delta.check_schedule()
 
     def start(self, plan: ChainPlan, number: int, steps: int) -> None:
         """The method's own start on the weight with the trunk; its schedule spans the link."""

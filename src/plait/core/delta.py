@@ -173,6 +173,11 @@ class Delta(nn.Module):
             f"freely: {self.no_pairs}. Train it with AdamW."
         )
 
+    def check_schedule(self) -> None:
+        """Raise ValueError where total_steps leaves no room for a schedule."""
+        for gate in self.gates:
+            gate.check_schedule(self)  # type: ignore[arg-type]
+
     def loaded(self) -> None:
         """Recompute what is derived from saved state."""
 

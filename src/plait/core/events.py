@@ -263,8 +263,7 @@ def before_step(deltas: list["Delta"]) -> torch.Tensor | float:
         _ = first.total_steps
     for delta in deltas:
         delta.before_step()
-    for gate in first.gates:
-        gate.before_step(first)  # type: ignore[arg-type]
+    first.check_schedule()
     with torch.enable_grad():
         total = _penalty(deltas)
     if total is None:

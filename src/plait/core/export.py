@@ -222,6 +222,7 @@ def plain_factors(
         U, S, Vh = torch.linalg.svd(scale * Rb @ Ra.T)
         U, Vh = Qb @ U[:, : len(S)], Vh[: len(S)] @ Qa.T
     else:
+        assert isinstance(delta, Delta)  # a pair always folds
         U, S, Vh = torch.linalg.svd(delta.weight(**choice), full_matrices=False)
         rank = delta.config.r if rank is None and energy is None else rank
     total = S.square().sum()

@@ -93,8 +93,8 @@ class Gate:
         """A scalar over all layers of an adapter whose gradient enters once per step, or None."""
         return None
 
-    def before_step(self, delta: "LowRankDelta") -> None:
-        """Refuse a schedule that cannot run, before each step; delta: the first layer."""
+    def check_schedule(self, delta: "LowRankDelta") -> None:
+        """Refuse a schedule that cannot run; asked of the first layer before each step."""
 
     def after_step(self, delta: "LowRankDelta") -> None:
         """What happens to one layer after each completed optimizer step."""

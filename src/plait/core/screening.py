@@ -57,6 +57,10 @@ class Screening(ScreeningOptions, Gate):
         """E keep."""
         return delta.E * delta.keep
 
+    def check_schedule(self, delta: Any) -> None:
+        """Raise ValueError where no step is left to screen in."""
+        window(delta)
+
     def after_step(self, delta: Any) -> None:
         """Observe the importance, until the final choice."""
         if delta.steps <= window(delta)[1]:

@@ -85,7 +85,7 @@ class AllocGate(AllocOptions, Gate):
         )
         return range(first, first + every * self.rounds, every)
 
-    def before_step(self, delta: Any) -> None:
+    def check_schedule(self, delta: Any) -> None:
         """Refuse rounds that would come after the end, where that is known."""
         times, total = self.times(delta), delta.adapter.total_steps
         if times and total is not None and times[-1] > total:

@@ -78,10 +78,9 @@ class RunTrainer(Trainer):
         """As upstream, or one that restarts with the links of a chain."""
         plan = None if self.chain is None else self.chain.plan
         if self.lr_scheduler is None and plan is not None and plan.lr == "restart":
-            optimizer = self.optimizer if optimizer is None else optimizer
-            assert optimizer is not None
+            given: Any = self.optimizer if optimizer is None else optimizer
             shape: Any = restarting_shape(self.args)
-            self.lr_scheduler = chain_schedule(plan, optimizer, num_training_steps, shape)
+            self.lr_scheduler = chain_schedule(plan, given, num_training_steps, shape)
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)
 
