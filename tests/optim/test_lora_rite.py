@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import plait
-from benchmarks.optim.toys import Invariance, OneLayer, adapted, basis, delta, seeded
+from benchmarks.optim.toys import Invariance, OneLayer, adapted, basis, delta
+from plait.core import seeded
 from plait.optim import collect_pairs
 from plait.optim.lora_rite import balanced
 from plait.optim.pairs import join, part
@@ -60,8 +61,10 @@ def test_adamw_and_clipped_gradients_are_not_invariant() -> None:
         optimizer = rite()(model)
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer.register_step_pre_hook(
-            lambda *_: nn.utils.clip_grad_norm_(params, 0.02)  # type: ignore[arg-type,func-returns-value]
-            and None
+            lambda *_: (
+                nn.utils.clip_grad_norm_(params, 0.02)  # type: ignore[arg-type,func-returns-value]
+                and None
+            )
         )
         return optimizer
 
