@@ -319,7 +319,9 @@ class LorSum(PairOptimizer):
             "sweeps": group["sweeps"],
             "start": group["start"],
         }
-        metric = {} if rows is None or not group["metric"] else self._metric(bucket, rows)
+        metric: dict[str, Any] = {}
+        if rows is not None and group["metric"]:
+            metric = self._metric(bucket, rows)
         c, c_M = -lr * (1 - tau) * share / s, -lr * mu / s
         if mu:
             M_in, M_out = bucket.A(self._momentum), bucket.B(self._momentum)
