@@ -584,6 +584,17 @@ def test_plait_method_of_one_plain_pair() -> None:
         make()(model)
 
 
+def test_layers_that_store_their_weight_the_other_way_round() -> None:
+    """GPT-2's Conv1D; that the rows give the gradients is checked in each step."""
+    model = get_peft_model(
+        tiny.gpt2(), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    optimizer = plait.create_lorsum_optimizer(model, lr=0.05)
+    before = values(model)
+    train(model, optimizer, range(3))
+    assert all(not torch.equal(p, q) for p, q in zip(values(model), before, strict=True))
+
+
 def test_checkpoint_helper_of_torch_keeps_single_inputs() -> None:
     model, X, Y = problem()
     optimizer = make(lr=0.01)(model)
