@@ -40,7 +40,9 @@ from plait.run.config import (
     Option,
     OutputConfig,
     method_options,
+    optimizer_options,
 )
+from plait.run.optimizers import OPTIMIZERS, optimizer_support
 from plait.run.support import tables
 
 MARK = re.compile(r"^<!-- generated: (.+?) -->$", re.MULTILINE)
@@ -181,6 +183,22 @@ def options_of(key: str) -> str:
         if f.name not in _PEFT_INTERNAL
     ]
     return table(head, option_rows(rows))
+
+
+def optimizer_options_of(name: str) -> str:
+    """Table of an optimizer's options, as a run file takes them."""
+    head = ("option", "type", "default", "what it is")
+    return table(head, option_rows(optimizer_options(name).values()))
+
+
+def optimizer_support_table() -> str:
+    """Which optimizer trains which method."""
+    keys = [m.key for m in plait.methods()] + list(BASELINES)
+    rows = [
+        (code(key), *[yes(optimizer_support(name, key) is None) for name in OPTIMIZERS])
+        for key in keys
+    ]
+    return table(("method", *map(code, OPTIMIZERS)), rows)
 
 
 def baselines() -> str:
@@ -451,6 +469,8 @@ PARTS: dict[str, Callable[..., str]] = {
     "methods": methods_table,
     "baselines": baselines,
     "baseline-defaults": baseline_defaults,
+    "optimizer-options": optimizer_options_of,
+    "optimizer-support": optimizer_support_table,
     "section": config_section,
     "training": training_defaults,
     "command": command,

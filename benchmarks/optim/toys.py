@@ -11,12 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from plait.core.init import seeded
+from plait.optim import svd_lora
+
 Make = Callable[[nn.Module], torch.optim.Optimizer]
-
-
-def seeded(*key: int) -> torch.Generator:
-    """A generator for a key."""
-    return torch.Generator().manual_seed(hash(key) % 2**31)
 
 
 class OneLayer(nn.Module):
@@ -69,7 +67,7 @@ class Invariance:
     """A (4, 20), B (12, 4), 64 inputs; `run` trains on drawn batches of 16."""
 
     def __init__(self, seed: int = 0, zero_B: bool = False) -> None:
-        gen = seeded(seed, 1)
+        gen = seeded(seed, "invariance")
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=gen, dtype=torch.float64)
@@ -96,7 +94,7 @@ class Invariance:
             A, B = R @ A, B @ torch.linalg.inv(R)
         model = adapted(OneLayer(self.W.to(dtype), self.H.to(dtype)), A, B)
         optimizer = make(model)
-        X, Y, gen = self.X.to(dtype), self.Y.to(dtype), seeded(2)
+        X, Y, gen = self.X.to(dtype), self.Y.to(dtype), seeded("batches")
         path, losses = [], []
         for _ in range(steps):
             rows = torch.randperm(64, generator=gen)[:16]
@@ -113,7 +111,7 @@ class Invariance:
     ) -> float:
         """Largest relative difference of the trajectories of dW from (A, B) and (R A, B R^-1)."""
         one, _ = self.run(make, dtype=dtype, steps=steps)
-        two, _ = self.run(make, basis(cond, 4, seeded(3)), dtype, steps)
+        two, _ = self.run(make, basis(cond, 4, seeded("basis")), dtype, steps)
         return max(float((a - b).norm() / a.norm()) for a, b in zip(one, two, strict=True))
 
 
@@ -123,7 +121,7 @@ class LinearTask:
     r = 6
 
     def __init__(self, seed: int = 0, ill: bool = False) -> None:
-        gen = seeded(seed, 4)
+        gen = seeded(seed, "linear")
         self.W = torch.randn(120, 60, generator=gen, dtype=torch.float64)
         if ill:
             U, _, Vh = torch.linalg.svd(self.W, full_matrices=False)
@@ -132,7 +130,7 @@ class LinearTask:
         self.best = float(S[self.r :].square().sum())
         self.A = (torch.rand(self.r, 60, generator=gen, dtype=torch.float64) * 2 - 1) / 60**0.5
         self.B = torch.zeros(120, self.r, dtype=torch.float64)
-        self.order = seeded(seed, 5)
+        self.order = seeded(seed, "order")
 
     def gap(self, BA: Tensor) -> float:
         """(f - f*) / f*."""
@@ -160,8 +158,6 @@ class LinearTask:
         self, lr: float, epochs: int, size: int | None = None, momentum: float = 0.0
     ) -> list[float]:
         """SVDLoRA on the same batches."""
-        from plait.optim import svd_lora
-
         A, B, M, gaps = self.A, self.B, None, []
         for _ in range(epochs):
             for rows in self.batches(size):

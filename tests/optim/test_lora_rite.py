@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.optim.toys import Invariance, OneLayer, adapted, basis, delta, seeded
 from torch import Tensor, nn
 
 import plait
+from benchmarks.optim.toys import Invariance, OneLayer, adapted, basis, delta, seeded
+from plait.core import seeded
 from plait.optim import collect_pairs
 from plait.optim.lora_rite import balanced
 from plait.optim.pairs import join, part

@@ -100,8 +100,8 @@ def update(
     spectrum, Q = torch.linalg.eigh(V)
     scale = 1 / ((spectrum.clamp_min(0) + rho[..., None]).sqrt_() + eps)
     root = (Q * scale[..., None, :]) @ Q.mT  # (V + rho I)^(-1/2)
-    M_A = d1 * old.M_A @ P[0].mT + (1 - d1) * frames.gbar_A @ root[0]
-    M_B = d1 * old.M_B @ P[1].mT + (1 - d1) * frames.gbar_B @ root[1]
+    M_A = torch.baddbmm(frames.gbar_A @ root[0], old.M_A, P[0].mT, beta=1 - d1, alpha=d1)
+    M_B = torch.baddbmm(frames.gbar_B @ root[1], old.M_B, P[1].mT, beta=1 - d1, alpha=d1)
     if cap_rms:
         M_A, M_B = (M / (rms(M) / cap_rms).clamp_min(1) for M in (M_A, M_B))
     memory = Memory(M_A, M_B, frames.U_A, frames.U_B, V, spectrum, rho)
@@ -173,7 +173,8 @@ class LoraRite(PairOptimizer):
         a, b = bucket.group_A, bucket.group_B
         if clip := a["clip_unmagnified"]:
             share = (clip / norm).clamp(max=1).to(A)
-            frames = Frames(*frames[:4], share * frames.gbar_A, share * frames.gbar_B)
+            frames.gbar_A.mul_(share)
+            frames.gbar_B.mul_(share)
         move_A, move_B, memory = update(
             frames,
             self._recall(bucket),
@@ -183,8 +184,8 @@ class LoraRite(PairOptimizer):
             escape=a["escape"],
             cap_rms=a["cap_rms"],
         )
-        A = (1 - a["lr"] * a["weight_decay"]) * A - a["lr"] * move_A
-        B = (1 - b["lr"] * b["weight_decay"]) * B - b["lr"] * move_B
+        A.mul_(1 - a["lr"] * a["weight_decay"]).sub_(move_A, alpha=a["lr"])
+        B.mul_(1 - b["lr"] * b["weight_decay"]).sub_(move_B, alpha=b["lr"])
         if a["balance"]:
             A, B = balanced(A, B)
         bucket.put_A(itself, A)

@@ -319,7 +319,9 @@ class LorSum(PairOptimizer):
             "sweeps": group["sweeps"],
             "start": group["start"],
         }
-        metric = {} if rows is None or not group["metric"] else self._metric(bucket, rows)
+        metric: dict[str, Any] = {}
+        if rows is not None and group["metric"]:
+            metric = self._metric(bucket, rows)
         c, c_M = -lr * (1 - tau) * share / s, -lr * mu / s
         if mu:
             M_in, M_out = bucket.A(self._momentum), bucket.B(self._momentum)
@@ -439,7 +441,7 @@ def create_lorsum_optimizer(
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
     adapter: str | None = None,
-    other_lr: float = 1e-3,
+    other_lr: float | None = None,
 ) -> LorSum:
     """LoRSum for the adapter of a model; set Trainer's `max_grad_norm` to 0 with it.
 
@@ -461,7 +463,7 @@ def create_lorsum_optimizer(
         weight_decay: decoupled, on A and B.
         clip_norm: largest norm of the full gradients of all layers together. 0: no clipping.
         adapter: its name. None: the active one.
-        other_lr: of AdamW on what else trains.
+        other_lr: of AdamW on what else trains. None: 1e-3, for lr is not one of AdamW.
 
     Raises:
         ValueError: a layer without one plain pair, dropout on its input, or options that exclude
@@ -496,7 +498,7 @@ def create_lorsum_optimizer(
     ):  # fmt: skip
         at_least(key, name, value, 0)
     at_least(key, "max_rows", max_rows, 1)
-    layers = [_plain(layer, pairs, adapter) for layer, pairs in layer_pairs(model, adapter)]
+    layers = [_plain(layer, pairs) for layer, pairs in layer_pairs(model, adapter)]
     for _, pair in layers:
         if sweeps and start == "in" and not lmbd and not bool(pair.B.any()):
             raise ValueError(
@@ -509,7 +511,7 @@ def create_lorsum_optimizer(
         max_rows,
         lr=lr,
         weight_decay=weight_decay,
-        other_lr=other_lr,
+        other_lr=1e-3 if other_lr is None else other_lr,
         sweeps=sweeps,
         momentum=momentum,
         dampening=dampening,
@@ -525,7 +527,7 @@ def create_lorsum_optimizer(
     )
 
 
-def _plain(layer: Any, pairs: list[Pair], adapter: str | None) -> tuple[Any, Pair]:
+def _plain(layer: Any, pairs: list[Pair]) -> tuple[Any, Pair]:
     """The layer with its one plain pair."""
     pair = pairs[0]
     if len(pairs) > 1 or pair.A_slices is not None or pair.B_slices is not None:

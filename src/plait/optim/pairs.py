@@ -104,8 +104,9 @@ def _upstream(name: str, layer: Any, adapter: str) -> Iterator[Pair]:
             f"{name}: its factors are no free pair (A, B): {reason}. Leave the layer out of the "
             "adapter, or train with AdamW."
         )
-    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    yield Pair(name, A, B, float(layer.scaling[adapter]))
+    A: Any = layer.lora_A[adapter]
+    B: Any = layer.lora_B[adapter]
+    yield Pair(name, A.weight, B.weight, float(layer.scaling[adapter]))
 
 
 def _check(pairs: Sequence[Pair]) -> None:
