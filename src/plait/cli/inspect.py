@@ -1,15 +1,17 @@
 """`plait inspect RUN [RUN ...]`: what did an adapter learn, and how alike are several?"""
 
 import argparse
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from plait.run.findings import InspectReport
+    from plait.run.findings import InspectReport, SimilarityReport
 
-_MOST_PAIRS = 20  # of one kind in the terminal; all are in inspect.json
+_MOST_PAIRS = 12  # of one kind in the terminal, else the ends; all are in inspect.json
+_END = 4
 
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:
@@ -122,6 +124,8 @@ def _number(value: float | None) -> str:
 
 def _modules(report: "InspectReport", run: str) -> "Table":
     """Means over layers; columns without any number are left out."""
+    from plait.run.findings import short_names
+
     rows = [m for m in report.modules if m.run == run]
     columns = {
         "layers": [str(m.layers) for m in rows],
@@ -139,38 +143,39 @@ def _modules(report: "InspectReport", run: str) -> "Table":
     }
     columns = {name: found for name, found in columns.items() if set(found) != {"-"}}
     table = _table("module", *columns, numbers=len(columns))
+    names = short_names(m.module for m in report.modules)
     for i, m in enumerate(rows):
-        table.add_row(m.module, *(found[i] for found in columns.values()))
+        table.add_row(names[m.module], *(found[i] for found in columns.values()))
     return table
 
 
 def _similarity(report: "InspectReport") -> "Table":
     """The pairs, the most alike first where they are many."""
     table = _table(
-        "", "pair", "layers", "cosine", "overlap", "chance", "smallest", "largest", numbers=6
+        "", "pair", "layers", "cosine", "overlap", "chance", "min angle", "max angle", numbers=6
     )
     for kind in dict.fromkeys(s.kind for s in report.similarity):
         found = [s for s in report.similarity if s.kind == kind]
-        shown = found
         if len(found) > _MOST_PAIRS:
-            order = sorted(
-                found, key=lambda s: -(s.cosine or 0.0 if s.overlap is None else s.overlap)
-            )
-            shown = order[:_MOST_PAIRS]
-        for s in shown:
-            angles = [
-                f"{_number(v)} deg" if v is not None else "-" for v in (s.smallest, s.largest)
-            ]
+            found.sort(key=lambda s: -(_likeness(s) or 0.0))
+        for i, s in enumerate(found):
+            if len(found) > _MOST_PAIRS and _END <= i < len(found) - _END:
+                if i == _END:
+                    table.add_row(kind, f"({len(found) - 2 * _END} between, in inspect.json)")
+                continue
+            angles = ["-" if v is None else f"{v:.1f}" for v in (s.smallest, s.largest)]
             numbers = [_number(v) for v in (s.cosine, s.overlap, s.chance)]
             table.add_row(kind, f"{s.a}, {s.b}", str(s.layers), *numbers, *angles)
-        if len(found) > len(shown):
-            table.add_row(kind, f"and {len(found) - len(shown)} less alike, in inspect.json")
     return table
+
+
+def _likeness(pair: "SimilarityReport") -> float | None:
+    return pair.cosine if pair.overlap is None else pair.overlap
 
 
 def _loads(report: "InspectReport") -> "Table":
     """Routers by task."""
-    table = _table("router", "task", "tokens", "entropy", "of ln n", "load", numbers=4)
+    table = _table("router", "task", "tokens", "entropy", "of load", "ln n", "load", numbers=5)
     for load in report.loads:
         table.add_row(
             f"{load.run}, {load.experts} experts",
@@ -178,6 +183,7 @@ def _loads(report: "InspectReport") -> "Table":
             f"{load.tokens:,}",
             _number(load.entropy),
             _number(load.load_entropy),
+            _number(math.log(load.experts)),
             " ".join("-" if v is None else f"{v:.2f}" for v in load.load),
         )
     return table

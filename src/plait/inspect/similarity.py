@@ -4,9 +4,9 @@
     angles 0 <= theta_1 <= .. <= theta_m <= pi/2 between span X and span Y, m the smaller dimension
     overlap = mean of cos^2 theta = ||Qx^T Qy||_F^2 / m, in [0, 1]
 
-The basis of a factor is arbitrary: R A spans the rows of A for every invertible R, and B R^-1 undoes
-it in the product. Angles and overlap do not change with R; the cosine does. Two independent random
-spaces of dimensions k and l in R^n have the expected overlap max(k, l) / n.
+The basis of a factor is arbitrary: R A spans the rows of A for every invertible R, and B R^-1
+undoes R in the product. Angles and overlap do not change with R; the cosine does. Two independent
+random spaces of dimensions k and l in R^n have the expected overlap max(k, l) / n.
 
 The angles come from sines where they are small and from cosines elsewhere: arccos alone knows
 angles below 1e-8 only as 0 or noise (Bjoerck and Golub, Math. Comp. 27, 1973; Knyazev and

@@ -198,8 +198,9 @@ class UpstreamAdapted(Adapted):
             moved = m * moved / torch.linalg.norm(moved, dim=1, keepdim=True)
             return {SINGLE: (Update(moved - W), min(W.shape))}
         weight = wide(layer.get_delta_weight(adapter))
-        weight = weight.T if self._transposed else weight
-        return {SINGLE: (Update(weight), min(layer.r[adapter], *weight.shape))}
+        rank = min(layer.r[adapter], *weight.shape)
+        U, S, Vh = torch.linalg.svd(weight.T if self._transposed else weight, full_matrices=False)
+        return {SINGLE: (Update(U[:, :rank] * S[:rank], Vh[:rank]), rank)}  # the rest is rounding
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -215,9 +216,10 @@ class UpstreamAdapted(Adapted):
         return {"A": wide(A), "B": wide(B)}
 
     def gate(self) -> Tensor | None:
-        """AdaLoRA's E and VeRA's d."""
+        """AdaLoRA's E, with 0 for each rank that was pruned and is gone; VeRA's d."""
         if isinstance(self.config, AdaLoraConfig):
-            return wide(self.layer.lora_E[self.adapter]).flatten()
+            E = wide(self.layer.lora_E[self.adapter]).flatten()
+            return torch.cat([E, E.new_zeros(max(0, self.config.init_r - len(E)))])
         if str(self.config.peft_type).endswith("VERA"):
             return wide(self.layer.vera_lambda_d[self.adapter])
         return None

@@ -268,6 +268,18 @@ def by_task(layers: Iterable[LayerReport]) -> list[MeanLoad]:
     ]
 
 
+def short_names(modules: Iterable[str]) -> dict[str, str]:
+    """Module -> its name without the parts that all share in front."""
+    parts = {m: m.split(".") for m in dict.fromkeys(modules)}
+    shared = 0
+    shortest = min(map(len, parts.values()))
+    while shared < shortest - 1 and len({p[shared] for p in parts.values()}) == 1:
+        shared += 1
+    while shared < shortest - 1 and all(p[shared] == "*" for p in parts.values()):
+        shared += 1
+    return {m: ".".join(p[shared:]) for m, p in parts.items()}
+
+
 def mean(values: Iterable[Number | int]) -> Number:
     """Mean of the numbers that are defined; None without any."""
     known = [v for v in values if v is not None]

@@ -23,7 +23,7 @@ from plait.inspect.routing import Load
 from plait.inspect.similarity import chance, cosine, overlap, principal_angles
 from plait.inspect.spectrum import effective_rank, numerical_rank, stable_rank
 from plait.inspect.update import Update
-from plait.run.adapted import Adapted, adapted_layers, place
+from plait.run.adapted import SINGLE, Adapted, adapted_layers, place
 from plait.run.config import RunConfig
 from plait.run.data import DataBundle, load_data
 from plait.run.evaluate import Progress, held_out_split, load_run, to_device
@@ -326,7 +326,8 @@ def _pairs(
             # Columns span what the factor reads (rows of A, C) or writes (columns of B, D).
             factors[label[0]][full] = factor.T if label[0] in "AC" else factor
         for label, (dW, _) in updates[run].items():
-            terms[f"{run}: {label}" if several else label] = dW
+            full = run if label == SINGLE else f"{run}: {label}"
+            terms[full if several else label] = dW
     for kind, found in sorted(factors.items()):
         for a, b in combinations(found, 2):
             x, y = found[a], found[b].to(found[a].device)

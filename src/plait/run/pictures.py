@@ -17,7 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from plait.run.findings import InspectReport, LayerReport, MeanLoad, SimilarityReport, mean
+from plait.run.findings import (
+    InspectReport,
+    LayerReport,
+    MeanLoad,
+    SimilarityReport,
+    mean,
+    short_names,
+)
 
 _STYLE = {
     "font.size": 8,
@@ -64,18 +71,6 @@ def draw(report: InspectReport) -> dict[str, bytes]:
 
 
 # ----------------------------------------------------------------------------------- heat maps
-
-
-def _short(modules: Iterable[str]) -> dict[str, str]:
-    """Module -> its name without the parts that all share in front."""
-    parts = {m: m.split(".") for m in dict.fromkeys(modules)}
-    shared = 0
-    shortest = min(map(len, parts.values()))
-    while shared < shortest - 1 and len({p[shared] for p in parts.values()}) == 1:
-        shared += 1
-    while shared < shortest - 1 and all(p[shared] == "*" for p in parts.values()):
-        shared += 1
-    return {m: ".".join(p[shared:]) for m, p in parts.items()}
 
 
 def _grid(pairs: Iterable[tuple[str, int | None, Sequence[float | None]]]) -> Grid:
@@ -128,7 +123,7 @@ def _map(
             grids[run.label] = grid
     if not grids:
         return None
-    names = _short(module for grid in grids.values() for module, _ in grid)
+    names = short_names(module for grid in grids.values() for module, _ in grid)
     rows = [len({module for module, _ in grid}) for grid in grids.values()]
     width = _width(grids.values(), names)
     figure = Figure(figsize=(width, sum(rows) * _CELL + 0.75 * len(rows)), layout="constrained")
@@ -169,7 +164,7 @@ def _similarity(report: InspectReport, kind: str) -> Figure | None:
     spans = any(s.overlap is not None for s in found)
     pairs = [p for p in report.pairs if p.kind == kind]
     grid = _grid((p.module, p.block, [p.overlap if spans else p.cosine]) for p in pairs)
-    names = _short(module for module, _ in grid)
+    names = short_names(module for module, _ in grid)
     n, rows = len(labels), len({module for module, _ in grid})
     side = max(1.5, 0.3 * n)
     wide = _width([grid], names)
@@ -229,7 +224,7 @@ def _spectra(report: InspectReport) -> Figure | None:
     runs = [r for r in report.runs if _curves(report, r.label)]
     if not runs:
         return None
-    names = _short(layer.module for layer in report.layers)
+    names = short_names(layer.module for layer in report.layers)
     colours = {m: matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"](i % 20)
                for i, m in enumerate(names)}  # fmt: skip
     columns = min(3, len(runs))
@@ -295,7 +290,7 @@ def _gates(report: InspectReport) -> Figure | None:
     gated = {run: layers for run, layers in gated.items() if layers}
     if not gated:
         return None
-    names = _short(r.module for layers in gated.values() for r in layers)
+    names = short_names(r.module for layers in gated.values() for r in layers)
     rows = [len({r.module for r in layers}) for layers in gated.values()]
     grids = [_grid((r.module, r.block, [r.gate.live]) for r in g if r.gate) for g in gated.values()]
     width = _width(grids, names)
@@ -346,7 +341,7 @@ def _routing(report: InspectReport) -> Figure | None:
         ]
         for run, n in groups
     }
-    names = _short(r.module for layers in routed.values() for r in layers)
+    names = short_names(r.module for layers in routed.values() for r in layers)
     grids = {key: _grid(
         (r.module, r.block, [_share(r.routing.entropy, key[1])]) for r in layers if r.routing
     ) for key, layers in routed.items()}  # fmt: skip
