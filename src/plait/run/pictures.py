@@ -36,6 +36,7 @@ _STYLE = {
 }
 _DPI = 200
 _CELL = 0.26  # inches: height of a row of a heat map
+_PAGE = 11.0  # inches: what is wider goes below
 _WRITE_UP_TO = 8  # columns of a heat map whose cells get their number
 
 Grid = Mapping[tuple[str, int | None], float | None]  # (module, block) -> value
@@ -103,9 +104,22 @@ def _image(axes: Any, values: NDArray[Any], norm: Normalize, cmap: str, write: b
     for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True) if write else ():
         r, g, b, _ = image.cmap(norm(values[i, j]))
         dark = 0.3 * r + 0.6 * g + 0.1 * b < 0.5
-        text = f"{values[i, j]:.2g}" if abs(values[i, j]) < 0.01 else f"{values[i, j]:.2f}"
+        text = _cell(values[i, j])
         axes.text(j, i, text, ha="center", va="center", fontsize=6.5, color="w" if dark else "k")
     return image
+
+
+def _cell(value: float) -> str:
+    """Two decimals; whole numbers above 1 as they are; two digits below 0.1."""
+    if value == int(value) and abs(value) != 1:
+        return str(int(value))
+    return (
+        f"{value:.2f}"
+        if abs(value) >= 0.1
+        else f"{value:.1g}"
+        if abs(value) < 1e-3
+        else f"{value:.2g}"
+    )
 
 
 def _map(
@@ -124,16 +138,21 @@ def _map(
     if not grids:
         return None
     names = short_names(module for grid in grids.values() for module, _ in grid)
-    rows = [len({module for module, _ in grid}) for grid in grids.values()]
+    height = max(len({module for module, _ in grid}) for grid in grids.values())
     width = _width(grids.values(), names)
-    figure = Figure(figsize=(width, sum(rows) * _CELL + 0.75 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)[:, 0]
+    columns = min(len(grids), max(1, int(9 / width)))
+    rows = -(-len(grids) // columns)
+    size = (columns * width + 0.6, rows * (height * _CELL + 0.75))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
     scale = norm or _scale([v for grid in grids.values() for v in grid.values() if v is not None])
     image = None
-    for axes, (run, grid) in zip(panels, grids.items(), strict=True):
+    for axes, (run, grid) in zip(panels.flat, grids.items(), strict=False):
         image = _heat(axes, grid, scale, "viridis", names)
         axes.set_title(run, loc="left")
-    figure.colorbar(image, ax=list(panels), label=label)
+    for axes in panels.flat[len(grids) :]:
+        axes.set_visible(False)
+    figure.colorbar(image, ax=panels, label=label, aspect=20 * rows, fraction=0.06 / columns)
     return figure
 
 
@@ -165,31 +184,31 @@ def _similarity(report: InspectReport, kind: str) -> Figure | None:
     pairs = [p for p in report.pairs if p.kind == kind]
     grid = _grid((p.module, p.block, [p.overlap if spans else p.cosine]) for p in pairs)
     names = short_names(module for module, _ in grid)
-    n, rows = len(labels), len({module for module, _ in grid})
-    side = max(1.5, 0.3 * n)
-    wide = _width([grid], names)
-    maps = 2 if spans else 1
-    size = (maps * (side + 1.2 + 0.055 * max(map(len, labels))) + wide, 0)
-    figure = Figure(
-        figsize=(size[0], max(side + 0.45 + 0.05 * max(map(len, labels)), rows * _CELL + 0.8)),
-        layout="constrained",
-    )
-    ratios = [side + 0.6] * maps + [wide - 1.2]
-    panels = figure.subplots(1, maps + 1, squeeze=False, width_ratios=ratios)[0]
-    _pairs(figure, panels[0], found, labels, "cosine", Normalize(-1, 1), "RdBu_r")
+    text = 0.06 * max(map(len, labels))  # inches of a label
+    side = max(1.5, 0.28 * len(labels))
+    matrices = ["cosine", "overlap"] if spans else ["cosine"]
+    width, of_pairs = _width([grid], names), len(matrices) * (side + 1.0) + text
+    height = len({module for module, _ in grid}) * _CELL + 0.8
+    tall = side + 0.8 + 0.75 * text
+    if of_pairs + width <= _PAGE:
+        figure = Figure(figsize=(of_pairs + width, max(tall, height)), layout="constrained")
+        ratios = [*[side + 1.0] * len(matrices), width - 1.0]
+        panels = figure.subplot_mosaic([[*matrices, "map"]], width_ratios=ratios)
+    else:
+        figure = Figure(figsize=(max(of_pairs, width), tall + height), layout="constrained")
+        mosaic = [matrices, ["map"] * len(matrices)]
+        panels = figure.subplot_mosaic(mosaic, height_ratios=[tall, height])
+    cosines = Normalize(-1, 1), "RdBu_r"
+    shares = Normalize(0, 1), "viridis"
+    _pairs(figure, panels["cosine"], found, labels, "cosine", *cosines)
     if spans:
-        _pairs(figure, panels[1], found, labels, "overlap", Normalize(0, 1), "viridis")
+        _pairs(figure, panels["overlap"], found, labels, "overlap", *shares)
+        panels["overlap"].set_yticks([])
         random = mean(s.chance for s in found)
-        panels[1].set_xlabel(f"independent random spaces: {random:.2f}")
-    image = _heat(
-        panels[-1],
-        grid,
-        Normalize(0, 1) if spans else Normalize(-1, 1),
-        "viridis" if spans else "RdBu_r",
-        names,
-    )
-    panels[-1].set_title("overlap, mean of pairs" if spans else "cosine, mean of pairs", loc="left")
-    figure.colorbar(image, ax=panels[-1])
+        panels["overlap"].set_xlabel(f"independent random spaces: {random:.2g}")
+    image = _heat(panels["map"], grid, *(shares if spans else cosines), names)
+    panels["map"].set_title(f"{matrices[-1]}, mean of pairs", loc="left")
+    figure.colorbar(image, ax=panels["map"])
     return figure
 
 
@@ -220,14 +239,14 @@ def _pairs(
 
 
 def _spectra(report: InspectReport) -> Figure | None:
-    """Singular values of dW by kind of module: median over layers, band from least to most."""
+    """Singular values of dW by kind of module: median over layers, band over their middle half."""
     runs = [r for r in report.runs if _curves(report, r.label)]
     if not runs:
         return None
     names = short_names(layer.module for layer in report.layers)
     colours = {m: matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"](i % 20)
                for i, m in enumerate(names)}  # fmt: skip
-    columns = min(3, len(runs))
+    columns = 2 if len(runs) in (2, 4) else min(3, len(runs))
     rows = -(-len(runs) // columns)
     figure = Figure(figsize=(0.8 + 2.9 * columns + 1.3, 0.4 + 2.4 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
@@ -237,10 +256,10 @@ def _spectra(report: InspectReport) -> Figure | None:
         longest = max(c.shape[1] for c in curves.values())
         for module, curve in curves.items():
             index = np.arange(1, curve.shape[1] + 1)
-            low, middle, high = np.nanpercentile(curve, [0, 50, 100], axis=0)
+            low, middle, high = np.nanpercentile(curve, [25, 50, 75], axis=0)
             marker = "." if longest <= 32 else ""
             (line,) = axes.plot(index, middle, marker=marker, lw=1, color=colours[module])
-            axes.fill_between(index, low, high, color=colours[module], alpha=0.12, lw=0)
+            axes.fill_between(index, low, high, color=colours[module], alpha=0.15, lw=0)
             handles.setdefault(names[module], line)
         ranks = sorted(
             {u.rank for layer in report.layers if layer.run == run.label for u in layer.updates}
@@ -316,10 +335,9 @@ def _gates(report: InspectReport) -> Figure | None:
         right.set_yticks(centres, [names[ordered[i].module] for i in starts])
         for start in starts[1:]:
             right.axhline(start - 0.5, color="w", lw=0.8)
-        right.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        right.set_xticks(right.get_xticks()[(right.get_xticks() >= 0)
-                         & (right.get_xticks() < most)])  # fmt: skip
-        right.set_xlabel("rank, counted from 0; a row is a layer")
+        step = -(-most // 10)
+        right.set_xticks(range(0, most, step), range(1, most + 1, step))
+        right.set_xlabel("rank; a row is a layer")
         right.set_title("size of the gate", loc="left")
         figure.colorbar(image, ax=right)
     return figure
@@ -349,10 +367,16 @@ def _routing(report: InspectReport) -> Figure | None:
     bars = max(3.2, max(0.16 * n * (len(loads) + 1) for (_, n), loads in groups.items()))
     bars = min(bars, 8.0)
     rows = [max(1.7, len({m for m, _ in g}) * _CELL) + 0.8 for g in grids.values()]
-    figure = Figure(figsize=(bars + width, sum(rows)), layout="constrained")
-    panels = figure.subplots(
-        len(rows), 2, squeeze=False, height_ratios=rows, width_ratios=[bars, width]
-    )
+    if bars + width <= _PAGE:
+        figure = Figure(figsize=(bars + width, sum(rows)), layout="constrained")
+        panels = figure.subplots(
+            len(rows), 2, squeeze=False, height_ratios=rows, width_ratios=[bars, width]
+        )
+    else:
+        figure = Figure(figsize=(max(bars, width), sum(rows) + 2.2 * len(rows)))
+        figure.set_layout_engine("constrained")
+        ratios = [ratio for row in rows for ratio in (2.2, row)]
+        panels = figure.subplots(2 * len(rows), 1, height_ratios=ratios).reshape(-1, 2)
     for (left, right), ((run, n), loads) in zip(panels, groups.items(), strict=True):
         _bars(left, run, n, loads)
         image = _heat(right, grids[run, n], Normalize(0, 1), "viridis", names)
@@ -375,7 +399,8 @@ def _bars(axes: Any, run: str, n: int, loads: Sequence[MeanLoad]) -> None:
         axes.bar(places, load.load, width * 0.92, label=name)
     axes.axhline(1 / n, color="0.3", ls=":", lw=1, label=f"even load, 1/{n}")
     axes.set_xticks(range(1, n + 1, -(-n // 16)))
-    axes.set_ylim(0, 1.25 * max(1 / n, *(v or 0.0 for load in shown for v in load.load)))
+    highest = max(1 / n, *(v or 0.0 for load in shown for v in load.load))
+    axes.set_ylim(0, (1.12 + 0.13 * -(-(len(shown) + 1) // 3)) * highest)  # room for the legend
     axes.set_xlabel("expert")
     axes.set_ylabel("load, mean over layers")
     axes.set_title(run, loc="left")
