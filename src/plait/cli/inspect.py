@@ -96,7 +96,9 @@ def render(report: "InspectReport", console: "Console") -> None:
             console.print(f"  {what}")
         for note in run.notes:
             console.print(f"  {note}")
-        console.print(_modules(report, run.label))
+        for table in _modules(report, run.label):
+            console.print()
+            console.print(table)
         console.print()
     for note in report.notes:
         console.print(note)
@@ -109,12 +111,14 @@ def render(report: "InspectReport", console: "Console") -> None:
 
 
 def _table(*columns: str, numbers: int) -> "Table":
+    """A table whose last columns are numbers, which are never broken."""
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for i, column in enumerate(columns):
-        right = i >= len(columns) - numbers
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for column in columns[: len(columns) - numbers]:
+        table.add_column(column, overflow="fold")
+    for column in columns[len(columns) - numbers :]:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -122,38 +126,44 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _modules(report: "InspectReport", run: str) -> "Table":
+def _modules(report: "InspectReport", run: str) -> "list[Table]":
     """Means over layers; columns without any number are left out."""
     from plait.run.findings import short_names
 
     rows = [m for m in report.modules if m.run == run]
-    columns = {
+    names = short_names(m.module for m in report.modules)
+    size = {
         "layers": [str(m.layers) for m in rows],
         "|dW|": [_number(m.norm) for m in rows],
-        "/ |W|": [_number(m.relative) for m in rows],
+        "|dW|/|W|": [_number(m.relative) for m in rows],
         "stable": [_number(m.stable_rank) for m in rows],
         "effective": [_number(m.effective_rank) for m in rows],
-        "numerical": [_number(m.numerical_rank) for m in rows],
-        "rank": ["-".join(map(str, sorted(set(m.rank)))) for m in rows],
-        "live": [f"{_number(m.live)}/{_number(m.ranks)}" if m.ranks else "-" for m in rows],
-        "dW = 0": [_number(m.untouched) for m in rows],
+        "rank": [_number(m.numerical_rank) for m in rows],
+        "of": ["-".join(map(str, sorted(set(m.rank)))) for m in rows],
+    }
+    direction = {
         "left": [_number(m.left) for m in rows],
         "right": [_number(m.right) for m in rows],
         "cosine": [_number(m.cosine) for m in rows],
+        "dW = 0": [_number(m.untouched) for m in rows],
+        "live": [_number(m.live) for m in rows],
+        "of": [_number(m.ranks) for m in rows],
     }
-    columns = {name: found for name, found in columns.items() if set(found) != {"-"}}
-    table = _table("module", *columns, numbers=len(columns))
-    names = short_names(m.module for m in report.modules)
-    for i, m in enumerate(rows):
-        table.add_row(names[m.module], *(found[i] for found in columns.values()))
-    return table
+    tables = []
+    for columns in (size, direction):
+        columns = {name: found for name, found in columns.items() if set(found) != {"-"}}
+        if not columns:
+            continue
+        table = _table("module", *columns, numbers=len(columns))
+        for i, m in enumerate(rows):
+            table.add_row(names[m.module], *(found[i] for found in columns.values()))
+        tables.append(table)
+    return tables
 
 
 def _similarity(report: "InspectReport") -> "Table":
     """The pairs, the most alike first where they are many."""
-    table = _table(
-        "", "pair", "layers", "cosine", "overlap", "chance", "min angle", "max angle", numbers=6
-    )
+    table = _table("", "pair", "cosine", "overlap", "chance", "least", "most deg", numbers=5)
     for kind in dict.fromkeys(s.kind for s in report.similarity):
         found = [s for s in report.similarity if s.kind == kind]
         if len(found) > _MOST_PAIRS:
@@ -165,7 +175,7 @@ def _similarity(report: "InspectReport") -> "Table":
                 continue
             angles = ["-" if v is None else f"{v:.1f}" for v in (s.smallest, s.largest)]
             numbers = [_number(v) for v in (s.cosine, s.overlap, s.chance)]
-            table.add_row(kind, f"{s.a}, {s.b}", str(s.layers), *numbers, *angles)
+            table.add_row(kind, f"{s.a}, {s.b}", *numbers, *angles)
     return table
 
 
@@ -175,15 +185,15 @@ def _likeness(pair: "SimilarityReport") -> float | None:
 
 def _loads(report: "InspectReport") -> "Table":
     """Routers by task."""
-    table = _table("router", "task", "tokens", "entropy", "of load", "ln n", "load", numbers=5)
+    table = _table("router", "task", "load", "tokens", "entropy", "of load", "ln n", numbers=4)
     for load in report.loads:
         table.add_row(
-            f"{load.run}, {load.experts} experts",
-            load.task or "all",
+            load.run,
+            load.task or "(all)",
+            " ".join("-" if v is None else f"{v:.2f}" for v in load.load),
             f"{load.tokens:,}",
             _number(load.entropy),
             _number(load.load_entropy),
             _number(math.log(load.experts)),
-            " ".join("-" if v is None else f"{v:.2f}" for v in load.load),
         )
     return table

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -55,7 +56,7 @@ class Adapted(ABC):
         return None
 
     @property
-    def mean(self) -> str:
+    def kind(self) -> str:
         """What the updates are: "single", "tasks" or "experts"."""
         return "single"
 
@@ -72,7 +73,7 @@ class PlaitAdapted(Adapted):
         return wide(self.layer.base_weight())
 
     @property
-    def mean(self) -> str:
+    def kind(self) -> str:
         """By the mix."""
         mix = self.mix()
         if isinstance(mix, TokenRouter):
@@ -97,10 +98,12 @@ class PlaitAdapted(Adapted):
                 f"expert {i}": (self._update(A, B), min(len(A), *self._shape))
                 for i, (A, B) in enumerate(self._experts(mix), 1)
             }
-        tasks = {t: {"task": t} for t in mix.tasks} if isinstance(mix, TaskTable) else {SINGLE: {}}
+        tasks: dict[str, str | None] = {SINGLE: None}
+        if isinstance(mix, TaskTable):
+            tasks = {task: task for task in mix.tasks}
         return {
-            name: (self._update(*delta.folded(**choice)), delta.rank())
-            for name, choice in tasks.items()
+            name: (self._update(*delta.folded(task=task)), delta.rank())
+            for name, task in tasks.items()
         }
 
     @property
@@ -172,7 +175,8 @@ class UpstreamAdapted(Adapted):
 
     def weight(self) -> Tensor:
         """W, of peft's layer."""
-        weight = wide(self.layer.get_base_weight())
+        # get_base_weight of peft 0.21.2 gives LoRA's packed weights as they are.
+        weight = wide(dequantize_module_weight(self.layer.get_base_layer()))
         return weight.T if self._transposed else weight
 
     @property

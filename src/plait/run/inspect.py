@@ -245,7 +245,7 @@ def _report(
                 method=run.cfg.method.name,
                 model=run.cfg.model.name,
                 layers=len(run.layers),
-                updates=next(iter(run.layers.values())).mean,
+                updates=next(iter(run.layers.values())).kind,
                 notes=run.notes,
             )
             for run in runs

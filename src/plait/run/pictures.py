@@ -26,7 +26,7 @@ from plait.run.findings import (
     short_names,
 )
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 9,
     "axes.spines.top": False,
@@ -64,9 +64,9 @@ def draw(report: InspectReport) -> dict[str, bytes]:
             if figure is None:
                 continue
             FigureCanvasAgg(figure)
-            for kind, options in (("png", {"dpi": _DPI}), ("svg", {"metadata": {"Date": None}})):
+            for kind, metadata in (("png", None), ("svg", {"Date": None})):
                 content = io.BytesIO()
-                figure.savefig(content, format=kind, **options)
+                figure.savefig(content, format=kind, dpi=_DPI, metadata=metadata)
                 files[f"{name}.{kind}"] = content.getvalue()
     return files
 
@@ -104,7 +104,7 @@ def _image(axes: Any, values: NDArray[Any], norm: Normalize, cmap: str, write: b
     for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True) if write else ():
         r, g, b, _ = image.cmap(norm(values[i, j]))
         dark = 0.3 * r + 0.6 * g + 0.1 * b < 0.5
-        text = _cell(values[i, j])
+        text = _cell(float(values[i, j]))
         axes.text(j, i, text, ha="center", va="center", fontsize=6.5, color="w" if dark else "k")
     return image
 
@@ -146,7 +146,7 @@ def _map(
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     scale = norm or _scale([v for grid in grids.values() for v in grid.values() if v is not None])
-    image = None
+    image: Any = None
     for axes, (run, grid) in zip(panels.flat, grids.items(), strict=False):
         image = _heat(axes, grid, scale, "viridis", names)
         axes.set_title(run, loc="left")
@@ -193,10 +193,11 @@ def _similarity(report: InspectReport, kind: str) -> Figure | None:
     if of_pairs + width <= _PAGE:
         figure = Figure(figsize=(of_pairs + width, max(tall, height)), layout="constrained")
         ratios = [*[side + 1.0] * len(matrices), width - 1.0]
-        panels = figure.subplot_mosaic([[*matrices, "map"]], width_ratios=ratios)
+        mosaic: Any = [[*matrices, "map"]]
+        panels = figure.subplot_mosaic(mosaic, width_ratios=ratios)
     else:
         figure = Figure(figsize=(max(of_pairs, width), tall + height), layout="constrained")
-        mosaic = [matrices, ["map"] * len(matrices)]
+        mosaic: Any = [matrices, ["map"] * len(matrices)]
         panels = figure.subplot_mosaic(mosaic, height_ratios=[tall, height])
     cosines = Normalize(-1, 1), "RdBu_r"
     shares = Normalize(0, 1), "viridis"
