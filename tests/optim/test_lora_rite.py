@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import plait
-from benchmarks.optim.toys import Invariance, OneLayer, adapted, basis, delta, seeded
+from benchmarks.optim.toys import Invariance, OneLayer, adapted, basis, delta
 from plait.core import seeded
 from plait.optim import collect_pairs
 from plait.optim.lora_rite import balanced

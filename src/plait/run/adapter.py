@@ -29,7 +29,7 @@ def load_adapter(base: PreTrainedModel, path: Path, expected: PeftConfig) -> Pef
     config = _read_config(path, expected)
     with readable(path / WEIGHTS, _REMEDY), upstream_noise():
         model = PeftModel.from_pretrained(base, str(path), config=config)
-    _check_complete(model, path)
+        _check_complete(model, path)
     return model
 
 
