@@ -49,20 +49,12 @@ def set_development_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
         _given[delta] = Development(weakref.ref(model), batch)
 
 
-def development(deltas: Sequence[Any]) -> tuple[nn.Module, Mapping[str, Any]]:
-    """The model and the batch to score on.
-
-    Raises:
-        ValueError: none was given, or only for a copy of this model.
-    """
-    given = _given.get(deltas[0])
+def development(delta: Any) -> tuple[nn.Module, Mapping[str, Any]] | None:
+    """The model and the batch to score on; None where none was given for the Delta's own model."""
+    given = _given.get(delta)
     model = None if given is None else given.model()
-    if given is None or model is None or not any(m is deltas[0] for m in model.modules()):
-        raise ValueError(
-            f"{deltas[0].adapter.key}: there is no development batch to score ranks on. Call "
-            "plait.set_development_batch(model, batch) before training; for plait train set "
-            "data.validation."
-        )
+    if given is None or model is None or not any(m is delta for m in model.modules()):
+        return None
     return model, given.batch
 
 
@@ -75,8 +67,18 @@ def importance(deltas: Sequence[Any], live_of: Callable[[Any], Tensor]) -> list[
 
     Args:
         deltas: the layers. live_of: gives a layer's 0/1 buffer.
+
+    Raises:
+        ValueError: no development batch was given, or it has no labels.
     """
-    model, batch = development(deltas)
+    found = development(deltas[0])
+    if found is None:
+        raise ValueError(
+            f"{deltas[0].adapter.key}: there is no development batch to score ranks on. Call "
+            "plait.set_development_batch(model, batch) before training; for plait train set "
+            "data.validation."
+        )
+    model, batch = found
     lives = [live_of(d) for d in deltas]
     to = lives[0].device  # the model may have moved since the batch was given
     batch = {k: v.to(to) if isinstance(v, Tensor) else v for k, v in batch.items()}

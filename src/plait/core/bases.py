@@ -88,7 +88,7 @@ def first_values(basis: Basis) -> int:
     return zlib.crc32(values(basis.seed, basis.tag, 0, size).astype("<f4").tobytes())
 
 
-@torch.compiler.disable  # NumPy makes the values
+@torch.compiler.disable()  # NumPy makes the values
 def mixture(w: Tensor, basis: Basis, keep: bool) -> Tensor:
     """sum_i w_i M_i / sqrt(k), (rows, cols) in the dtype of w, under autocast too.
 

@@ -252,8 +252,10 @@ def forget(p: nn.Parameter, index: Any = ...) -> None:
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == p.shape:
                 codes = state.get(name.replace("state", "qmap"))  # bitsandbytes keeps 8-bit codes
-                eight = value.dtype == torch.uint8 and codes is not None
-                value[index] = int(codes.abs().argmin()) if eight else 0
+                if value.dtype == torch.uint8 and codes is not None:
+                    value[index] = int(codes.abs().argmin())
+                else:
+                    value[index] = 0
 
 
 def before_step(deltas: list["Delta"]) -> torch.Tensor | float:
@@ -404,7 +406,7 @@ def drive_adalora(model: nn.Module, start: int = 0) -> None:
     if not tuners:
         raise ValueError("drive_adalora: the model has no AdaLoRA adapter. Wrap it first.")
     for tuner in tuners:
-        config = tuner.peft_config[tuner.trainable_adapter_name]
+        config: Any = tuner.peft_config[tuner.trainable_adapter_name]
         if not config.total_step:
             raise ValueError("adalora: total_step is not set. Give the number of optimizer steps.")
         if config.init_r == config.target_r:
@@ -412,8 +414,9 @@ def drive_adalora(model: nn.Module, start: int = 0) -> None:
                 f"adalora: init_r == target_r == {config.init_r} leaves nothing to allocate and "
                 "fails in peft 0.21.2. Give init_r above target_r."
             )
-        tuner.plait_schedule = AdaLoraSchedule(tuner, start)
-        listen(tuner.plait_schedule)
+        schedule = AdaLoraSchedule(tuner, start)
+        vars(tuner)["plait_schedule"] = schedule  # kept alive by what it drives
+        listen(schedule)
 
 
 class PlaitCallback(TrainerCallback):
@@ -449,7 +452,8 @@ def set_micro_batches(model: nn.Module, count: int) -> None:
     if count < 1:
         raise ValueError(f"set_micro_batches: count = {count}. Give 1 or more.")
     for deltas in adapters_of(model):
-        deltas[0].adapter.micro_batches = count
+        adapter: Any = deltas[0].adapter
+        adapter.micro_batches = count
 
 
 def check_clipping(optimizer: Any, max_grad_norm: float | None) -> None:

@@ -45,7 +45,7 @@ def prune(model: PeftModel, adapter: str = "default") -> dict[str, int]:
         _check(layer.plait_delta[adapter], adapter)  # type: ignore[arg-type]
     kept = {layer.name: _shrink(layer.plait_delta[adapter]) for layer in layers}
     config: Any = model.peft_config[adapter]
-    own = {layer.name: layer.plait_delta[adapter].config for layer in layers}
+    own: dict[str, Any] = {layer.name: layer.plait_delta[adapter].config for layer in layers}
     config.rank_pattern = {_exactly(n): c.r for n, c in own.items() if c.r != config.r}
     config.alpha_pattern = {
         _exactly(n): c.lora_alpha for n, c in own.items() if c.lora_alpha != config.lora_alpha

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.core import FreeConfig, FreeDelta, Gate, PlaitWarning, option, register, register_gate
-from plait.core.allocation import allocate, importance
+from plait.core.allocation import allocate, development, importance
 
 
 @dataclass
@@ -94,7 +94,7 @@ class AllocGate(AllocOptions, Gate):
                 f"has {total}. Lower first = {self.first}, every = {self.every} or rounds, or give "
                 "first and every as shares of all steps, such as 0.1 and 0.025."
             )
-        if times and not delta.steps and vars(delta).get("development") is None:
+        if times and not delta.steps and development(delta) is None:
             text = f"{delta.adapter.key}: there is no development batch; step {times[0]} needs it."
             text += " Call plait.set_development_batch(model, batch)."
             warnings.warn(text, PlaitWarning, stacklevel=2)

@@ -71,6 +71,7 @@ class DualModule(LowRankDelta):
     own_gates = (screening.Screening,)
     screened = ("A_e", "B_e")
     optional_buffers = screening.buffer_names((*screened, "E"))
+    E: nn.Parameter
 
     def __init__(self, base: FrozenLinear, config: Any, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
