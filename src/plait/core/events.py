@@ -407,4 +407,5 @@ def set_micro_batches(model: nn.Module, count: int) -> None:
     if count < 1:
         raise ValueError(f"set_micro_batches: count = {count}. Give 1 or more.")
     for deltas in adapters_of(model):
-        deltas[0].adapter.micro_batches = count
+        config: Any = deltas[0].adapter
+        config.micro_batches = count
