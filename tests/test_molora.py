@@ -481,6 +481,20 @@ def test_checkpointing_does_not_double_it(
     same(gradients(model), expected)
 
 
+def test_recomputation_of_two_masks_is_refused() -> None:
+    """A backward of two forwards cannot know whose padding a recomputed layer had."""
+    model = wrap(SWITCH, init_weights=False)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    one, two = (model(**part_of(padded(key=k), k, 2)).loss for k in range(2))
+    (one + two).backward()  # equal masks
+    inputs = padded(4)
+    one = model(**inputs).loss
+    two = model(**{**inputs, "attention_mask": inputs["attention_mask"].flip(0)}).loss
+    with pytest.raises(RuntimeError, match="different sample_types or padding masks of a balance"):
+        (one + two).backward()
+
+
 def test_padding_is_left_out() -> None:
     """Each layer's loss is that of the real tokens: what padding says does not reach it."""
     for case in (SWITCH, TYPED):

@@ -36,6 +36,13 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "shared_b": {"r": 2, "num_A": 2, "routing": "task", "lora_dropout": 0.1},
     "cola": {"r": 2, "num_A": 2, "num_B": 2, "strategy": "random", "lora_dropout": 0.1},
+    "nola": {"r": 2, "num_basis_A": 8, "num_basis_B": 8, "lora_dropout": 0.1},
+    "tied": {"r": 2, "lora_dropout": 0.1},
+    "hydra": {"r": 2, "num_B": 2, "independent_dropout": True, "lora_dropout": 0.1},
+    "molora": {
+        "r": 2, "num_experts": 4, "top_k": 2, "balance": "switch", "balance_weight": 0.1,
+        "lora_dropout": 0.1,
+    },
 }  # fmt: skip
 
 

@@ -88,7 +88,11 @@ def first_values(basis: Basis) -> int:
     return zlib.crc32(values(basis.seed, basis.tag, 0, size).astype("<f4").tobytes())
 
 
-@torch.compiler.disable()  # NumPy makes the values
+@torch.compiler.disable  # NumPy makes the values
+def _mixture(w: Tensor, basis: Basis, keep: bool) -> Tensor:
+    return Mixture.apply(w, basis, keep)
+
+
 def mixture(w: Tensor, basis: Basis, keep: bool) -> Tensor:
     """sum_i w_i M_i / sqrt(k), (rows, cols) in the dtype of w, under autocast too.
 
@@ -97,7 +101,8 @@ def mixture(w: Tensor, basis: Basis, keep: bool) -> Tensor:
         basis: of k matrices.
         keep: hold the basis in memory from now on.
     """
-    return Mixture.apply(w, basis, keep)
+    apart: Any = _mixture  # torch does not say what its decorator returns
+    return apart(w, basis, keep)
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -33,7 +33,7 @@ class FreeDelta(LowRankDelta):
 
     rank_axes: ClassVar[dict[str, int]] = {"A": -2, "B": -1, "A0": -2, "B0": -1}
 
-    config: Any
+    config: Any  # a FreeConfig
     A0: Tensor | None
     B0: Tensor | None
 

@@ -137,9 +137,9 @@ class Route:
             self.replayed = True
             if self.mixed:
                 raise RuntimeError(
-                    "Two forwards with different adapter_names, task_ids, sample_types or padding "
-                    "masks before one backward "
-                    "under gradient checkpointing. Call backward after each forward, or switch "
+                    "Two forwards with different adapter_names or task_ids, or with different "
+                    "sample_types or padding masks of a balance loss, before one backward under "
+                    "gradient checkpointing. Call backward after each forward, or switch "
                     "gradient checkpointing off."
                 )
             return self.last
