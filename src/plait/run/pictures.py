@@ -82,12 +82,21 @@ def _grid(pairs: Iterable[tuple[str, int | None, Sequence[float | None]]]) -> Gr
     return {cell: mean(values) for cell, values in found.items()}
 
 
-def _heat(axes: Any, grid: Grid, norm: Normalize, cmap: str, names: Mapping[str, str]) -> Any:
-    """Draw module x block; cells without a number stay grey."""
+def _heat(
+    axes: Any,
+    grid: Grid,
+    norm: Normalize,
+    cmap: str,
+    names: Mapping[str, str],
+    cell: Callable[[float], str] | None = None,
+) -> Any:
+    """Draw module x block; cells without a number stay grey. cell: writes a number."""
     modules = list(dict.fromkeys(module for module, _ in grid))
     blocks = sorted({b for _, b in grid}, key=lambda b: -1 if b is None else b)
     values = np.array([[grid.get((m, b)) for b in blocks] for m in modules], dtype=float)
-    image = _image(axes, values, norm, cmap, len(blocks) <= _WRITE_UP_TO)
+    image = _image(
+        axes, values, norm, cmap, (cell or _cell) if len(blocks) <= _WRITE_UP_TO else None
+    )
     axes.set_yticks(range(len(modules)), [names[m] for m in modules])
     step = -(-len(blocks) // 16)
     labels = ["-" if b is None else str(b) for b in blocks]
@@ -96,30 +105,30 @@ def _heat(axes: Any, grid: Grid, norm: Normalize, cmap: str, names: Mapping[str,
     return image
 
 
-def _image(axes: Any, values: NDArray[Any], norm: Normalize, cmap: str, write: bool) -> Any:
+def _image(
+    axes: Any,
+    values: NDArray[Any],
+    norm: Normalize,
+    cmap: str,
+    cell: Callable[[float], str] | None = None,
+) -> Any:
     image = axes.imshow(values, cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
     axes.set_facecolor("0.85")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True) if write else ():
+    for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True) if cell else ():
         r, g, b, _ = image.cmap(norm(values[i, j]))
         dark = 0.3 * r + 0.6 * g + 0.1 * b < 0.5
-        text = _cell(float(values[i, j]))
+        text = cell(float(values[i, j])) if cell else ""  # no loop without cell
         axes.text(j, i, text, ha="center", va="center", fontsize=6.5, color="w" if dark else "k")
     return image
 
 
 def _cell(value: float) -> str:
-    """Two decimals; whole numbers above 1 as they are; two digits below 0.1."""
-    if value == int(value) and abs(value) != 1:
-        return str(int(value))
-    return (
-        f"{value:.2f}"
-        if abs(value) >= 0.1
-        else f"{value:.1g}"
-        if abs(value) < 1e-3
-        else f"{value:.2g}"
-    )
+    """Two decimals, two digits below 0.1, one below 0.001."""
+    if not value or abs(value) >= 0.1:
+        return f"{value:.2f}"
+    return f"{value:.2g}" if abs(value) >= 1e-3 else f"{value:.1g}"
 
 
 def _map(
@@ -228,7 +237,7 @@ def _pairs(
         i, j = labels.index(s.a), labels.index(s.b)
         number = getattr(s, name)
         values[i, j] = values[j, i] = np.nan if number is None else number
-    image = _image(axes, values, norm, cmap, len(labels) <= _WRITE_UP_TO)
+    image = _image(axes, values, norm, cmap, _cell if len(labels) <= _WRITE_UP_TO else None)
     axes.set_aspect("equal")
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(labels)), labels)
@@ -257,7 +266,10 @@ def _spectra(report: InspectReport) -> Figure | None:
         longest = max(c.shape[1] for c in curves.values())
         for module, curve in curves.items():
             index = np.arange(1, curve.shape[1] + 1)
-            low, middle, high = np.nanpercentile(curve, [25, 50, 75], axis=0)
+            # On a logarithmic axis a value of 0 ends the line, and the band at the axis.
+            low, middle, high = np.percentile(curve, [25, 50, 75], axis=0)
+            middle[middle == 0] = np.nan
+            low = np.where((low == 0) & (high > 0), curve[curve > 0].min(), low)
             marker = "." if longest <= 32 else ""
             (line,) = axes.plot(index, middle, marker=marker, lw=1, color=colours[module])
             axes.fill_between(index, low, high, color=colours[module], alpha=0.15, lw=0)
@@ -285,19 +297,18 @@ def _spectra(report: InspectReport) -> Figure | None:
 
 
 def _curves(report: InspectReport, run: str) -> dict[str, NDArray[Any]]:
-    """Module -> spectra of its layers (layers, ranks), NaN behind the shorter and at 0."""
+    """Module -> spectra of its layers (layers, ranks), 0 behind the shorter ones."""
     found: dict[str, list[list[float | None]]] = defaultdict(list)
     for layer in report.layers:
         if layer.run == run:
-            found[layer.module] += [u.spectrum for u in layer.updates if u.norm]
+            found[layer.module] += [u.spectrum for u in layer.updates]
     curves = {}
     for module, spectra in found.items():
-        if spectra:
-            values = np.full((len(spectra), max(map(len, spectra))), np.nan)
-            for row, spectrum in zip(values, spectra, strict=True):
-                row[: len(spectrum)] = spectrum
-            values[~(values > 0)] = np.nan
-            curves[module] = values[:, np.isfinite(values).any(0)]
+        values = np.zeros((len(spectra), max(map(len, spectra))))
+        for row, spectrum in zip(values, spectra, strict=True):
+            row[: len(spectrum)] = spectrum
+        if values.any():
+            curves[module] = values[:, values.any(0)]
     return curves
 
 
@@ -321,7 +332,7 @@ def _gates(report: InspectReport) -> Figure | None:
     )
     for (left, right), (run, layers), grid in zip(panels, gated.items(), grids, strict=True):
         most = max(r.gate.ranks for r in layers if r.gate)
-        image = _heat(left, grid, Normalize(0, most), "viridis", names)
+        image = _heat(left, grid, Normalize(0, most), "viridis", names, "{:.3g}".format)
         left.set_title(f"{run}: live ranks of {most}", loc="left")
         figure.colorbar(image, ax=left)
         ordered = sorted(layers, key=lambda r: list(names).index(r.module))
@@ -329,7 +340,7 @@ def _gates(report: InspectReport) -> Figure | None:
         for row, layer in zip(values, ordered, strict=True):
             found = [] if layer.gate is None else layer.gate.values
             row[: len(found)] = np.abs(np.array(found, dtype=float))
-        image = _image(right, values, Normalize(0, np.nanmax(values) or 1), "magma", write=False)
+        image = _image(right, values, Normalize(0, np.nanmax(values) or 1), "magma")
         starts = [i for i, r in enumerate(ordered) if not i or ordered[i - 1].module != r.module]
         ends = [*starts[1:], len(ordered)]
         centres = [(a + b - 1) / 2 for a, b in zip(starts, ends, strict=True)]
