@@ -33,6 +33,7 @@ from plait.run.baselines import BASELINES
 from plait.run.config import (
     _PEFT_INTERNAL,
     TRAINING_DEFAULTS,
+    ChainConfig,
     ColumnsConfig,
     DataConfig,
     EvaluationConfig,
@@ -108,6 +109,7 @@ SECTIONS = {
     "data": DataConfig,
     "data.columns": ColumnsConfig,
     "evaluation": EvaluationConfig,
+    "chain": ChainConfig,
     "output": OutputConfig,
 }
 
@@ -302,6 +304,16 @@ def training_defaults() -> str:
     return table(("key", "plait's default"), rows)
 
 
+def chain_methods() -> str:
+    """Table of which plan of a chain works with which method, and why not."""
+    rows = []
+    for key in [*(m.key for m in plait.methods()), *BASELINES]:
+        reasons = [plait.chain_support(plan, key) for plan in ("chain", "rac", "xgb")]
+        why = next((r.partition(": ")[2] for r in reasons if r), "")
+        rows.append((code(key), *(yes(reason is None) for reason in reasons), why))
+    return table(("method", "`chain`", "`rac`", "`xgb`", "why not"), rows)
+
+
 def command(verb: str) -> str:
     """What `plait VERB --help` prints."""
     from plait.cli import _parser
@@ -473,6 +485,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "optimizer-support": optimizer_support_table,
     "section": config_section,
     "training": training_defaults,
+    "chain-methods": chain_methods,
     "command": command,
 }
 

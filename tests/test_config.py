@@ -212,7 +212,7 @@ def test_the_starter_config_is_a_valid_run():
         (
             "- 1",
             "dual.yaml: is a list. Give sections: model, method, optimizer, data, training, "
-            "evaluation, output.",
+            "evaluation, chain, output.",
         ),
         ("a: b: c", "dual.yaml: line 1, column 5: mapping values are not allowed here."),
         (

@@ -76,9 +76,19 @@ def _facts(report: "CheckReport") -> list[tuple[str, str]]:
         facts.append(("tasks", _some(report.tasks)))
     facts += [
         ("steps", f"{report.steps:,} optimizer steps"),
+        *_chain(report),
         ("memory", f"about {_bytes(sum(memory.values()))}: {parts}"),
     ]
     return facts
+
+
+def _chain(report: "CheckReport") -> list[tuple[str, str]]:
+    if report.config.chain is None:
+        return []
+    plan = report.config.chain.build()
+    lengths = plan.lengths(report.steps)
+    shown = _some([f"{n:,}" for n in lengths]).partition(": ")[2]
+    return [("chain", f"{plan.recipe}, {len(lengths)} links of {shown} steps")]
 
 
 def _print_example(report: "CheckReport", console: "Console") -> None:
