@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 import plait
 from plait import ChainPlan, EventNeverFired, NotMergeable, PlaitWarning
 from plait.chain import chain_of, start
+from plait.core.init import kaiming, seeded
 from plait.core.trunk import trunk_of
 from tests import tiny
 from tests.chain import toys
@@ -265,6 +266,31 @@ def test_one_link_is_plain_lora_bit_for_bit() -> None:
     toys.train(chained, toys.adamw(chained), 6)
     toys.train(plain, toys.adamw(plain), 6)
     assert_equal(chained, plain)
+
+
+def test_one_client_that_stacks_its_update_each_round_is_a_chain() -> None:
+    """Golden 18: rounds of local training whose s B A is added to the global weight."""
+    plan = ChainPlan.chain(3, seed=4)
+    chained = toys.wrap(toys.Blocks(torch.float64))
+    start(chained, plan, 12)
+    toys.train(chained, toys.adamw(chained), 12)
+
+    weights = toys.Blocks(torch.float64)
+    for k in range(3):
+        client = toys.wrap(copy.deepcopy(weights))
+        if k:
+            for name, layer in client.get_base_model().named_modules():
+                if name.endswith(("up", "down")):
+                    A = kaiming(seeded(4, k, name), 2, layer.in_features)
+                    with torch.no_grad():
+                        layer.lora_A["default"].weight.copy_(A)
+        toys.train(client, toys.adamw(client), 4, first=4 * k)
+        for name, layer in client.get_base_model().named_modules():
+            if name.endswith(("up", "down")):
+                B, A = (f["default"].weight for f in (layer.lora_B, layer.lora_A))
+                with torch.no_grad():
+                    weights.get_submodule(name).weight += layer.scaling["default"] * B @ A
+    torch.testing.assert_close(toys.output(chained), toys.output(weights), rtol=0, atol=1e-12)
 
 
 def assert_equal(a: nn.Module, b: nn.Module) -> None:

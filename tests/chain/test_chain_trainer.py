@@ -14,8 +14,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import plait
 from plait import ChainPlan, EventNeverFired
 from plait.chain import Ledger, chain_of
+from plait.cli.check import _facts
 from plait.run import train as train_module
-from plait.run.config import config_from_dict, config_to_dict
+from plait.run.check import check
+from plait.run.config import config_from_dict, config_to_dict, load_config
 from plait.run.evaluate import evaluate_run, generate_run
 from plait.run.export import export_run
 from plait.run.folder import RunFolder
@@ -269,14 +271,38 @@ def test_a_run_with_a_chain(name: str, base: Path, rows: Path, tmp_path: Path) -
     after = read_evaluation(whole)["after"]
     assert evaluate_run(whole.path)["loss"] == after["loss"]
     assert after["loss"] < read_evaluation(whole)["before"]["loss"]
-    for to in {"dual_module": ("lora", "merged")}.get(name, ()):
-        report = export_run(whole.path, to)[1]
+    if name == "rac":
+        assert isinstance(generate_run(whole.path, "ab>", max_new_tokens=3), str)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dual_module", "xgb"])
+def test_export_of_a_run(name: str, base: Path, rows: Path, tmp_path: Path) -> None:
+    """As one plain LoRA and merged, read back by stock peft in a fresh process."""
+    folder = train(config(base, rows, tmp_path / "a", name))
+    ways: tuple[Any, ...] = ("lora", "merged")
+    for to in ways:
+        report = export_run(folder.path, to)[1]
         assert report.exact
         assert report.stock_error is not None
         assert report.stock_error < 1e-5
-        assert report.logit_shift > 0.02
-    if name == "rac":
-        assert isinstance(generate_run(whole.path, "ab>", max_new_tokens=3), str)
+        assert report.logit_shift > 0.01
+
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "compositions").glob("chain_*.yaml"))
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda p: p.stem)
+def test_the_examples_train(file: Path, tmp_path: Path) -> None:
+    """On the shipped model and data, shortened."""
+    short = ["training.max_steps=9", "data.limit=64", "data.validation_limit=16"]
+    cfg = load_config(file, [*short, f"output.dir={tmp_path / 'run'}"])
+    facts = dict(_facts(check(cfg)))
+    assert facts["chain"] == "chain, 3 links of 3, 3, 3 steps"
+    folder = train(cfg)
+    found = read_evaluation(folder)
+    assert found["after"]["loss"] < found["before"]["loss"]
+    assert Ledger.load(folder.adapter).link == 2
 
 
 def test_resume_after_the_last_step_brings_the_links(
