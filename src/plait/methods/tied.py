@@ -55,7 +55,7 @@ class TiedLoraConfig(DeltaConfig):
 class TiedLora(LowRankDelta):
     """See the module."""
 
-    no_restart = "A and B are shared by layers, which would start anew one by one"
+    no_restart = "tied's A and B are shared by layers, which would start anew one by one"
     no_pairs = "A and B are shared by layers, each with vectors of its own between them"
     shared: ClassVar[tuple[str, ...]] = ("A", "B")
     config: TiedLoraConfig
