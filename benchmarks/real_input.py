@@ -40,12 +40,11 @@ def sources(name: str, data: Path) -> list[str]:
     return [f"model.name={model}", f"data.train={train_file}", f"data.test={test_file}"]
 
 
-def measure(name: str, data: Path, export: bool) -> dict[str, Any]:
-    """Train one example; return its metrics, seconds, parameters and, on request, exports."""
+def measure(file: Path, overrides: list[str], export: bool) -> dict[str, Any]:
+    """Train one run file; return its metrics, seconds, parameters and, on request, exports."""
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / name
-        overrides = [*sources(name, data), f"output.dir={out}"]
-        folder = train(load_config(CONFIGS / f"{name}.yaml", overrides))
+        out = Path(scratch) / file.stem
+        folder = train(load_config(file, [*overrides, f"output.dir={out}"]))
         evaluation, run = read_evaluation(folder), read_environment(folder)["run"]
         row: dict[str, Any] = {
             "rows": evaluation["after"]["rows"],
@@ -126,7 +125,8 @@ def main() -> None:
     file = RESULTS / "real_input.json"
     known = json.loads(file.read_text()) if file.exists() else {"runs": {}}
     for name in args.names or sorted(p.stem for p in CONFIGS.glob("*.yaml")):
-        known["runs"][name] = measure(name, data, args.export)
+        overrides = sources(name, data)
+        known["runs"][name] = measure(CONFIGS / f"{name}.yaml", overrides, args.export)
         known["environment"] = environment()
         known["runs"] = dict(sorted(known["runs"].items()))
         write_atomic(file, json.dumps(known, indent=1) + "\n")
