@@ -95,7 +95,7 @@ def test_principal_angles_equal_scipy_and_know_no_basis(n: int, k: int, m: int, 
     x, y = spans(n, min(k, n), key), spans(n, min(m, n), key + 1)
     found = principal_angles(x, y)
     wanted = torch.from_numpy(subspace_angles(x.numpy(), y.numpy())).flip(0)
-    assert torch.allclose(found, wanted, atol=1e-9)
+    assert torch.allclose(found, wanted, atol=1e-7)  # scipy's angles near 0: the root of eps
     assert torch.allclose(found, principal_angles(y, x), atol=1e-9)
     share = overlap(found)
     naive = float(torch.linalg.norm(basis(x).T @ basis(y)) ** 2) / len(found)

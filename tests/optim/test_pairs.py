@@ -196,7 +196,7 @@ REFUSED = [
     ),
     (
         lambda: wrap(Case("dual_module")),
-        r"dual_module has no pairs .*its gate E belongs to single ranks",
+        r"dual_module has no pairs .*a gate .screening. belongs to single ranks",
     ),
 ]
 

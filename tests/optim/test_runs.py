@@ -60,7 +60,7 @@ def test_support_comes_from_the_deltas() -> None:
     assert optimizer_support("lora_rite", "cola") is None
     assert optimizer_support("lora_rite", "shared_b") is None
     assert optimizer_support("lorsum", "cola") == "its factors are several to a layer"
-    assert optimizer_support("lora_rite", "dual_module") == "its gate E belongs to single ranks"
+    assert optimizer_support("lora_rite", "dual_module") == "its gate belongs to single ranks"
     assert optimizer_support("lora_rite", "dora") == "its magnitude depends on dW"
     assert "sign(D C)" in str(optimizer_support("lorsum", "dual_lora"))
     assert "lora_A and lora_B" in str(optimizer_support("loraplus", "cola"))

@@ -34,6 +34,8 @@ class ScreeningOptions:
 class Screening(ScreeningOptions, Gate):
     """The gate; its Delta names the scored factors, A first, in `screened`."""
 
+    key = "screening"
+
     @property
     def total_steps_needed(self) -> bool:
         """Its schedule ends tfinal steps before training."""

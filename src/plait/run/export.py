@@ -238,7 +238,8 @@ def _stock_logits(
         }
         Path(files["job"]).write_text(json.dumps(job), encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, str(stock_check.__file__), files["job"]],
+            # -P: or the folder of the script would hide modules of the standard library.
+            [sys.executable, "-P", str(stock_check.__file__), files["job"]],
             capture_output=True,
             text=True,
             cwd=scratch,
