@@ -402,6 +402,19 @@ def test_adalora_under_trainer(tmp_path: Path) -> None:
     assert live_ranks(model) == 4 * 2
 
 
+def test_callback_drives_adalora(tmp_path: Path) -> None:
+    """Where nobody has: else its schedule would run twice as fast."""
+    for by_hand in (False, True):
+        model = adalora(total_step=6)
+        if by_hand:
+            drive_adalora(model)
+        options = arguments(tmp_path, max_steps=6)
+        callbacks: list[TrainerCallback] = [plait.PlaitCallback()]
+        Trainer(model=model, args=options, train_dataset=rows(), callbacks=callbacks).train()  # type: ignore[arg-type]
+        assert live_ranks(model) == 4 * 2
+        assert model.base_model.plait_schedule.t == 6
+
+
 def test_adalora_without_steps_is_found() -> None:
     model = adalora()
     drive_adalora(model)

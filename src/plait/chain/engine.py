@@ -341,8 +341,8 @@ def save_stacked(
 ) -> None:
     """Write a chain, the live link included, as one plain LoRA that stock peft loads.
 
-    [s_1 B_1 | .. | s_K B_K] [A_1; ..; A_K] with lora_alpha = rank, so with scaling 1. A layer whose
-    ranks exceed min(in, out) is compressed to that, which is exact.
+    `[s_1 B_1 | .. | s_K B_K] [A_1; ..; A_K]` with lora_alpha = rank, so with scaling 1. A layer
+    whose ranks exceed min(in, out) is compressed to that, which is exact.
 
     Args:
         model: a PeftModel with a chain.

@@ -400,11 +400,9 @@ def drive_adalora(model: nn.Module, start: int = 0) -> None:
     Raises:
         ValueError: no AdaLoRA in the model, several trainable adapters, or no total_step.
     """
-    from peft.tuners.adalora import AdaLoraModel
-
-    tuners = [m for m in model.modules() if isinstance(m, AdaLoraModel)]
+    tuners = _adalora_tuners(model)
     if not tuners:
-        raise ValueError("drive_adalora: the model has no AdaLoRA adapter. Wrap it first.")
+        raise ValueError("drive_adalora: the model has no AdaLoRA adapter to train. Wrap it first.")
     for tuner in tuners:
         config: Any = tuner.peft_config[tuner.trainable_adapter_name]
         if not config.total_step:
@@ -419,11 +417,20 @@ def drive_adalora(model: nn.Module, start: int = 0) -> None:
         listen(schedule)
 
 
+def _adalora_tuners(model: nn.Module) -> list[Any]:
+    """The AdaLoRA tuners of a model that have an adapter to train."""
+    from peft.tuners.adalora import AdaLoraModel
+
+    tuners = [m for m in model.modules() if isinstance(m, AdaLoraModel)]
+    return [tuner for tuner in tuners if "trainable_adapter_name" in vars(tuner)]
+
+
 class PlaitCallback(TrainerCallback):
     """Optional, for Trainer and TRL: tells every plait adapter what only the Trainer knows.
 
-    That is `total_steps`, and the micro-batches of an optimizer step. It also refuses gradient
-    clipping with optimizers that must see the raw gradients.
+    That is `total_steps`, and the micro-batches of an optimizer step. It refuses gradient clipping
+    with optimizers that must see the raw gradients, and drives upstream's AdaLoRA where nobody has
+    done so yet.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -431,6 +438,9 @@ class PlaitCallback(TrainerCallback):
         check_clipping(kwargs.get("optimizer"), args.max_grad_norm)
         set_total_steps(kwargs["model"], state.max_steps)
         set_micro_batches(kwargs["model"], args.gradient_accumulation_steps)
+        tuners = _adalora_tuners(kwargs["model"])
+        if tuners and not any("plait_schedule" in vars(tuner) for tuner in tuners):
+            drive_adalora(kwargs["model"], state.global_step)
 
 
 def set_total_steps(model: nn.Module, total_steps: int) -> None:
