@@ -95,6 +95,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "r = 4, 8 experts": {},
         "r = 4, 8 experts, top 2": {"top_k": 2},
     },
+    "fedalora_het": {"r = 8, q = 16": {}, "r = 64, q = 16": {"r": 64}},
     "droplora": {"r = 8": {}},
     "sora": {
         "all 8 ranks live": {},

@@ -392,9 +392,9 @@ def norm(tensors: Mapping[str, Tensor]) -> float:
 
 
 def product_norm(A: Tensor, B: Tensor) -> float:
-    """||B A||_F of A (r, in) and B (out, r), from their (r, r) triangles, in fp64."""
-    Ra, Rb = (torch.linalg.qr(x, mode="r").R for x in (A.double().T, B.double()))
-    return float(torch.linalg.norm(Rb @ Ra.T))
+    """||B A||_F of A (r, in) and B (out, r), from two (r, r) matrices, in fp64."""
+    A, B = A.double(), B.double()
+    return math.sqrt(max(0.0, float(((B.T @ B) * (A @ A.T)).sum())))
 
 
 def refusal(algorithm: Algorithm, config: Any) -> str | None:
@@ -1206,7 +1206,9 @@ def aggregation_error(
     for name, layer in clients[min(clients)].layers.items():
         A, B = stacked(updates, weights, clients, name)
         mean_A, mean_B = average[f"{name}/A"], layer.scaling * average[f"{name}/B"]
-        gap = product_norm(torch.cat([A, mean_A]), torch.cat([B, -mean_B], dim=1))
-        whole = product_norm(A, B)
+        # By triangles, not product_norm: the gap may be a small difference of large products.
+        sides = torch.cat([A, mean_A]).double().T, torch.cat([B, -mean_B], dim=1).double()
+        Ra, Rb = (torch.linalg.qr(side, mode="r").R for side in sides)
+        gap, whole = float(torch.linalg.norm(Rb @ Ra.T)), product_norm(A, B)
         found[name] = gap / whole if whole else 0.0
     return found

@@ -33,7 +33,7 @@ class FedAloraHetConfig(DeltaConfig):
     common_rank: int = option(16, "q, the inner width that all clients have in common.", least=1)
 
     def __post_init__(self) -> None:
-        self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
+        self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha  # type: ignore
         super().__post_init__()
 
 
@@ -79,6 +79,11 @@ class FedAloraHet(LowRankDelta):
     def mix(self) -> Tensor:
         """[M; B1 M] (q + r, r)."""
         return torch.cat([self.M, self.B1 @ self.M])
+
+    def rank(self) -> int:
+        """min(r, q): whatever the factors hold now."""
+        r, q = self.config.r, self.config.common_rank
+        return min(r, q, self.base.in_features, self.base.out_features)
 
     @torch.no_grad()
     def begin_round(self, B_bar: Tensor, gen: torch.Generator) -> None:
