@@ -29,6 +29,8 @@ from plait.cli.methods import _type_name
 from plait.core import DeltaConfig
 from plait.core.delta import planned
 from plait.core.gate import gates_of
+from plait.federated import ALGORITHMS
+from plait.federated.adapter import Layer
 from plait.run.baselines import BASELINES
 from plait.run.config import (
     _PEFT_INTERNAL,
@@ -93,6 +95,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "r = 4, 8 experts": {},
         "r = 4, 8 experts, top 2": {"top_k": 2},
     },
+    "fedalora_het": {"r = 8, q = 16": {}, "r = 64, q = 16": {"r": 64}},
     "droplora": {"r = 8": {}},
     "sora": {
         "all 8 ranks live": {},
@@ -472,7 +475,29 @@ def compositions() -> str:
     return table(("file", "what"), rows)
 
 
+def federated() -> str:
+    """Table of the federated methods: what each says of itself, bytes of one layer by formula."""
+    layer = Layer(SIDE, SIDE, 8, 2.0)
+    cohort = [layer] * 8
+    rows = []
+    for key, cls in ALGORITHMS.items():
+        fixed = cls.uses != "any"
+        method = cls()
+        up, down = (
+            (4 * n for n in (method.up(layer), method.down(layer, cohort))) if fixed else (0, 0)
+        )
+        sizes = (f"{up:,}", f"{down:,}") if fixed else ("by the patterns",) * 2
+        what = (cls.__doc__ or "").partition("\n")[0].partition(": ")[2] or (cls.__doc__ or "")
+        what = what.partition("\n")[0].rstrip(".")
+        takes = {"": "any", "any": "any of low rank"}.get(cls.uses, code(cls.uses))
+        names = (code(key), what, takes, yes(cls.ranks), yes(cls.robust), cls.exact)
+        rows.append((*names, *sizes))
+    head = ("method", "what it does", "adapter", "unequal ranks", "robust means, privacy", "exact")
+    return table((*head, "bytes up", "bytes down"), rows, right=2)
+
+
 PARTS: dict[str, Callable[..., str]] = {
+    "federated": federated,
     "matrix": matrix,
     "compositions": compositions,
     "options": options_of,

@@ -46,6 +46,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"options": {"r": 2, "routing": "task", "tasks": ["law", "care"]}, "experts": ("A",)},
         {"options": {"r": 2, "num_A": 2, "independent_dropout": True}, "experts": ("A", "G")},
     ],
+    "fedalora_het": [
+        {"options": {"common_rank": 3}},
+        {"options": {"r": 2, "common_rank": 6}},
+    ],
     "cola": [
         {"options": {"r": 2, "strategy": "full"}, "alike": ("A", "B"), **ROUNDED},
         {"options": {"r": 2, "strategy": "full", "init": "kaiming"}},

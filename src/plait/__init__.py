@@ -38,6 +38,7 @@ from plait.methods.cola import ColaConfig
 from plait.methods.droplora import DropLoraConfig
 from plait.methods.dual_lora import DualLoraConfig
 from plait.methods.dual_module import DualModuleLoraConfig
+from plait.methods.fedalora_het import FedAloraHetConfig
 from plait.methods.hydra import HydraLoraConfig
 from plait.methods.molora import MoLoraConfig
 from plait.methods.nola import NolaConfig
@@ -61,6 +62,7 @@ __all__ = [
     "DualLoraConfig",
     "DualModuleLoraConfig",
     "EventNeverFired",
+    "FedAloraHetConfig",
     "HydraLoraConfig",
     "LoraExport",
     "LowRankDelta",

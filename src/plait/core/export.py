@@ -217,10 +217,7 @@ def plain_factors(
                 rank = min(rank or smaller, smaller)
         if (rank is None or rank >= len(A)) and energy is None:
             return A, B, scale, 0.0
-        Qb, Rb = torch.linalg.qr(B)  # dW = Qb (Rb Ra^T) Qa^T: the SVD of a small matrix is enough
-        Qa, Ra = torch.linalg.qr(A.T)
-        U, S, Vh = torch.linalg.svd(scale * Rb @ Ra.T)
-        U, Vh = Qb @ U[:, : len(S)], Vh[: len(S)] @ Qa.T
+        U, S, Vh = product_svd(A, B, scale)
     else:
         assert isinstance(delta, Delta)  # a pair always folds
         U, S, Vh = torch.linalg.svd(delta.weight(**choice), full_matrices=False)
@@ -235,6 +232,20 @@ def plain_factors(
     root = S[:k].sqrt()
     error = float(S[k:].square().sum().sqrt() / total.sqrt())
     return root[:, None] * Vh[:k], U[:, :k] * root, 1.0, error
+
+
+def product_svd(A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, k), S (k,), Vh (k, in) of scale B A, k <= min(R, in, out), without forming B A.
+
+    B A = Qb (Rb Ra^T) Qa^T: the SVD of a small matrix is enough.
+
+    Args:
+        A: (R, in). B: (out, R). scale: a factor on the product.
+    """
+    Qb, Rb = torch.linalg.qr(B)
+    Qa, Ra = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(scale * Rb @ Ra.T)
+    return Qb @ U[:, : len(S)], S, Vh[: len(S)] @ Qa.T
 
 
 def plain_parts(model: PeftModel) -> tuple[dict[str, Tensor], list[LayerExport]]:

@@ -1,0 +1,232 @@
+"""The guard: which updates enter a round, with what weight, and means that bear bad ones.
+
+    norm filter     with 3 or more updates, those whose norm is above max_norm_ratio x the median
+    counts          n_i is capped at max_count_ratio x the lower median of the claimed ones
+    quarantine      a client with quarantine_after rejections stays out
+    median          of each number over the clients            unweighted
+    trimmed_mean    of each number, without the `trim` share at either end   unweighted
+    krum            the update with the least sum of squared distances to its n - f - 2 nearest
+
+Blanchard et al. 2017 (Krum), Yin et al. 2018 (median, trimmed mean). The robust means need all
+updates in memory and equal shapes; they ignore n_i, so that no claim moves them.
+
+Limits: a norm filter sees scaled updates and not flipped ones; the robust means bear flipped ones
+and bias honest clients with unlike data. None of it bears a majority of bad clients.
+"""
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from plait.core.config import did_you_mean
+from plait.federated.adapter import StateDict
+from plait.federated.methods import Algorithm, Mean, Updates, weighted_mean
+from plait.federated.payload import Reason, Rejected
+
+FEW = 3  # updates from which on a norm filter has a median to compare with
+# Faults of the transport, which say nothing of what a client computes.
+_TRANSPORT = frozenset(
+    {Reason.WRONG_RUN, Reason.STALE_ROUND, Reason.DUPLICATE, Reason.UNKNOWN_CLIENT}
+    | {Reason.QUARANTINED}
+)
+
+
+class TooFewUpdates(RuntimeError):
+    """A round that ends with fewer accepted updates than it needs."""
+
+
+# Means ------------------------------------------------------------------------------------------
+
+
+def _stacks(updates: Updates) -> dict[str, Tensor]:
+    """Key -> (clients, ..), in id order, fp32 (fp64 of fp64)."""
+    rows = [updates[client] for client in sorted(updates)]
+    wide = torch.promote_types(next(iter(rows[0].values())).dtype, torch.float32)
+    return {key: torch.stack([row[key].to(wide) for row in rows]) for key in rows[0]}
+
+
+def median(updates: Updates, weights: Mapping[str, float], reference: StateDict) -> StateDict:
+    """The median of each number over the clients; the mean of the middle two for an even count."""
+    found = {}
+    for key, x in _stacks(updates).items():
+        ordered, n = x.sort(0).values, len(x)
+        found[key] = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    return found
+
+
+def trimmed_mean(
+    updates: Updates, weights: Mapping[str, float], reference: StateDict, *, trim: float = 0.2
+) -> StateDict:
+    """The mean of each number without its ceil(trim n) largest and smallest values.
+
+    Raises:
+        ValueError: nothing would be left.
+    """
+    n = len(updates)
+    cut = -int(-trim * n // 1)
+    if n - 2 * cut < 1:
+        raise ValueError(
+            f"guard: trimmed_mean with trim = {trim} leaves none of {n} updates. Lower guard.trim "
+            "or raise min_updates."
+        )
+    return {k: x.sort(0).values[cut : n - cut].mean(0) for k, x in _stacks(updates).items()}
+
+
+def krum(
+    updates: Updates, weights: Mapping[str, float], reference: StateDict, *, faulty: int = 1
+) -> StateDict:
+    """The one update that is nearest to its n - faulty - 2 nearest others; ties by client id.
+
+    Raises:
+        ValueError: fewer than 2 faulty + 3 updates, for which Krum promises nothing.
+    """
+    n = len(updates)
+    if n < 2 * faulty + 3:
+        raise ValueError(
+            f"guard: krum with faulty = {faulty} needs {2 * faulty + 3} updates, here are {n}. "
+            "Lower guard.faulty or raise min_updates."
+        )
+    stacks = _stacks(updates)
+    flat = torch.cat([x.reshape(n, -1) for x in stacks.values()], dim=1).double()
+    distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square()
+    nearest = distances.sort(1).values[:, 1 : n - faulty - 1]  # the first is the update itself
+    best = int(nearest.sum(1).argmin())
+    return {key: x[best] for key, x in stacks.items()}
+
+
+AGGREGATORS = ("mean", "median", "trimmed_mean", "krum")
+
+
+# The guard --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GuardOptions:
+    """Options of the guard.
+
+    max_norm_ratio: of the norm filter. max_count_ratio: cap of claimed examples. aggregator: one of
+    AGGREGATORS. trim: of trimmed_mean, a share. faulty: of krum, a number of clients.
+    quarantine_after: rejections after which a client stays out. min_updates: least accepted updates
+    of a round.
+    """
+
+    max_norm_ratio: float = 10.0
+    max_count_ratio: float = 10.0
+    aggregator: str = "mean"
+    trim: float = 0.2
+    faulty: int = 1
+    quarantine_after: int = 3
+    min_updates: int = 1
+
+    def __post_init__(self) -> None:
+        if self.aggregator not in AGGREGATORS:
+            raise ValueError(
+                f"guard.aggregator = {self.aggregator!r} is not known. "
+                f"{did_you_mean(self.aggregator, AGGREGATORS)}"
+            )
+        for name, least in (("max_norm_ratio", 1), ("max_count_ratio", 1), ("faulty", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"guard.{name} = {getattr(self, name)}. Give {least} or more.")
+        for name in ("quarantine_after", "min_updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"guard.{name} = {getattr(self, name)}. Give 1 or more.")
+        if not 0 <= self.trim < 0.5:
+            raise ValueError(f"guard.trim = {self.trim}. Give a share from 0 and below 0.5.")
+
+    def mean(self, method: Algorithm) -> Mean:
+        """The mean that a method uses under these options.
+
+        Raises:
+            ValueError: a robust mean, and the method has none to replace.
+        """
+        if self.aggregator != "mean" and not method.robust:
+            raise ValueError(
+                f"guard.aggregator = {self.aggregator!r}: {method.key} does not average one "
+                "payload shape. Use 'mean', or one of fedit, ffa, fedsa, fedalora, fedalora_het, "
+                "fedavg."
+            )
+        means: dict[str, Mean] = {
+            "mean": weighted_mean,
+            "median": median,
+            "trimmed_mean": partial(trimmed_mean, trim=self.trim),
+            "krum": partial(krum, faulty=self.faulty),
+        }
+        return means[self.aggregator]
+
+
+@dataclass
+class Guard:
+    """The rejections of a run, and the decisions that need all updates of a round.
+
+    options: see GuardOptions. rejections: client -> reason -> how often; the server saves it.
+    """
+
+    options: GuardOptions = field(default_factory=GuardOptions)
+    rejections: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def count(self, rejected: Rejected) -> None:
+        """Note a rejection, under the client that the transport named."""
+        own = self.rejections.setdefault(rejected.client, {})
+        own[rejected.reason.value] = own.get(rejected.reason.value, 0) + 1
+
+    def quarantined(self, client: str) -> bool:
+        """Whether a client stays out: what it computed was rejected too often."""
+        own = self.rejections.get(client, {})
+        faults = sum(n for reason, n in own.items() if Reason(reason) not in _TRANSPORT)
+        return faults >= self.options.quarantine_after
+
+    def screen(self, sizes: Mapping[str, float]) -> dict[str, Rejected]:
+        """Client -> rejection, of the updates that passed the checks of the payload.
+
+        A quarantined client is out whatever it sends, and does not move the median.
+
+        Args:
+            sizes: client -> norm of its update, `Algorithm.size`.
+        """
+        free = [n for client, n in sizes.items() if not self.quarantined(client)]
+        middle = statistics.median(free) if len(free) >= FEW else 0.0
+        found = {}
+        for client in sorted(sizes):
+            size, limit = sizes[client], self.options.max_norm_ratio * middle
+            if middle and not size <= limit:
+                text = f"norm {size:.4g}, above {self.options.max_norm_ratio:g} x the median "
+                text += f"{middle:.4g} of {len(free)} updates"
+                found[client] = Rejected(Reason.NORM_OUTLIER, client, text)
+            elif self.quarantined(client):
+                text = f"rejected {self.options.quarantine_after} times or more in this run"
+                found[client] = Rejected(Reason.QUARANTINED, client, text)
+        return found
+
+    def counts(self, claimed: Mapping[str, int]) -> dict[str, int]:
+        """The claimed numbers of examples, none above the cap.
+
+        The lower median: of two clients, the smaller claim counts.
+        """
+        if not claimed:
+            return {}
+        cap = int(self.options.max_count_ratio * statistics.median_low(claimed.values()))
+        return {client: min(n, cap) for client, n in claimed.items()}
+
+    def require(self, accepted: Iterable[str], round: int) -> None:
+        """Refuse a round with too few updates.
+
+        Raises:
+            TooFewUpdates: fewer than min_updates, with the reasons counted so far.
+        """
+        number = len(list(accepted))
+        if number >= self.options.min_updates:
+            return
+        reasons: dict[str, int] = {}
+        for own in self.rejections.values():
+            for reason, n in own.items():
+                reasons[reason] = reasons.get(reason, 0) + n
+        text = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items())) or "none"
+        raise TooFewUpdates(
+            f"round {round}: {number} updates were accepted, {self.options.min_updates} are needed "
+            f"(rejections of the run: {text}). Look after the clients, or lower "
+            "sampling.min_updates."
+        )

@@ -1,0 +1,262 @@
+"""What survives: the server's checkpoint after each round and each client's private state.
+
+Both are frames of `payload`: a digest, a JSON header, safetensors. A file is whole or absent.
+
+    server   <folder>/round-000012.ckpt       after round 12; the last two are kept
+    client   <folder>/<run>/<client>/round-000012.state   written before the client answers
+
+A client's private state is versioned by round: the server names the generation to start from, the
+round of the client's last accepted update (0: its first start). The client takes exactly that one
+and discards newer ones, so a rejected, late or lost update rolls back the private side too, and a
+resumed server replays a round from the same private state. A missing or damaged generation is an
+error, never a silent new start.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from plait.core.files import write_atomic
+from plait.federated.adapter import StateDict
+from plait.federated.methods import State
+from plait.federated.payload import CorruptFrame, check_name, pack_tensors, unpack_tensors
+
+_VERSION = 1
+_KEPT = 2  # server checkpoints
+_FILE = re.compile(r"round-(\d{6,})\.(ckpt|state)")
+_PACKAGES = ("plait", "torch", "peft", "transformers", "safetensors")
+
+
+class StateError(RuntimeError):
+    """A saved state that cannot be used."""
+
+
+class MissingState(StateError):
+    """A saved state that is not there."""
+
+
+class CorruptState(StateError):
+    """A saved state that is damaged, or another one than its place says."""
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a config, whatever the order of its keys."""
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that decide the bits."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+def _write(path: Path, header: Mapping[str, Any], tensors: StateDict) -> None:
+    write_atomic(path, pack_tensors({"version": _VERSION, **header}, tensors))
+
+
+def _read(path: Path, remedy: str) -> tuple[dict[str, Any], StateDict]:
+    try:
+        header, tensors = unpack_tensors(path.read_bytes())
+    except CorruptFrame as error:
+        raise CorruptState(f"{path}: {error}. {remedy}") from None
+    if header.get("version") != _VERSION:
+        text = f"{path}: version {header.get('version')!r}, this plait reads {_VERSION}"
+        raise CorruptState(f"{text}. {remedy}")
+    return header, tensors
+
+
+def _rounds(folder: Path) -> dict[int, Path]:
+    """Round -> file, in order; what a killed writer left behind is not among them."""
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _FILE.fullmatch(path.name)
+        if match:
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the temporary files of a writer that was killed."""
+    for path in folder.glob(".round-*"):
+        path.unlink(missing_ok=True)
+
+
+# The server -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that the server needs to go on after a round.
+
+    run: its name. method: key. config: hash of the run's config. state: the method's.
+    last_accepted: client -> round of its last accepted update. trunks: client -> completed rounds
+    that its trunk holds. rejections: the guard's. accepted: client -> SHA-256 of its update of this
+    round. Sampling is drawn from (seed, round), so it has no state. versions: of the libraries.
+    """
+
+    run: str
+    method: str
+    config: str
+    state: State
+    last_accepted: dict[str, int] = field(default_factory=dict)
+    trunks: dict[str, int] = field(default_factory=dict)
+    rejections: dict[str, dict[str, int]] = field(default_factory=dict)
+    accepted: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=versions)
+
+
+class Checkpoints:
+    """The server's checkpoints in a folder; one server writes there."""
+
+    def __init__(self, folder: str | Path, keep: int = _KEPT) -> None:
+        if keep < 1:
+            raise ValueError(f"checkpoint: keep = {keep}. Give 1 or more.")
+        self.folder, self.keep = Path(folder), keep
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write the checkpoint of a round, then drop the oldest."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = checkpoint.state
+        facts = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
+        facts["state"] = {"round": state.round}
+        path = self.folder / f"round-{state.round:06d}.ckpt"
+        _write(path, facts, state.tensors)
+        for _, old in list(_rounds(self.folder).items())[: -self.keep]:
+            old.unlink()
+        return path
+
+    def latest(self, config: str) -> Checkpoint | None:
+        """The newest checkpoint; None where there is none yet.
+
+        Args:
+            config: hash of the config that is to go on.
+
+        Raises:
+            CorruptState: it is damaged; the message names the one before.
+            ValueError: it was written under another config.
+        """
+        _sweep(self.folder)
+        found = _rounds(self.folder)
+        if not found:
+            return None
+        *older, (number, path) = found.items()
+        remedy = "Remove it to start anew."
+        if older:
+            remedy = f"Remove it to go on after round {older[-1][0]}, from {older[-1][1].name}."
+        facts, tensors = _read(path, remedy)
+        facts.pop("version")
+        state = State(facts.pop("state", {}).get("round"), tensors)
+        try:
+            checkpoint = Checkpoint(state=state, **facts)
+        except TypeError as error:
+            raise CorruptState(f"{path}: {error}. {remedy}") from None
+        if state.round != number:
+            raise CorruptState(f"{path}: holds round {state.round}. {remedy}")
+        if checkpoint.config != config:
+            raise ValueError(
+                f"{path}: was written under another config ({checkpoint.config[:12]}, now "
+                f"{config[:12]}). Put the config back, or use another folder."
+            )
+        return checkpoint
+
+
+class Spool(Mapping[str, StateDict]):
+    """Accepted uploads on the disk, each read when a mean asks for it: one in memory at a time."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.files: dict[str, Path] = {}
+
+    def add(self, client: str, data: bytes) -> None:
+        """Keep an upload as it came."""
+        path = self.folder / f"{check_name('client', client)}.upload"
+        write_atomic(path, data)
+        self.files[client] = path
+
+    def drop(self, client: str) -> None:
+        """Forget an upload that the guard refused."""
+        self.files.pop(client).unlink()
+
+    def clear(self) -> None:
+        """Forget all, at the end of a round."""
+        for client in list(self.files):
+            self.drop(client)
+
+    def __getitem__(self, client: str) -> StateDict:
+        return _tensors(self.files[client])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def _tensors(path: Path) -> StateDict:
+    try:
+        return unpack_tensors(path.read_bytes())[1]
+    except CorruptFrame as error:
+        raise CorruptState(f"{path}: {error}. Run the round again.") from None
+
+
+# The clients ------------------------------------------------------------------------------------
+
+
+class ClientStore:
+    """The private state of one client in one run, by generation."""
+
+    def __init__(self, folder: str | Path, run: str, client: str) -> None:
+        self.run, self.client = check_name("run", run), check_name("client", client)
+        self.folder = Path(folder) / run / client
+
+    def path(self, generation: int) -> Path:
+        """The file of a generation."""
+        return self.folder / f"round-{generation:06d}.state"
+
+    def generations(self) -> list[int]:
+        """Those that are there, in order."""
+        return list(_rounds(self.folder))
+
+    def save(self, generation: int, tensors: StateDict) -> None:
+        """Write the state after a round; call it before the update is sent.
+
+        Args:
+            generation: the round, 1, 2, ... tensors: what stays on the client.
+        """
+        if generation < 1:
+            raise ValueError(f"client {self.client!r}: generation = {generation}. Give a round.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        facts = {"run": self.run, "client": self.client, "round": generation}
+        _write(self.path(generation), facts, tensors)
+
+    def load(self, generation: int) -> StateDict | None:
+        """The state that the server named; all others are removed. None for generation 0.
+
+        Raises:
+            MissingState: the generation is not there.
+            CorruptState: it is damaged, or another one.
+        """
+        _sweep(self.folder)
+        remedy = "Bring the file back, or let the client join under another name, from its start."
+        tensors, path = None, self.path(generation)
+        if generation:
+            if not path.is_file():
+                raise MissingState(
+                    f"{path}: generation {generation} of client {self.client!r} is missing; there "
+                    f"are {self.generations()}. {remedy}"
+                )
+            facts, tensors = _read(path, remedy)
+            facts = {key: facts.get(key) for key in ("run", "client", "round")}
+            wanted = {"run": self.run, "client": self.client, "round": generation}
+            if facts != wanted:
+                raise CorruptState(f"{path}: holds {facts}, not {wanted}. {remedy}")
+        for number, other in _rounds(self.folder).items():
+            if number != generation:
+                other.unlink()
+        return tensors
