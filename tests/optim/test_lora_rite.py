@@ -117,7 +117,7 @@ def test_invariance_of_methods(key: str, options: dict[str, Any]) -> None:
 
 
 def test_two_A_with_one_B_are_one_pair() -> None:
-    """Golden test 8: a layer of two tasks, A_1 and A_2 of shape (3, 7), B of (6, 3)."""
+    """A layer of two tasks, A_1 and A_2 of shape (3, 7), B of (6, 3)."""
     W, targets = tiny.numbers(6, 7), [tiny.numbers(9, 6, key=k) for k in (1, 2)]
     X = [tiny.numbers(9, 7, key=k) for k in (3, 4)]
 
@@ -197,7 +197,7 @@ def naive(
 
 
 def test_batched_is_the_naive_loop() -> None:
-    """Golden test 9: pairs of two shapes, several layers; also within one parameter."""
+    """Pairs of two shapes, several layers; also within one parameter."""
     model = wrap(
         Case("cola", {"strategy": "heuristic", "init": "pissa_split"}),
         tiny.llama().double(),

@@ -132,7 +132,7 @@ def test_singular_systems_are_solved_by_the_pseudo_inverse(dtype: torch.dtype) -
 
 
 def test_many_sweeps_are_the_truncated_svd() -> None:
-    """Golden test 2."""
+    """Many sweeps are the truncated SVD of the step; the error falls with each."""
     task = LinearTask()
     gaps = []
     for sweeps in (1, 2, 4, 8, 16, 32, 64):
@@ -217,7 +217,7 @@ def test_steps_are_the_dense_algorithm(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [F64, F32])
 @pytest.mark.parametrize("zero_B", [False, True])
 def test_no_sweep_is_peft_riemannian_sgd(dtype: torch.dtype, zero_B: bool) -> None:
-    """Golden test 1, on a Llama with s = 2."""
+    """On a Llama with s = 2."""
     one, two = (lora(tiny.llama().to(dtype)) for _ in range(2))
     if zero_B:
         with torch.no_grad():
@@ -247,7 +247,7 @@ def test_strength_of_the_proximal_term() -> None:
 
 
 def test_invariance_from_zero_B() -> None:
-    """Golden test 3."""
+    """Without damping the trajectory of dW knows no basis."""
     toy = Invariance(zero_B=True)
     for options in ({}, {"momentum": 0.9}, {"sweeps": 2}):
         for cond in (10.0, 1e3):
@@ -271,7 +271,7 @@ def test_start_in_from_zero_B_without_damping_is_refused() -> None:
 
 
 def test_step_does_not_depend_on_s_without_damping() -> None:
-    """Golden test 7: alpha = 3 and 12 from the same dW."""
+    """alpha = 3 and 12 from the same dW."""
     paths = []
     for s in (1.0, 4.0):
         model, X, Y = problem(alpha=3 * s, B=tiny.numbers(6, 3, key=2) / s)
@@ -305,7 +305,7 @@ def test_accumulated_micro_batches_are_one_batch(options: dict[str, Any]) -> Non
 
 
 def test_metric_of_ones_changes_nothing() -> None:
-    """Golden test 6: beta2 = 1 leaves the running squares at their start."""
+    """beta2 = 1 leaves the running squares at their start."""
     paths = []
     for options in ({"lmbd": 1.0}, {"metric": "kfac", "beta2": 1.0, "damping": 0.0, "lmbd": 1.0}):
         model, X, Y = problem()
@@ -317,7 +317,7 @@ def test_metric_of_ones_changes_nothing() -> None:
 
 
 def test_momentum_is_there_after_the_first_step() -> None:
-    """Golden test 10; mu is 0.9 by default."""
+    """mu is 0.9 by default."""
     model, X, Y = problem()
     optimizer = plait.create_lorsum_optimizer(model)
     assert optimizer.param_groups[0]["momentum"] == 0.9
@@ -611,7 +611,7 @@ def test_checkpoint_helper_of_torch_keeps_single_inputs() -> None:
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Golden test 11: half of the batch each; ranks stay equal."""
+    """Half of the batch each; ranks stay equal."""
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",

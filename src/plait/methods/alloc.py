@@ -94,19 +94,24 @@ class AllocGate(AllocOptions, Gate):
                 f"has {total}. Lower first = {self.first}, every = {self.every} or rounds, or give "
                 "first and every as shares of all steps, such as 0.1 and 0.025."
             )
-        if times and not delta.steps and development(delta) is None:
-            text = f"{delta.adapter.key}: there is no development batch; step {times[0]} needs it."
-            text += " Call plait.set_development_batch(model, batch)."
-            warnings.warn(text, PlaitWarning, stacklevel=2)
 
-    def after_all(self, deltas: Sequence[Any]) -> None:
-        """A round, where one is due; what it would take is checked in the first step."""
-        t, moved = deltas[0].steps, self.n_A or len(deltas)
-        live = sum(int(d.live_ranks.sum()) for d in deltas)
-        if t == 1 and self.rounds and moved >= live:
+    def check_first(self, deltas: Sequence[Any], moved: int) -> None:
+        """Say in the first step what a round would lack."""
+        one, live = deltas[0], sum(int(d.live_ranks.sum()) for d in deltas)
+        if moved >= live:
             raise ValueError(
                 f"n_A = {moved}: a round would take all of {live} ranks. Give a smaller n_A."
             )
+        if development(one) is None:
+            text = f"{one.adapter.key}: there is no development batch; step {self.times(one)[0]} "
+            text += "needs it. Call plait.set_development_batch(model, batch)."
+            warnings.warn(text, PlaitWarning, stacklevel=2)
+
+    def after_all(self, deltas: Sequence[Any]) -> None:
+        """A round, where one is due."""
+        t, moved = deltas[0].steps, self.n_A or len(deltas)
+        if t == 1 and self.rounds:
+            self.check_first(deltas, moved)
         if t in self.times(deltas[0]):
             scores = importance(deltas, lambda d: d.live_ranks)
             allocate(deltas, lambda d: d.live_ranks, scores, moved)

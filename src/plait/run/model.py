@@ -34,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from plait.core.bridge import keep_trainable_on_cpu
+from plait.core.delta import Delta
 from plait.run.config import ModelConfig, RunConfig, allocates, method_options, peft_config
 from plait.run.data import DataBundle
 
@@ -137,7 +138,11 @@ def build_model(config: RunConfig, data: DataBundle) -> PeftModel | PreTrainedMo
             base, use_gradient_checkpointing=bool(config.training.get("gradient_checkpointing"))
         )
     _check_targets(layers, wanted, method.name)
-    return get_peft_model(base, wanted).train()
+    model = get_peft_model(base, wanted).train()
+    first = next((m for m in model.modules() if isinstance(m, Delta)), None)
+    if first is not None and config.chain is None:  # a chain checks the steps of a link
+        first.check_schedule()
+    return model
 
 
 def planned_steps(training: dict[str, Any], rows: int) -> int:
