@@ -25,7 +25,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         "--resume", action="store_true", help="go on after the last checkpoint in output.dir"
     )
     report = actions.add_parser("report", help="show finished runs side by side")
-    report.add_argument("run", nargs="+", help="run folders")
+    report.add_argument("runs", nargs="+", help="run folders")
     for action in (simulate, report):
         action.add_argument(
             "--debug",
@@ -84,7 +84,7 @@ def _simulate(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    _show(args.run)
+    _show(args.runs)
     return 0
 
 

@@ -28,7 +28,7 @@ from plait.federated.local import (
     RoundRecord,
     keyed_randomness,
 )
-from plait.federated.methods import Algorithm
+from plait.federated.methods import Algorithm, refusal
 from plait.federated.partition import Partition, files, split
 from plait.run.config import (
     DataConfig,
@@ -220,6 +220,9 @@ def _check(config: FederateConfig) -> None:
             f"method.name is {config.method.name!r}, which has no rank. Use lora, or a method of "
             "plait."
         )
+    reason = refusal(method, peft_config(config.method, config.model.task, tasks=["unknown"]))
+    if reason is not None:
+        raise ValueError(f"method.name is {config.method.name!r}: {reason}")
     if method.key == "central" and local.epochs and config.sampling.fraction != 1:
         raise ValueError(
             "federated.method is 'central' with local.epochs and sampling.fraction = "
