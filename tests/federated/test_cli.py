@@ -149,6 +149,23 @@ def test_a_file_for_each_client(tmp_path: Path) -> None:
     assert read_rounds(folder.metrics)[0]["weights"] == {"ann": 0.6, "bob": 0.4}
 
 
+def test_a_new_head_is_averaged_with_the_adapters(tmp_path: Path) -> None:
+    changes = {
+        "model": {"name": "builtin:tiny", "task": "classification"},
+        "federated": {"method": "flora", "ranks": [1, 2, 2]},
+        "data": {"columns": {"text": "prompt", "label": "task"}},
+    }
+    folder = simulate(config(tmp_path / "run", changes))
+    s = summary(folder, "flora")
+    assert (s.up, s.down) == (s.up_formula, s.down_formula)
+    assert len(set(s.after.values())) == 1  # one common model, head included
+    lines = read_rounds(folder.metrics)
+    assert set(lines[-1]["clients"]) == {"client-0", "client-1", "client-2"}
+    # The head is drawn by the sampling seed, so a second run is the same.
+    again = simulate(config(tmp_path / "again", changes))
+    assert again.metrics.read_text() == folder.metrics.read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

@@ -312,6 +312,8 @@ def test_too_few_updates_are_loud_and_keep_the_state(tmp_path: Path) -> None:
     with pytest.raises(TooFewUpdates, match=r"round 2: 1 updates .*2 are needed(.|\n)*a failed: "):
         made.step()
     assert made.state is before
+    with pytest.raises(TooFewUpdates):
+        made.step()
     assert federation(
         tmp_path, rounds=2, guard=GuardOptions(min_updates=2), resume=True
     ).step().accepted == [*NAMES]
@@ -361,3 +363,26 @@ def test_aggregation_error_is_measured_where_factors_are_averaged(tmp_path: Path
 def test_epochs_count_steps() -> None:
     passes = training(steps=None, epochs=2, batch_size=2)
     assert [passes.steps_of(name) for name in NAMES] == [4, 6, 6]
+
+
+def test_progress_names_each_client_even_one_that_fails(tmp_path: Path) -> None:
+    seen: list[tuple[int, int, int, str]] = []
+    inner = training()
+
+    def train(model: torch.nn.Module, client: str, round: int) -> Trained:
+        if client == "b":
+            raise RuntimeError("no")
+        return inner(model, client, round)
+
+    run(federation(tmp_path, train=train, rounds=1, progress=lambda *args: seen.append(args)))
+    assert seen == [(1, 1, 3, "a"), (1, 2, 3, "b"), (1, 3, 3, "c")]
+
+
+def test_a_failed_round_that_is_repeated_counts_its_rejections_once(tmp_path: Path) -> None:
+    made = federation(
+        tmp_path, guard=GuardOptions(min_updates=3), deliver=tampered("b", FAULTS["non_finite"])
+    )
+    made.step()
+    for _ in range(3):
+        with pytest.raises(TooFewUpdates, match="non_finite 1"):
+            made.step()

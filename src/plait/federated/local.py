@@ -45,6 +45,7 @@ from plait.federated.payload import (
     Reason,
     Rejected,
     Round,
+    Upload,
     check_name,
     pack,
     pack_tensors,
@@ -292,8 +293,10 @@ class Federation:
             FloatingPointError: the aggregate is not finite; the state stays.
         """
         number, last = self.round + 1, self._last
+        # From the checkpoint: a round that failed and is run again counts once.
+        self.guard = Guard(self.options.guard, copy.deepcopy(last.rejections))
         names = select(list(self.clients), self.options.fraction, self.options.seed, number)
-        record, seen = RoundRecord(number, names), set()
+        record, seen = RoundRecord(number, names), set[str]()
         expected = Round(
             self.options.run,
             number,
@@ -305,23 +308,9 @@ class Federation:
             seen,
         )
         uploads: dict[str, StateDict] = {}
-        claimed, digests, held = {}, {}, {}
+        claimed, digests = {}, {}
         for index, name in enumerate(names, 1):
-            if self.guard.quarantined(name):
-                text = f"rejected {self.guard.options.quarantine_after} times or more in this run"
-                self._note(record, Rejected(Reason.QUARANTINED, name, text))
-                continue
-            try:
-                data, held[name] = self._client(name, number, record)
-            except Exception as error:
-                record.failed[name] = f"{type(error).__name__}: {error}"
-                continue
-            for sent in self.deliver(name, number, data):
-                try:
-                    upload = unpack(sent, expected, name)
-                except Rejected as rejected:
-                    self._note(record, rejected)
-                    continue
+            for upload in self._answers(name, expected, record):
                 seen.add(name)
                 uploads[name], digests[name] = upload.tensors, upload.sha256
                 claimed[name] = upload.header.n_examples
@@ -348,13 +337,32 @@ class Federation:
             last,
             state=state,
             last_accepted={**last.last_accepted, **dict.fromkeys(uploads, number)},
-            trunks={**last.trunks, **{name: held[name] for name in uploads}},
+            trunks={**last.trunks, **dict.fromkeys(uploads, number - 1)},
             rejections=copy.deepcopy(self.guard.rejections),
             accepted={name: digests[name] for name in record.accepted},
         )
         self._checkpoints.save(after)
         self._last = after
         return record
+
+    def _answers(self, name: str, expected: Round, record: RoundRecord) -> Iterator[Upload]:
+        """Train a client; what it sent and passed the checks. All else is noted."""
+        if self.guard.quarantined(name):
+            text = f"rejected {self.guard.options.quarantine_after} times or more in this run"
+            self._note(record, Rejected(Reason.QUARANTINED, name, text))
+            return
+        try:
+            data = self._client(name, expected.number, record)
+        except Exception as error:
+            record.failed[name] = f"{type(error).__name__}: {error}"
+            return
+        for sent in self.deliver(name, expected.number, data):
+            try:
+                upload = unpack(sent, expected, name)
+            except Rejected as rejected:
+                self._note(record, rejected)
+            else:
+                yield upload
 
     def _note(self, record: RoundRecord, rejected: Rejected) -> None:
         self.guard.count(rejected)
@@ -410,8 +418,8 @@ class Federation:
         kind.model.zero_grad(set_to_none=True)
         return kind.model, trunk, (_bytes(received), len(frame))
 
-    def _client(self, name: str, number: int, record: RoundRecord) -> tuple[bytes, int]:
-        """Train a client; its upload, and the rounds that its trunk holds."""
+    def _client(self, name: str, number: int, record: RoundRecord) -> bytes:
+        """Train a client; its upload."""
         declared, kind = self.clients[name], self._of[name]
         model, trunk, (down, down_frame) = self._put(name)
         model.train()
@@ -445,7 +453,7 @@ class Federation:
             4 * self.method.numbers_down(declared, cohort),
             down_frame,
         )
-        return data, number - 1
+        return data
 
 
 def _described(config: PeftConfig) -> str:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 from datasets import Dataset
 from torch import nn
@@ -47,7 +47,7 @@ from plait.run.data import DataBundle, load_data
 from plait.run.evaluate import evaluate_model, held_out_split, to_device
 from plait.run.federate_report import read_rounds, write_report
 from plait.run.folder import RunFolder, write_atomic
-from plait.run.model import adaptable_layers, load_base, load_tokenizer
+from plait.run.model import adaptable_layers, load_tokenizer, load_with_new
 from plait.run.rows import read_rows
 
 _FORBID = {"extra": "forbid"}  # pydantic's: an unknown key is an error
@@ -190,13 +190,8 @@ def load_federate_config(path: str | Path, overrides: Sequence[str] = ()) -> Fed
     Raises FileNotFoundError for a missing file and ValueError for everything that is wrong in it,
     with the file, the key, the value and the remedy.
     """
-    sections = {f.name: f.type for f in fields(FederateConfig)}
-    loaded = load_sections(
-        path,
-        sections,
-        overrides,
-        "See examples/federated/ for one.",  # type: ignore[arg-type]
-    )
+    sections: dict[str, Any] = get_type_hints(FederateConfig)
+    loaded = load_sections(path, sections, overrides, "See examples/federated/ for one.")
     config = FederateConfig(**loaded)
     try:
         _check(config)
@@ -286,10 +281,11 @@ def simulate(
     with keyed_randomness("base", config.sampling.seed):  # a new head is drawn
         outputs = {"classification": len(data.labels or ()), "regression": 1}
         names = None if data.labels is None else dict(enumerate(data.labels))
-        base = to_device(load_base(config.model, outputs.get(config.model.task), names), run)
+        base, new = load_with_new(config.model, outputs.get(config.model.task), names)
+    base = to_device(base, run)
     method = config.algorithm()
     clients = [POOLED] if method.key == "central" else list(partition)
-    configs = _configs(config, base, clients, data.tasks)
+    configs = _configs(config, base, new, clients, data.tasks)
     rows = {name: data.train.select(own) for name, own in partition.items()}
     held = _held_out(config, data, list(partition))
     steps = config.local.steps
@@ -407,11 +403,17 @@ def _column(rows: Dataset, name: str) -> list[Hashable]:
 
 
 def _configs(
-    config: FederateConfig, base: nn.Module, clients: Sequence[str], tasks: list[str] | None
+    config: FederateConfig,
+    base: nn.Module,
+    new: list[str],
+    clients: Sequence[str],
+    tasks: list[str] | None,
 ) -> dict[str, Any]:
-    """Client -> peft config, of its rank."""
+    """Client -> peft config, of its rank. new: modules that the checkpoint has no weights for."""
     layers = adaptable_layers(base)
     options = dict(config.method.options)
+    if new:
+        options["modules_to_save"] = [*(options.get("modules_to_save") or ()), *new]
     if options.get("target_modules", "all-linear") == "all-linear":
         options["target_modules"] = list(layers)
     if "fan_in_fan_out" in method_options(config.method.name):  # how GPT-2 stores its weights
