@@ -149,6 +149,18 @@ def test_a_file_for_each_client(tmp_path: Path) -> None:
     assert read_rounds(folder.metrics)[0]["weights"] == {"ann": 0.6, "bob": 0.4}
 
 
+def test_a_method_with_a_schedule_gets_its_steps(tmp_path: Path) -> None:
+    changes = {
+        "method": {"name": "dual_module"},
+        "federated": {"method": "fedavg", "options": {"private_names": ["A_e", "B_e", "E"]}},
+    }
+    folder = simulate(config(tmp_path / "run", changes))
+    assert read_rounds(folder.metrics)[-1]["round"] == 2
+    s = summary(folder, "fedavg")
+    assert s.up == s.up_formula > 0
+    assert len(set(s.after.values())) == 3  # a model for each client
+
+
 def test_a_new_head_is_averaged_with_the_adapters(tmp_path: Path) -> None:
     changes = {
         "model": {"name": "builtin:tiny", "task": "classification"},

@@ -420,7 +420,7 @@ class Federation:
 
     def _client(self, name: str, number: int, record: RoundRecord) -> bytes:
         """Train a client; its upload."""
-        declared, kind = self.clients[name], self._of[name]
+        declared = self.clients[name]
         model, trunk, (down, down_frame) = self._put(name)
         model.train()
         with keyed_randomness(self.options.seed, "train", number, name):
@@ -439,7 +439,7 @@ class Federation:
             rank_of(declared),
             self.options.dtype,
             trained.examples,
-            self.method.fingerprint({key: local[key] for key in kind.first}),
+            self.method.fingerprint(local),
         )
         data = pack(header, up)
         size = DTYPES[self.options.dtype].itemsize

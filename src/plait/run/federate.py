@@ -285,7 +285,6 @@ def simulate(
     base = to_device(base, run)
     method = config.algorithm()
     clients = [POOLED] if method.key == "central" else list(partition)
-    configs = _configs(config, base, new, clients, data.tasks)
     rows = {name: data.train.select(own) for name, own in partition.items()}
     held = _held_out(config, data, list(partition))
     steps = config.local.steps
@@ -293,11 +292,15 @@ def simulate(
         rows, held = {POOLED: data.train}, {POOLED: held_out(data)}
         taking = max(int(config.sampling.fraction * len(partition)), 1)
         steps = None if steps is None else steps * taking
+    training = replace(_training(config, rows, data.collator), steps=steps)
+    planned: dict[str, int] = {}
+    if config.sampling.fraction == 1 or method.key == "central":  # else nobody knows them
+        planned = {name: config.local.rounds * training.steps_of(name) for name in clients}
     federation = Federation(
         base,
-        configs,
+        _configs(config, base, new, planned, clients, data.tasks),
         method,
-        replace(_training(config, rows, data.collator), steps=steps),
+        training,
         folder.path,
         LocalOptions(
             rounds=config.local.rounds,
@@ -406,10 +409,15 @@ def _configs(
     config: FederateConfig,
     base: nn.Module,
     new: list[str],
+    planned: Mapping[str, int],
     clients: Sequence[str],
     tasks: list[str] | None,
 ) -> dict[str, Any]:
-    """Client -> peft config, of its rank. new: modules that the checkpoint has no weights for."""
+    """Client -> peft config, of its rank.
+
+    new: modules that the checkpoint has no weights for. planned: client -> optimizer steps in the
+    whole run, for methods with a schedule.
+    """
     layers = adaptable_layers(base)
     options = dict(config.method.options)
     if new:
@@ -422,7 +430,7 @@ def _configs(
     for name, r in _ranks(config, clients).items():
         own = options if r is None else {**options, "r": r}
         method = replace(config.method, options=own)
-        found[name] = peft_config(method, config.model.task, tasks=tasks)
+        found[name] = peft_config(method, config.model.task, planned.get(name), tasks)
     return found
 
 
