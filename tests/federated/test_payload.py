@@ -228,3 +228,10 @@ def test_names_that_cannot_be_files(name: str) -> None:
     with pytest.raises(ValueError, match=r"client = .* cannot name a file"):
         check_name("client", name)
     assert check_name("client", "node-7.eu_1") == "node-7.eu_1"
+
+
+def test_tensors_that_share_memory_are_written_twice() -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+    _, found = unpack_tensors(pack_tensors({}, {"a": x, "b": x}))
+    assert torch.equal(found["a"], x)
+    assert torch.equal(found["b"], x)

@@ -1,6 +1,7 @@
-"""Federated fine-tuning without an engine: methods, payloads, guard, partitions, state, privacy.
+"""Federated fine-tuning: methods, payloads, guard, partitions, state, privacy, and a simulation.
 
-Everything here is a function of tensors or of files; it starts no client and opens no connection.
+All but `local` are functions of tensors or of files. `local` runs rounds and clients in one
+process. Nothing here opens a connection.
 """
 
 from plait.federated.methods import (

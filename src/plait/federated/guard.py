@@ -228,5 +228,5 @@ class Guard:
         raise TooFewUpdates(
             f"round {round}: {number} updates were accepted, {self.options.min_updates} are needed "
             f"(rejections of the run: {text}). Look after the clients, or lower "
-            "sampling.min_updates."
+            "guard.min_updates."
         )

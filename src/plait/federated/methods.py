@@ -314,7 +314,9 @@ class Algorithm:
         """
         state = dict(first)
         if self.private_policy == "keep" and kept is not None:
-            state |= kept
+            # Without what the adapter has dropped since, such as averages of a finished schedule.
+            own = self.private(first, client)
+            state = {key: x for key, x in state.items() if key not in own} | kept
         if self.private_policy == "redraw":
             state |= self.private({**first, **draw()}, client)
         return state | {key: x for key, x in down.items() if key in state}

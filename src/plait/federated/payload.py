@@ -95,7 +95,9 @@ def check_name(what: str, name: str) -> str:
 def pack_tensors(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     """A frame of a JSON header and tensors; equal content gives equal bytes."""
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    blob = save({key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)})
+    # Copies: safetensors refuses tensors that share memory, as a trunk and its first step do.
+    own = {key: tensors[key].detach().cpu().contiguous().clone() for key in sorted(tensors)}
+    blob = save(own)
     body = len(text).to_bytes(_LENGTH, "big") + text + blob
     return hashlib.sha256(body).digest() + body
 

@@ -254,16 +254,53 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises FileNotFoundError for a missing file and ValueError for everything that is wrong in it,
     each with the file, the dotted key, the value and the remedy.
     """
-    path = Path(path)
+    raw = _read(Path(path), f"Write one with: plait init {path}")
+    return config_from_dict(raw, overrides, str(path))
+
+
+def load_sections(
+    path: str | Path, sections: dict[str, type], overrides: Sequence[str] = (), remedy: str = ""
+) -> dict[str, Any]:
+    """Read a config file of other sections than a run's, as strictly; a section -> its object.
+
+    sections: name -> dataclass; MethodConfig is checked against the method that it names.
+    remedy: for a missing file. Raises as `load_config` does.
+    """
+    file, raw = str(path), _read(Path(path), remedy)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: is a {type(raw).__name__}. Give: {', '.join(sections)}.")
+    source = _Source(file, [_override(raw, text) for text in overrides])
+    for name, value in raw.items():
+        if name not in sections:
+            raise ValueError(source.unknown(str(name), sections))
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{source.at(name)} is {value!r}. It should be keys and values.")
+    return {
+        name: _method(raw.get(name) or {}, source)
+        if section is MethodConfig
+        else _checked(section, raw.get(name) or {}, name, source)
+        for name, section in sections.items()
+    }
+
+
+def dump_sections(sections: dict[str, Any]) -> str:
+    """Return sections as YAML; `load_sections` reads them back to equal ones."""
+    plain = {name: dataclasses.asdict(section) for name, section in sections.items()}
+    for name, section in sections.items():
+        if isinstance(section, MethodConfig):
+            plain[name] = {"name": section.name, **section.options}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _read(path: Path, remedy: str) -> Any:
+    """Parse a config file; {} for an empty one."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: there is no such config file. Write one with: plait init {path}"
-        )
+        raise FileNotFoundError(f"{path}: there is no such config file. {remedy}".rstrip())
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: {_yaml_problem(error)}. Correct the YAML there.") from None
-    return config_from_dict({} if raw is None else raw, overrides, str(path))
+    return {} if raw is None else raw
 
 
 def config_from_dict(raw: Any, overrides: Sequence[str] = (), file: str = "config") -> RunConfig:

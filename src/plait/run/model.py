@@ -91,7 +91,7 @@ def load_base(
     Raises FileNotFoundError for a model or weights that are not there; ValueError for pickles,
     damaged files, and models that do not fit `model.task`; ImportError without bitsandbytes.
     """
-    return _load(model, num_labels, id2label)[0]
+    return load_with_new(model, num_labels, id2label)[0]
 
 
 def build_model(config: RunConfig, data: DataBundle) -> PeftModel | PreTrainedModel:
@@ -104,7 +104,7 @@ def build_model(config: RunConfig, data: DataBundle) -> PeftModel | PreTrainedMo
     set_seed(config.training["seed"])
     id2label = None if data.labels is None else dict(enumerate(data.labels))
     outputs = {"classification": len(data.labels or ()), "regression": 1}.get(config.model.task)
-    base, new = _load(config.model, outputs, id2label)
+    base, new = load_with_new(config.model, outputs, id2label)
     _check_length(base, data)
     quantized = config.model.quantization != "none"
     reason = quantised_reason(config.method.name, config.model.quantization)
@@ -170,10 +170,10 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
 # ------------------------------------------------------------------------------------ loading
 
 
-def _load(
+def load_with_new(
     model: ModelConfig, num_labels: int | None, id2label: dict[int, str] | None
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Return the model and the modules, heads aside, that its checkpoint has no weights for."""
+    """Load as `load_base`; also the modules, no heads, that the checkpoint has no weights for."""
     source = source_of(model)
     _check_files(Path(source), model.name)
     common: dict[str, Any] = {
