@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import tempfile
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def measure(file: Path, overrides: list[str], export: bool) -> dict[str, Any]:
             "trainable": run["trainable"],
             "parameters": run["parameters"],
             "stored": run["stored"],
+            "packages": {name: version(name) for name in ("torch", "peft", "transformers")},
         }
         for to in ("lora", "merged") if export else ():
             try:
@@ -95,16 +97,21 @@ def write_readme(known: dict[str, Any]) -> None:
     file, begin, end = HERE.parent / "README.md", "<!-- begin results", "<!-- end results -->"
     head, _, rest = file.read_text(encoding="utf-8").partition(begin)
     marker, _, tail = rest.partition("-->\n")
-    packages, where = known["environment"]["packages"], known["environment"]
+    where = known["environment"]
+    used = {
+        name: " and ".join(sorted({run["packages"][name] for run in known["runs"].values()}))
+        for name in ("torch", "peft", "transformers")
+    }
     text = (
         "Each method on real data, by `benchmarks/real_input.py`: one seed, an untuned learning "
         "rate each, so the rows show that a method works and rank nothing. SST-2 with MiniLM "
         "(accuracy on 300 rows, 100 steps of 16) and E2E descriptions with a 260 k parameter Llama "
         "(loss on 150 rows, 100 steps of 8).\n"
         f"{where['cpu_count']} CPU cores shared with other work, one thread, "
-        f"torch {packages['torch']}, peft {packages['peft']}, transformers "
-        f"{packages['transformers']}. The last column is the largest logit difference of the "
-        "plain-LoRA export, read back by stock peft.\n\n"
+        f"torch {used['torch']}, peft {used['peft']}, transformers {used['transformers']}; which "
+        "run had which stands in the JSON file. Seconds depend on what else the machine did: "
+        "`alloc` spent most of its on scoring 280 ranks three times. The last column is the "
+        "largest logit difference of the plain-LoRA export, read back by stock peft.\n\n"
     )
     body = f"{begin}{marker}-->\n{text}{table(known['runs'])}"
     write_atomic(file, head + body + end + tail.partition(end)[2])
