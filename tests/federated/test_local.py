@@ -400,3 +400,16 @@ def test_a_failed_round_that_is_repeated_counts_its_rejections_once(tmp_path: Pa
     for _ in range(3):
         with pytest.raises(TooFewUpdates, match="non_finite 1"):
             made.step()
+
+
+def test_what_an_adapter_drops_in_training_stays_dropped(tmp_path: Path) -> None:
+    def config(r: int) -> Any:
+        return plait.DualModuleLoraConfig(r=r, target_modules=TARGETS, total_steps=6)
+
+    made = federation(
+        tmp_path, "fedavg", rounds=3, config=config, method={"private_names": ("A_e", "B_e", "E")}
+    )
+    run(made)
+    now = adapter.read(made.model_of("a"))
+    assert any("/Ibar" in key for key in made._first("a"))
+    assert not any("/Ibar" in key for key in now)
