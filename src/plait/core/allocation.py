@@ -94,14 +94,12 @@ def importance(deltas: Sequence[Any], live_of: Callable[[Any], Tensor]) -> list[
             for k in live.nonzero()[:, 0].tolist():
                 live[k] = 0
                 without = _loss(model, batch)
-                others = [other.clone() for other in lives]
                 for other in lives:
                     other.zero_()
                 live[k] = 1
                 score[k] = without - _loss(model, batch)
-                for other, value in zip(lives, others, strict=True):
+                for other, value in zip(lives, kept, strict=True):
                     other.copy_(value)
-                live[k] = 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for score in scores:
             torch.distributed.all_reduce(score)

@@ -168,9 +168,13 @@ class Delta(nn.Module):
         Raises:
             ValueError: the method has none.
         """
-        raise ValueError(
+        raise self.pairless(self.no_pairs)
+
+    def pairless(self, why: str) -> ValueError:
+        """The error of a layer without free pairs."""
+        return ValueError(
             f"{self.base.name}: {self.adapter.key} has no pairs (A, B) that can change their basis "
-            f"freely: {self.no_pairs}. Train it with AdamW."
+            f"freely: {why}. Train it with AdamW."
         )
 
     def check_schedule(self) -> None:
@@ -397,10 +401,7 @@ class LowRankDelta(Delta):
         """As in Delta; a gate belongs to single ranks, so with one no basis is free."""
         if self.gates:
             keys = ", ".join(gate.key or "its own" for gate in self.gates)
-            raise ValueError(
-                f"{self.base.name}: {self.adapter.key} has no pairs (A, B) that can change their "
-                f"basis freely: a gate ({keys}) belongs to single ranks. Train it with AdamW."
-            )
+            raise self.pairless(f"a gate ({keys}) belongs to single ranks")
         return self.free_pairs()
 
     def free_pairs(self) -> list[Pair]:
@@ -412,10 +413,14 @@ class LowRankDelta(Delta):
         values = [v for v in (gate.value(self) for gate in self.gates) if v is not None]
         return torch.stack(values).prod(0) if len(values) > 1 else next(iter(values), None)
 
+    @property
+    def rank_groups(self) -> int:
+        """Groups of `ranks` ranks on the rank axis; overridden where factors cost something."""
+        return len(self.factors()[0]) // self.ranks
+
     def spread(self, g: Tensor) -> Tensor:
         """A gate (.., ranks) on the whole rank axis, (.., R_in)."""
-        A, _ = self.factors()
-        return g.repeat(*[1] * (g.ndim - 1), len(A) // g.shape[-1])
+        return g.repeat(*[1] * (g.ndim - 1), self.rank_groups)
 
     def gate(self) -> Tensor | None:
         """Factor on the rank axis (R_in,), or None."""

@@ -85,11 +85,16 @@ def _skipped(optimizer: Optimizer) -> bool:
     return found is not None and bool(found)
 
 
+def _ids(optimizer: Optimizer) -> set[int]:
+    """The identities of the parameters of an optimizer."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def _held(optimizer: Optimizer) -> list[list["Delta"]]:
     """The watched Deltas whose first trained parameter this optimizer holds, by adapter."""
     if not _deltas:
         return []
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = _ids(optimizer)
 
     def trains(delta: "Delta") -> bool:
         first = next((p for p in delta.parameters() if p.requires_grad), None)
@@ -235,7 +240,7 @@ def _listening(optimizer: Optimizer) -> list[Listener]:
     """The listeners that this optimizer's step concerns."""
     if not _listeners:
         return []
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = _ids(optimizer)
     return [one for one in list(_listeners) if any(id(p) in held for p in one.parameters())]
 
 

@@ -81,6 +81,11 @@ class FreeDelta(LowRankDelta):
         dropped = F.dropout(x.unsqueeze(-2).expand(*x.shape[:-1], len(A), -1), self.dropout)
         return torch.einsum("...ni,nri->...nr", dropped, A).flatten(-2)
 
+    @property
+    def rank_groups(self) -> int:
+        """One for each A, two with a start that is subtracted."""
+        return self.A.shape[:-2].numel() * (1 if self.A0 is None else 2)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A_cat and B_cat; with a start each A_i as [A_i - A0; A0], each B_j as [B_j | B_j - B0].
 

@@ -65,9 +65,10 @@ class Hydra(FreeDelta):
         several = self.config.independent_dropout and self.training and self.dropout
         return self.config.num_B if several else 1
 
-    def spread(self, g: Tensor) -> Tensor:
-        """A gate on the rank axis, once for each mask."""
-        return super().spread(g).repeat(*[1] * (g.ndim - 1), self.masks)
+    @property
+    def rank_groups(self) -> int:
+        """As ever, once for each mask."""
+        return super().rank_groups * self.masks
 
     def mix(self) -> TokenRouter:
         """(.., r) to (.., N r); with a mask for each B from (.., N r)."""

@@ -86,6 +86,11 @@ class Nola(LowRankDelta):
         """ka + kb."""
         return config.num_basis_A + config.num_basis_B
 
+    @property
+    def rank_groups(self) -> int:
+        """One; the mixtures are not made to count it."""
+        return 1
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """The mixtures, fp32 (fp64 on an fp64 base) whatever the base is."""
         keep = self.config.keep_bases

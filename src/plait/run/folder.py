@@ -109,9 +109,6 @@ def replace_dir(path: str | Path, write: Callable[[Path], object]) -> None:
         for file in filter(Path.is_file, new.rglob("*")):  # some writers make files private
             file.chmod(0o666 & ~umask())
         new.chmod(0o777 & ~umask())
-        for file in new.rglob("*"):  # safetensors makes its files private
-            if file.is_file():
-                file.chmod(0o666 & ~umask())
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             os.replace(path, old)
