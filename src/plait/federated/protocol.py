@@ -1,0 +1,105 @@
+"""What a server and its clients say to each other: an order and its reply, both plain bytes.
+
+    order    a frame of `payload`: JSON header (`Order`), tensors of the method's `payload_down`
+    reply    4 bytes length, JSON (`Reply` without the upload), the upload, b"" without one
+
+A client is a function from an order to a reply; what carries the bytes is an `Exchange`: a loop in
+this process, worker processes, or a network. It looks at neither, and gives a reply for each order:
+where none came, one that says why (`failure`). So a fault of a client, of its machine or of the
+wire is a line in the round's record, and never the end of a run.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from plait.federated.adapter import StateDict
+from plait.federated.payload import CorruptFrame, pack_tensors, unpack_tensors
+
+_LENGTH = 4
+
+Kind = Literal["hello", "train", "evaluate"]
+Answer = Callable[[bytes], bytes]  # an order -> its reply
+# (client -> order) -> (client, reply) for each of them, in the order they come in.
+Exchange = Callable[[Mapping[str, bytes]], Iterable[tuple[str, bytes]]]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a client is to do.
+
+    kind: "hello" asks for the client's name alone. run: its name. round: 1, 2, ... client: whom it
+    is for. generation: the private state to start from, 0: the first one. dtype: of the upload.
+    limit: seconds after which nobody waits for the reply any more; None: never.
+    """
+
+    kind: Kind
+    run: str = "run"
+    round: int = 1
+    client: str = ""
+    generation: int = 0
+    dtype: str = "fp32"
+    limit: float | None = None
+
+    def pack(self, tensors: StateDict | None = None) -> bytes:
+        """The order as bytes, with what the client gets."""
+        return pack_tensors(asdict(self), tensors or {})
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "tuple[Order, StateDict]":
+        """Read an order.
+
+        Raises:
+            CorruptFrame: damaged, or no order.
+        """
+        header, tensors = unpack_tensors(data)
+        try:
+            return cls(**header), tensors
+        except TypeError as error:
+            raise CorruptFrame(f"no order ({error})", False) from None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client says.
+
+    client: its name. upload: as `payload.pack` made it, b"" without one. metrics: of its training
+    or evaluation. seconds: that it took. failed: what went wrong, "" for nothing.
+    """
+
+    client: str
+    upload: bytes = b""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    failed: str = ""
+
+    def pack(self) -> bytes:
+        """The reply as bytes."""
+        head = asdict(replace(self, upload=b""))
+        del head["upload"]
+        text = json.dumps(head, sort_keys=True).encode()
+        return len(text).to_bytes(_LENGTH, "big") + text + self.upload
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "Reply":
+        """Read a reply; nothing in it is trusted, the upload is checked by `payload.unpack`.
+
+        Raises:
+            CorruptFrame: damaged, or no reply.
+        """
+        length = int.from_bytes(data[:_LENGTH], "big")
+        try:
+            reply = cls(upload=data[_LENGTH + length :], **json.loads(data[_LENGTH:][:length]))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CorruptFrame(f"no reply ({error})", False) from None
+        known = {"client": str, "metrics": dict, "seconds": float, "failed": str}
+        wrong = [name for name, kind in known.items() if type(getattr(reply, name)) is not kind]
+        if wrong:
+            raise CorruptFrame(f"no reply ({wrong[0]} has another type)", False)
+        return reply
+
+
+def failure(client: str, text: str) -> bytes:
+    """The reply that stands for one that did not come."""
+    return Reply(client, failed=text).pack()
