@@ -99,7 +99,7 @@ def test_a_server_without_data_and_sites_with_their_own_rows(tmp_path: Path) -> 
         sites[name] = site(its, tmp_path / f"private-{name}", name)
 
     def exchange(orders: Mapping[str, bytes]) -> Any:
-        return ((name, sites[name].answer(orders[name])) for name in reversed(orders))
+        return ((name, sites[name].answer(orders[name])) for name in reversed(list(orders)))
 
     apart = conduct(server, exchange)
     assert equal(states(apart), states(together))
