@@ -225,6 +225,7 @@ class Server:
             client,
             last.last_accepted.get(client, 0),
             self.options.dtype,
+            self.roster.digest(client),
         )
         held = last.trunks.get(client, 0)
         return order, self.method.payload_down(last.state, self.clients[client], held)
