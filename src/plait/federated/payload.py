@@ -13,13 +13,14 @@ files use it.
 """
 
 import hashlib
+import io
 import json
 import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +34,7 @@ SCHEMA = 1
 HEADER_BYTES = 64 * 1024  # longest header
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DIGEST, _LENGTH = 32, 4
+_MOST = 64 * 1024 * 1024  # bytes of a header, in any frame
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
@@ -105,23 +107,34 @@ def pack_tensors(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> by
 def unpack_tensors(
     data: bytes, header_bytes: int | None = None
 ) -> tuple[dict[str, Any], StateDict]:
-    """The header and the tensors of a frame.
+    """The header and the tensors of a frame; see `read_tensors`."""
+    return read_tensors(io.BytesIO(data), header_bytes)
+
+
+def read_tensors(
+    file: BinaryIO, header_bytes: int | None = None
+) -> tuple[dict[str, Any], StateDict]:
+    """The header and the tensors of a frame in a file, which is in memory twice at the most.
 
     Args:
-        data: the frame. header_bytes: longest header; None: any.
+        file: open at the frame, which goes on to its end. header_bytes: longest header; None: any.
 
     Raises:
         CorruptFrame: damaged, cut off, or something else.
     """
-    body = data[_DIGEST:]
-    if len(body) < _LENGTH or hashlib.sha256(body).digest() != data[:_DIGEST]:
+    digest, prefix = file.read(_DIGEST), file.read(_LENGTH)
+    length = int.from_bytes(prefix, "big")
+    # Python sets aside what a read may bring, and a damaged length may say 4 GiB.
+    text, blob = file.read(min(length, _MOST)), file.read()
+    found = hashlib.sha256(prefix + text)
+    found.update(blob)
+    if len(prefix) < _LENGTH or found.digest() != digest:
         raise CorruptFrame("the digest does not match the content: damaged or cut off", True)
-    length = int.from_bytes(body[:_LENGTH], "big")
-    if length > (header_bytes or length) or _LENGTH + length > len(body):
+    if length > (header_bytes or length) or length > len(text):
         raise CorruptFrame(f"the header is said to have {length} bytes", False)
     try:
-        header = json.loads(body[_LENGTH : _LENGTH + length])
-        tensors = load(body[_LENGTH + length :])
+        header = json.loads(text)
+        tensors = load(blob)
     except (ValueError, RecursionError, SafetensorError, KeyError, TypeError) as error:
         raise CorruptFrame(f"no JSON header with safetensors ({error})", False) from None
     if not isinstance(header, dict):

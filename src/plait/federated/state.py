@@ -24,7 +24,7 @@ from typing import Any
 from plait.core.files import write_atomic
 from plait.federated.adapter import StateDict
 from plait.federated.methods import State
-from plait.federated.payload import CorruptFrame, check_name, pack_tensors, unpack_tensors
+from plait.federated.payload import CorruptFrame, check_name, pack_tensors, read_tensors
 
 _VERSION = 1
 _KEPT = 2  # server checkpoints
@@ -61,7 +61,8 @@ def _write(path: Path, header: Mapping[str, Any], tensors: StateDict) -> None:
 
 def _read(path: Path, remedy: str) -> tuple[dict[str, Any], StateDict]:
     try:
-        header, tensors = unpack_tensors(path.read_bytes())
+        with path.open("rb") as file:
+            header, tensors = read_tensors(file)
     except CorruptFrame as error:
         raise CorruptState(f"{path}: {error}. {remedy}") from None
     if header.get("version") != _VERSION:
@@ -205,7 +206,8 @@ class Spool(Mapping[str, StateDict]):
 
 def _tensors(path: Path) -> StateDict:
     try:
-        return unpack_tensors(path.read_bytes())[1]
+        with path.open("rb") as file:
+            return read_tensors(file)[1]
     except CorruptFrame as error:
         raise CorruptState(f"{path}: {error}. Run the round again.") from None
 

@@ -18,6 +18,8 @@ Updates = Mapping[str, StateDict]  # client id -> payload; may load each payload
 # (updates, weights, reference) -> one payload; reference: what the clients started from.
 Mean = Callable[[Updates, Mapping[str, float], StateDict], StateDict]
 
+HELD = 2**26  # numbers of uploads in memory, where a method needs those of all clients at once
+
 
 @dataclass(frozen=True)
 class Client:
@@ -131,20 +133,30 @@ class Accepted:
         keys = tuple(keys)
         if not keys:
             return {}
-        some = Mapped(self.updates, lambda _, update: {key: update[key] for key in keys})
+        some = Mapped(self.updates, lambda _, update: _part(update, keys))
         return weighted_mean(some, self.weights, {})
 
     def layers(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         """Name, A (R, in), B (out, R), p (R,), R = sum r_i, of each layer: sum w_i D_i = B p A.
 
-        All updates are in memory at once.
+        Updates are read once for all layers, or for as many of them as `HELD` numbers are enough.
         """
-        loaded = [(self.weights[c], self.clients[c], self.updates[c]) for c in sorted(self.updates)]
-        for name in self.first.layers:
-            A = wide(torch.cat([update[f"{name}/A"] for _, _, update in loaded]))
-            B = wide(torch.cat([update[f"{name}/B"] for _, _, update in loaded], dim=1))
-            factors = [(w * c.layers[name].scaling, c.layers[name].r) for w, c, _ in loaded]
-            yield name, A, B, A.new_tensor([p for p, r in factors for _ in range(r)])
+        clients, names = sorted(self.updates), list(self.first.layers)
+        numbers = sum(x.pair for c in clients for x in self.clients[c].layers.values())
+        some = max(1, len(names) * HELD // max(numbers, HELD))
+        for start in range(0, len(names), some):
+            held = names[start : start + some]
+            keys = [f"{name}/{factor}" for name in held for factor in "AB"]
+            loaded = [_part(self.updates[client], keys) for client in clients]
+            for name in held:
+                A = wide(torch.cat([update[f"{name}/A"] for update in loaded]))
+                B = wide(torch.cat([update[f"{name}/B"] for update in loaded], dim=1))
+                own = [(self.weights[c], self.clients[c].layers[name]) for c in clients]
+                yield name, A, B, A.new_tensor([w * x.scaling for w, x in own for _ in range(x.r)])
+
+
+def _part(update: StateDict, keys: Iterable[str]) -> StateDict:
+    return {key: update[key] for key in keys}
 
 
 def norm(tensors: Mapping[str, Tensor]) -> float:
