@@ -13,14 +13,13 @@ files use it.
 """
 
 import hashlib
-import io
 import json
 import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,7 +33,6 @@ SCHEMA = 1
 HEADER_BYTES = 64 * 1024  # longest header
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DIGEST, _LENGTH = 32, 4
-_MOST = 64 * 1024 * 1024  # bytes of a header, in any frame
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
@@ -107,39 +105,34 @@ def pack_tensors(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> by
 def unpack_tensors(
     data: bytes, header_bytes: int | None = None
 ) -> tuple[dict[str, Any], StateDict]:
-    """The header and the tensors of a frame; see `read_tensors`."""
-    return read_tensors(io.BytesIO(data), header_bytes)
-
-
-def read_tensors(
-    file: BinaryIO, header_bytes: int | None = None
-) -> tuple[dict[str, Any], StateDict]:
-    """The header and the tensors of a frame in a file, which is in memory twice at the most.
+    """The header and the tensors of a frame.
 
     Args:
-        file: open at the frame, which goes on to its end. header_bytes: longest header; None: any.
+        data: the frame. header_bytes: longest header; None: any.
 
     Raises:
         CorruptFrame: damaged, cut off, or something else.
     """
-    digest, prefix = file.read(_DIGEST), file.read(_LENGTH)
-    length = int.from_bytes(prefix, "big")
-    # Python sets aside what a read may bring, and a damaged length may say 4 GiB.
-    text, blob = file.read(min(length, _MOST)), file.read()
-    found = hashlib.sha256(prefix + text)
-    found.update(blob)
-    if len(prefix) < _LENGTH or found.digest() != digest:
+    body = memoryview(data)[_DIGEST:]
+    if len(body) < _LENGTH or hashlib.sha256(body).digest() != data[:_DIGEST]:
         raise CorruptFrame("the digest does not match the content: damaged or cut off", True)
-    if length > (header_bytes or length) or length > len(text):
+    length = int.from_bytes(body[:_LENGTH], "big")
+    if length > (header_bytes or length) or _LENGTH + length > len(body):
         raise CorruptFrame(f"the header is said to have {length} bytes", False)
     try:
-        header = json.loads(text)
-        tensors = load(blob)
+        header = json.loads(bytes(body[_LENGTH : _LENGTH + length]))
+        tensors = load(bytes(body[_LENGTH + length :]))
     except (ValueError, RecursionError, SafetensorError, KeyError, TypeError) as error:
         raise CorruptFrame(f"no JSON header with safetensors ({error})", False) from None
     if not isinstance(header, dict):
         raise CorruptFrame("the header is no JSON object", False)
     return header, tensors
+
+
+def blob_of(data: bytes) -> memoryview:
+    """The safetensors of a frame that was read before."""
+    start = _DIGEST + _LENGTH
+    return memoryview(data)[start + int.from_bytes(data[_DIGEST:start], "big") :]
 
 
 def digest(data: bytes) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from plait.federated.adapter import Layer, StateDict
@@ -124,10 +123,10 @@ class FedALoraHet(Algorithm):
         """B_bar + the mean of P."""
         heads = {key: old[key] for key in self.heads(accepted.first)}
         bars = {name: old[f"{name}/B_bar"] for name in accepted.first.layers}
-        start = {f"{name}/P": torch.zeros_like(x) for name, x in bars.items()}
+        start = {f"{name}/P": x.new_zeros(()).expand_as(x) for name, x in bars.items()}
         updates = self.products(accepted.updates, accepted.clients)
         step = accepted.mean(updates, accepted.weights, start | heads)
-        new = {f"{name}/B_bar": x + step[f"{name}/P"] for name, x in bars.items()}
+        new = {f"{name}/B_bar": x + step.pop(f"{name}/P") for name, x in bars.items()}
         return new | {key: step[key] for key in heads}
 
     def pairs(self, client: Client) -> list[tuple[str, str, float]]:

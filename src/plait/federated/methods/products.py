@@ -70,6 +70,7 @@ class ZeroPad(Factors):
                 p, A, B = weights[name][client], tensors[f"{name}/A"], tensors[f"{name}/B"]
                 A[: layer.r].add_(update[f"{name}/A"].to(A), alpha=p)
                 B[:, : layer.r].add_(update[f"{name}/B"].to(B), alpha=p * layer.scaling)
+            del update  # before the next one is read
         return tensors | heads
 
     def payload_down(self, state: State, client: Client, held: int = 0) -> StateDict:
@@ -96,6 +97,7 @@ class HetLora(ZeroPad):
             for name, layer in accepted.clients[client].layers.items():
                 size = product_norm(update[f"{name}/A"], update[f"{name}/B"])
                 norms[name][client] = layer.scaling * size
+            del update
         found = {}
         for name, sizes in norms.items():
             total = sum(sizes.values())

@@ -81,12 +81,17 @@ def weighted_mean(
     """sum w_i x_i of each tensor, one client at a time in id order; `reference` is not used."""
     total: StateDict = {}
     for client in sorted(updates):
-        for key, x in updates[client].items():
-            x = wide(x)
-            if key not in total:
-                total[key] = torch.zeros_like(x)
-            total[key].add_(x, alpha=weights[client])
+        _add(total, updates[client], weights[client])
     return total
+
+
+def _add(total: StateDict, update: StateDict, weight: float) -> None:
+    # A function of its own: nothing of an update is held while the next one is read.
+    for key, x in update.items():
+        x = wide(x)
+        if key not in total:
+            total[key] = torch.zeros_like(x)
+        total[key].add_(x, alpha=weight)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -131,7 +136,7 @@ class Accepted:
     def average(self, keys: Iterable[str]) -> StateDict:
         """sum w_i x_i of some tensors."""
         keys = tuple(keys)
-        if not keys:
+        if not keys:  # no upload is read for nothing
             return {}
         some = Mapped(self.updates, lambda _, update: _part(update, keys))
         return weighted_mean(some, self.weights, {})
