@@ -123,8 +123,8 @@ class FlexLora(Factors):
         for name, A, B, p in accepted.layers():
             widest = max(client.layers[name].r for client in accepted.clients.values())
             U, S, Vh = product_svd(p[:, None] * A, B)
-            tensors[f"{name}/US"] = (U * S)[:, :widest].contiguous()
-            tensors[f"{name}/Vh"] = Vh[:widest].contiguous()
+            tensors[f"{name}/US"] = U[:, :widest] * S[:widest]
+            tensors[f"{name}/Vh"] = Vh[:widest].clone()  # no view, which would hold all of Vh
         return tensors
 
     def payload_down(self, state: State, client: Client, held: int = 0) -> StateDict:

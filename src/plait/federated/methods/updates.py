@@ -158,6 +158,7 @@ class Accepted:
                 B = wide(torch.cat([update[f"{name}/B"] for update in loaded], dim=1))
                 own = [(self.weights[c], self.clients[c].layers[name]) for c in clients]
                 yield name, A, B, A.new_tensor([w * x.scaling for w, x in own for _ in range(x.r)])
+            del loaded  # before the next part is read
 
 
 def _part(update: StateDict, keys: Iterable[str]) -> StateDict:
