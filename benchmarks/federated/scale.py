@@ -195,7 +195,7 @@ def tiny() -> LlamaForCausalLM:
         eos_token_id=2,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.set_state(seeded(SEED).get_state())
+        torch.set_rng_state(seeded(SEED).get_state())
         return LlamaForCausalLM(config)
 
 
