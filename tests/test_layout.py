@@ -20,7 +20,7 @@ ALLOWED = {
     "chain": {"chain", "core"},
     "optim": {"optim", "core"},
     "inspect": {"inspect"},
-    "federated": {"federated", "core"},
+    "federated": {"federated", "core", "inspect"},
     "run": {
         "run",
         "core",
