@@ -3,6 +3,10 @@
 import argparse
 import shlex
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from plait.run.federate_report import Summary
 
 TOO_FEW = 3  # exit code of a round with too few updates
 
@@ -26,6 +30,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     )
     report = actions.add_parser("report", help="show finished runs side by side")
     report.add_argument("runs", nargs="+", help="run folders")
+    report.add_argument("--out", metavar="FOLDER", help="write comparison.md and .png there")
     for action in (simulate, report):
         action.add_argument(
             "--debug",
@@ -84,37 +89,38 @@ def _simulate(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    _show(args.runs)
+    found = _show(args.runs)
+    if args.out:
+        from plait.cli import console
+        from plait.run.federate_report import write_comparison
+
+        out = write_comparison(args.out, found)
+        console().print(f"written: {out}", soft_wrap=True)
     return 0
 
 
-def _show(runs: list[str]) -> None:
+def _show(runs: list[str]) -> "list[Summary]":
+    from dataclasses import asdict
+
     from rich.table import Table
 
     from plait.cli import console
     from plait.run.federate import load_federate_config
-    from plait.run.federate_report import (
-        RESULTS,
-        TRAFFIC,
-        fault_lines,
-        result_rows,
-        summary,
-        traffic_rows,
-    )
+    from plait.run.federate_report import fault_lines, summary, tables
     from plait.run.folder import RunFolder
 
-    screen = console()
-    folders = [RunFolder.open(path) for path in runs]
-    names = [load_federate_config(folder.config).federated.method for folder in folders]
-    found = [summary(folder, name) for folder, name in zip(folders, names, strict=True)]
-    for title, head, rows in (
-        ("held-out loss, over the clients", RESULTS, result_rows(found)),
-        ("bytes, over all rounds and clients", TRAFFIC, traffic_rows(found)),
-    ):
+    screen, found = console(), []
+    for path in runs:
+        folder = RunFolder.open(path)
+        config = load_federate_config(folder.config)
+        found.append(summary(folder, config.federated.method, asdict(config)))
+    for title, head, rows in tables(found):
         table = Table(*head, title=title)
         for row in rows:
             table.add_row(*row)
         screen.print(table)
-    for folder, s in zip(folders, found, strict=True):
-        for line in fault_lines(s):
-            screen.print(f"{folder.path}: {line}", soft_wrap=True)
+    for s in found:
+        lines = fault_lines(s) + ([f"privacy: {s.privacy}"] if s.privacy else [])
+        for line in lines:
+            screen.print(f"{s.path}: {line}", soft_wrap=True)
+    return found
