@@ -31,7 +31,11 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     report = actions.add_parser("report", help="show finished runs side by side")
     report.add_argument("runs", nargs="+", help="run folders")
     report.add_argument("--out", metavar="FOLDER", help="write comparison.md and .png there")
-    for action in (simulate, report):
+    export = actions.add_parser("export", help="write the clients' adapters as plain LoRAs")
+    export.add_argument("run_folder", metavar="RUN", help="the run folder")
+    export.add_argument("out", metavar="OUT", help="the folder to write, one folder a client in it")
+    export.add_argument("--client", metavar="NAME", help="this client alone")
+    for action in (simulate, report, export):
         action.add_argument(
             "--debug",
             action="store_true",
@@ -42,8 +46,8 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 
 def run(args: argparse.Namespace) -> int:
-    """Simulate or report; 3 where a round had too few updates, 130 after Ctrl-C."""
-    return _simulate(args) if args.action == "simulate" else _report(args)
+    """Do an action; 3 where a round had too few updates, 130 after Ctrl-C."""
+    return {"simulate": _simulate, "report": _report, "export": _export}[args.action](args)
 
 
 def _simulate(args: argparse.Namespace) -> int:
@@ -96,6 +100,27 @@ def _report(args: argparse.Namespace) -> int:
 
         out = write_comparison(args.out, found)
         console().print(f"written: {out}", soft_wrap=True)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from plait.cli._show import quiet
+    from plait.run.federate_export import ClientExport, export_clients
+
+    def show(x: ClientExport) -> None:
+        if x.refused:
+            print(f"{x.client}: not exported: {x.refused}")
+            return
+        least, most = x.ranks
+        rank = f"rank {most}" if least == most else f"rank {least} to {most}"
+        print(
+            f"{x.client}: {x.layers} layers, {rank}, {x.error:.2%} of a layer's update left out at "
+            f"most; read back by peft, logits off by {x.logit_error:.2e} of {x.logit_shift:.2e}"
+        )
+
+    with quiet():
+        export_clients(args.run_folder, args.out, args.client, done=show)
+    print(f"written: {args.out}")
     return 0
 
 
