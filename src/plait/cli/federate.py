@@ -147,5 +147,5 @@ def _show(runs: list[str]) -> "list[Summary]":
     for s in found:
         lines = fault_lines(s) + ([f"privacy: {s.privacy}"] if s.privacy else [])
         for line in lines:
-            screen.print(f"{s.path}: {line}", soft_wrap=True)
+            screen.print(f"{s.path}: {line}", soft_wrap=True, markup=False)
     return found

@@ -153,21 +153,21 @@ def _bytes(rounds: Sequence[Mapping[str, Any]], title: str) -> Figure | None:
     if not largest:
         return None
     unit, size = next((name, size) for name, size in _UNITS if largest >= size)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(8.5, 3.4), layout="constrained")
     numbers = [0, *(row["round"] for row in rounds)]
-    for k, key in enumerate(("up", "down")):
+    panels = figure.subplots(1, 2, sharey=True)
+    for k, (axes, key) in enumerate(zip(panels, ("up", "down"), strict=True)):
         look = _look(k, len(numbers))
-        axes.plot(numbers, points[key], label=f"{key}, measured", **look)
-        # A wide ring around each marker: seen beside a line that lies on it.
-        ring = look | {"ls": "none", "ms": 9 + 4 * k, "mfc": "none", "mew": 1}
-        axes.plot(numbers, points[f"{key}_formula"], label=f"{key}, by formula", **ring)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / size:g}"))
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel(f"{unit} of all clients so far")
-    _rounds_axis(axes)
-    axes.set_title(title, loc="left")
-    axes.legend(frameon=False)
+        axes.plot(numbers, points[key], label="measured", **look)
+        # A ring around each marker: seen beside a line that lies on it.
+        ring = look | {"ls": "none", "ms": 10, "mfc": "none"}
+        axes.plot(numbers, points[f"{key}_formula"], label="by formula", **ring)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / size:g}"))
+        axes.set_title(f"{title}: {key}", loc="left")
+        axes.legend(frameon=False, loc="upper left")
+        _rounds_axis(axes)
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel(f"{unit} of all clients so far")
     return figure
 
 
@@ -199,7 +199,7 @@ def comparison(runs: Sequence[tuple[str, Series, Series]], score: str) -> bytes 
                 )
                 right.plot([min(values), max(values)], [place] * 2, color=look["color"], lw=1.5)
                 right.plot(mean(values), place, **(look | {"ls": "none", "ms": 7}))
-            left.set_ylabel(f"held-out {name}, mean over clients")
+            left.set_ylabel(f"held-out {name}, mean")
             _rounds_axis(left)
             right.set_yticks(range(len(found)), [run for run, _ in reversed(found)])
             right.set_ylim(-0.6, len(found) - 0.4)

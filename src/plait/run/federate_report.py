@@ -41,8 +41,8 @@ class Summary:
     metric's name, "" without one. up, down: bytes of the tensors over all rounds and clients,
     up_formula, down_formula: by formula, frames: with headers. error: largest aggregation error of
     a layer, None where there is none. rejected: (client, reason) -> (round, text) of each. failed:
-    (round, client, what was raised). privacy: what the run guarantees, "" for nothing. config: of
-    the run, to compare runs; {}: not known.
+    (round, client, what was raised) of training and evaluation. privacy: what the run guarantees,
+    "" for nothing. config: of the run, to compare runs; {}: not known.
     """
 
     method: str
@@ -129,7 +129,7 @@ def summary(folder: RunFolder, method: str, config: Mapping[str, Any] | None = N
         total.get("up_frame", 0) + total.get("down_frame", 0),
         max(errors) if errors else None,
         rejected,
-        [(row["round"], name, text) for row in rounds for name, text in row["failed"].items()],
+        _failed(lines),
         _privacy(lines),
         config or {},
     )
@@ -169,6 +169,17 @@ def _score(lines: Iterable[Mapping[str, Any]]) -> str:
     return next((key for key in _SCORES if key in there), "")
 
 
+def _failed(lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, str, str]]:
+    found = []
+    for row in lines:
+        if row["kind"] == "round":
+            found += [(row["round"], name, text) for name, text in row["failed"].items()]
+        if row["kind"] == "evaluation":
+            failed = {name: m["failed"] for name, m in row["clients"].items() if m.get("failed")}
+            found += [(row["round"], name, f"evaluation: {x}") for name, x in failed.items()]
+    return found
+
+
 def _privacy(lines: Iterable[Mapping[str, Any]]) -> str:
     found = [row for row in lines if row["kind"] == "privacy"]
     if not found:
@@ -204,9 +215,16 @@ _TRAFFIC = (
 
 
 def labels(summaries: Sequence[Summary]) -> list[str]:
-    """A name for each run: its method, with the folder where two have the same."""
-    methods = [s.method for s in summaries]
-    return [s.method if methods.count(s.method) == 1 else f"{s.method} {s.path}" for s in summaries]
+    """A name for each run: its method, where two have the same with the folder's name or path."""
+    for name in (
+        lambda s: s.method,
+        lambda s: f"{s.method} {s.path.name}",
+        lambda s: f"{s.method} {s.path}",
+    ):
+        found = [name(s) for s in summaries]
+        if len(set(found)) == len(found):
+            break
+    return found
 
 
 def result_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
@@ -240,7 +258,9 @@ def _compared(
             gain = _number(sign * (after - low))
             if central is not None:
                 high = mean(central[-1][1].values())
-                towards = "-" if high == low else f"{(low - after) / (low - high):.2f}"
+                towards = (
+                    "-" if high == low else f"{round((low - after) / (low - high), 2) + 0:.2f}"
+                )
         values = series[-1][1]
         found.append(
             (
@@ -263,7 +283,7 @@ def _refers(other: Summary, s: Summary, method: str, of: Callable[[Summary], Ser
 
 
 def _number(x: float) -> str:
-    return f"{x:.4g}"
+    return f"{x + 0:.4g}"  # a zero without a sign
 
 
 def _worst(values: Mapping[str, float], sign: int) -> str:
@@ -292,7 +312,8 @@ def fault_lines(s: Summary) -> list[str]:
     lines = []
     for (client, reason), times in sorted(s.rejected.items()):
         number, text = times[-1]
-        lines.append(f"{client}: {reason}, {len(times)} x; in round {number}: {text}")
+        text = text.removeprefix(f"client {client!r}: {reason}: ")
+        lines.append(f"{client}: {reason}, {len(times)} x, last in round {number}: {text}")
     return lines + [f"{client}: failed in round {n}: {text}" for n, client, text in s.failed]
 
 
@@ -330,7 +351,7 @@ def write_comparison(out: str | Path, summaries: Sequence[Summary]) -> Path:
     text += (
         "Means over the clients, each with its own model, on held-out rows. *Gain over local* and "
         "*towards central* are measured against the runs of `local` and `central` with the same "
-        'model, data and partition; "-": there is none.\n'
+        'model, data and partition; "-": there is none.\n\n'
     )
     text += _list("What differs from the first", differences(summaries)) if len(names) > 1 else ""
     text += _list("Privacy", private) if private else ""
@@ -340,7 +361,7 @@ def write_comparison(out: str | Path, summaries: Sequence[Summary]) -> Path:
         next((s.score for s in summaries if s.score), ""),
     )
     if picture:
-        text += "\n![comparison](comparison.png)\n"
+        text += "![comparison](comparison.png)\n"
 
     def write(folder: Path) -> None:
         write_atomic(folder / "comparison.md", text)
@@ -369,7 +390,7 @@ def write_report(folder: RunFolder, method: Algorithm, name: str) -> None:
         lines, _series(lines, _LOSSES), s.scores, s.score, name
     ).items():
         write_atomic(folder.path / file, picture)
-        text += f"\n![{Path(file).stem}]({file})\n"
+        text += f"![{Path(file).stem}]({file})\n"
     write_atomic(folder.path / "report.md", text)
 
 
@@ -434,10 +455,10 @@ def _client_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table
     """What each client had: held-out values first and last, updates, bytes."""
     rounds = _rounds(lines)
     names = sorted({*s.clients, *s.before, *s.after})
-    last = s.after
+    last, shown = s.after, "By client"
     if len(names) > _ROWS:
         names = sorted(names, key=lambda c: (-last.get(c, float("-inf")), c))[:_ROWS]
-    shown = f"By client, the {_ROWS} of the largest loss" if len(names) == _ROWS else "By client"
+        shown = f"By client, the {_ROWS} of the largest loss"
     series = [(x, name) for x, name in ((s.losses, "loss"), (s.scores, s.score)) if x]
     measured = [
         (name, *(_number(part[name]) if name in part else "-" for x, _ in series
@@ -449,6 +470,7 @@ def _client_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table
     traffic = []
     for name in names:
         own = [row["traffic"][name] for row in rounds if name in row["traffic"]]
+        taken = [x for row in rounds if (x := row.get("seconds", {}).get(name)) is not None]
         traffic.append(
             (
                 name,
@@ -457,10 +479,11 @@ def _client_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table
                 str(sum(len(times) for (c, _), times in s.rejected.items() if c == name)),
                 str(sum(c == name for _, c, _ in s.failed)),
                 *(f"{sum(t[key] for t in own):,}" for key in keys),
+                f"{sum(taken):.1f}" if taken else "-",
             )
         )
     held: list[Table] = [(f"{shown}: held out", ("client", *head), measured)] if series else []
-    titles = ("client", "accepted", "rejected", "failed", *_TRAFFIC[1:5])
+    titles = ("client", "accepted", "rejected", "failed", *_TRAFFIC[1:5], "seconds")
     return [*held, (f"{shown}: updates and bytes", titles, traffic)]
 
 
@@ -479,4 +502,4 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _list(title: str, lines: Sequence[str]) -> str:
     items = "".join(f"- {' '.join(line.split())}\n" for line in lines) or "None.\n"
-    return f"\n## {title}\n\n{items}"
+    return f"## {title}\n\n{items}\n"
