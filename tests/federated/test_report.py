@@ -28,7 +28,10 @@ from plait.run.federate_report import (
 from plait.run.folder import RunFolder
 
 NAMES = ("ann", "bob", "eve")
-SETTING: dict[str, Any] = {"model": {"name": "m"}, "data": {"train": "d"}, "partition": {"seed": 0}}
+SETTING: dict[str, Any] = {
+    "model": {"name": "m"}, "data": {"train": "d"}, "partition": {"seed": 0},
+    "local": {}, "output": {}, "federated": {},
+}  # fmt: skip
 
 
 def traffic(up: int, down: int) -> dict[str, int]:
@@ -137,7 +140,12 @@ def test_runs_of_one_method_go_by_their_folders(tmp_path: Path) -> None:
     assert labels([a, b]) == ["fedit one", "fedit two"]
     assert labels([a, c]) == [f"fedit {a.path}", f"fedit {c.path}"]
     other = ended(
-        tmp_path / "x", "fedsa", [2.0], local={"steps": 2}, output={"dir": "x"}, federated={}
+        tmp_path / "x",
+        "fedsa",
+        [2.0],
+        local={"steps": 2},
+        output={"dir": "x"},
+        federated={"run": "x"},
     )
     assert differences([a, other]) == ["fedsa: local.steps: (not set) -> 2"]
 
@@ -217,7 +225,7 @@ def test_a_comparison_is_written_whole_and_never_over_another(tmp_path: Path) ->
     ]
     out = write_comparison(tmp_path / "out", runs)
     text = (out / "comparison.md").read_text()
-    assert "| fedit | 9 | 2 | bob 2 | 0 | 3 | - |\n" in text
+    assert "| fedit | 9 | 2 | ann 2 | 0 | 3 | - |\n" in text
     assert "## What differs from the first\n\n- fedit: local.steps: (not set) -> 2\n" in text
     assert "## Rejected and failed\n\nNone.\n" in text
     assert not blank(out / "comparison.png")
