@@ -177,11 +177,11 @@ def comparison(runs: Sequence[tuple[str, Series, Series]], score: str) -> bytes 
     Args:
         runs: (name, held-out losses, held-out scores). score: the metric's name.
     """
-    what = [
-        (name, [(run[0], series) for run in runs if (series := run[k])])
-        for k, name in ((1, "loss"), (2, score))
+    parts: list[tuple[str, list[tuple[str, Series]]]] = [
+        ("loss", [(run, losses) for run, losses, _ in runs if losses]),
+        (score, [(run, scores) for run, _, scores in runs if scores]),
     ]
-    what = [(name, found) for name, found in what if found]
+    what = [(name, found) for name, found in parts if found]
     if not what:
         return None
     order = {run[0]: k for k, run in enumerate(runs)}
