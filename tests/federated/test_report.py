@@ -138,6 +138,7 @@ def test_runs_of_one_method_go_by_their_folders(tmp_path: Path) -> None:
     c = ended(tmp_path / "deep" / "one", "fedit", [2.0])
     assert labels([a]) == ["fedit"]
     assert labels([a, b]) == ["fedit one", "fedit two"]
+    assert labels([a, b, ended(tmp_path / "l", "local", [1.0])])[2] == "local"
     assert labels([a, c]) == [f"fedit {a.path}", f"fedit {c.path}"]
     other = ended(
         tmp_path / "x",

@@ -1,4 +1,4 @@
-"""`plait federate simulate FILE`, `plait federate report RUN`: federated runs in one process."""
+"""`plait federate simulate FILE`, `report RUN ..`, `export RUN OUT`: federated runs."""
 
 import argparse
 import shlex

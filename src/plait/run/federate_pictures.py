@@ -203,5 +203,5 @@ def comparison(runs: Sequence[tuple[str, Series, Series]], score: str) -> bytes 
             _rounds_axis(left)
             right.set_yticks(range(len(found)), [run for run, _ in reversed(found)])
             right.set_ylim(-0.6, len(found) - 0.4)
-            right.set_xlabel(f"held-out {name} at the end: mean and range over clients")
+            right.set_xlabel(f"{name} at the end: mean and range")
         return _png(figure)

@@ -216,15 +216,16 @@ _TRAFFIC = (
 
 def labels(summaries: Sequence[Summary]) -> list[str]:
     """A name for each run: its method, where two have the same with the folder's name or path."""
-    for name in (
-        lambda s: s.method,
-        lambda s: f"{s.method} {s.path.name}",
-        lambda s: f"{s.method} {s.path}",
-    ):
-        found = [name(s) for s in summaries]
-        if len(set(found)) == len(found):
-            break
-    return found
+    methods = [s.method for s in summaries]
+    short = [f"{s.method} {s.path.name}" for s in summaries]
+    return [
+        s.method
+        if methods.count(s.method) == 1
+        else x
+        if short.count(x) == 1
+        else f"{s.method} {s.path}"
+        for s, x in zip(summaries, short, strict=True)
+    ]
 
 
 def result_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
