@@ -1,8 +1,12 @@
-"""`plait federate simulate FILE`, `plait federate report RUN`: federated runs in one process."""
+"""`plait federate simulate FILE`, `report RUN ..`, `export RUN OUT`: federated runs."""
 
 import argparse
 import shlex
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from plait.run.federate_report import Summary
 
 TOO_FEW = 3  # exit code of a round with too few updates
 
@@ -26,7 +30,12 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     )
     report = actions.add_parser("report", help="show finished runs side by side")
     report.add_argument("runs", nargs="+", help="run folders")
-    for action in (simulate, report):
+    report.add_argument("--out", metavar="FOLDER", help="write comparison.md and .png there")
+    export = actions.add_parser("export", help="write the clients' adapters as plain LoRAs")
+    export.add_argument("run_folder", metavar="RUN", help="the run folder")
+    export.add_argument("out", metavar="OUT", help="the folder to write, one folder a client in it")
+    export.add_argument("--client", metavar="NAME", help="this client alone")
+    for action in (simulate, report, export):
         action.add_argument(
             "--debug",
             action="store_true",
@@ -37,8 +46,8 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 
 def run(args: argparse.Namespace) -> int:
-    """Simulate or report; 3 where a round had too few updates, 130 after Ctrl-C."""
-    return _simulate(args) if args.action == "simulate" else _report(args)
+    """Do an action; 3 where a round had too few updates, 130 after Ctrl-C."""
+    return {"simulate": _simulate, "report": _report, "export": _export}[args.action](args)
 
 
 def _simulate(args: argparse.Namespace) -> int:
@@ -84,37 +93,59 @@ def _simulate(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    _show(args.runs)
+    found = _show(args.runs)
+    if args.out:
+        from plait.cli import console
+        from plait.run.federate_report import write_comparison
+
+        out = write_comparison(args.out, found)
+        console().print(f"written: {out}", soft_wrap=True)
     return 0
 
 
-def _show(runs: list[str]) -> None:
+def _export(args: argparse.Namespace) -> int:
+    from plait.cli._show import quiet
+    from plait.run.federate_export import ClientExport, export_clients
+
+    def show(x: ClientExport) -> None:
+        if x.refused:
+            print(f"{x.client}: not exported: {x.refused}")
+            return
+        least, most = x.ranks
+        rank = f"rank {most}" if least == most else f"rank {least} to {most}"
+        print(
+            f"{x.client}: {x.layers} layers, {rank}, {x.error:.2%} of a layer's update left out at "
+            f"most; read back by peft, logits off by {x.logit_error:.2e} of {x.logit_shift:.2e}"
+        )
+
+    with quiet():
+        export_clients(args.run_folder, args.out, args.client, done=show)
+    print(f"written: {args.out}")
+    return 0
+
+
+def _show(runs: list[str]) -> "list[Summary]":
+    from dataclasses import asdict
+
     from rich.table import Table
 
     from plait.cli import console
     from plait.run.federate import load_federate_config
-    from plait.run.federate_report import (
-        RESULTS,
-        TRAFFIC,
-        fault_lines,
-        result_rows,
-        summary,
-        traffic_rows,
-    )
+    from plait.run.federate_report import fault_lines, summary, tables
     from plait.run.folder import RunFolder
 
-    screen = console()
-    folders = [RunFolder.open(path) for path in runs]
-    names = [load_federate_config(folder.config).federated.method for folder in folders]
-    found = [summary(folder, name) for folder, name in zip(folders, names, strict=True)]
-    for title, head, rows in (
-        ("held-out loss, over the clients", RESULTS, result_rows(found)),
-        ("bytes, over all rounds and clients", TRAFFIC, traffic_rows(found)),
-    ):
+    screen, found = console(), []
+    for path in runs:
+        folder = RunFolder.open(path)
+        config = load_federate_config(folder.config)
+        found.append(summary(folder, config.federated.method, asdict(config)))
+    for title, head, rows in tables(found):
         table = Table(*head, title=title)
         for row in rows:
             table.add_row(*row)
         screen.print(table)
-    for folder, s in zip(folders, found, strict=True):
-        for line in fault_lines(s):
-            screen.print(f"{folder.path}: {line}", soft_wrap=True)
+    for s in found:
+        lines = fault_lines(s) + ([f"privacy: {s.privacy}"] if s.privacy else [])
+        for line in lines:
+            screen.print(f"{s.path}: {line}", soft_wrap=True, markup=False)
+    return found

@@ -138,17 +138,14 @@ class Checkpoints:
             old.unlink()
         return path
 
-    def latest(self, config: str) -> Checkpoint | None:
-        """The newest checkpoint; None where there is none yet.
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint, whatever its config; None where there is none yet.
 
-        Args:
-            config: hash of the config that is to go on.
+        Nothing is changed on the disk, so a reader does not disturb a server at work.
 
         Raises:
             CorruptState: it is damaged; the message names the one before.
-            ValueError: it was written under another config.
         """
-        _sweep(self.folder)
         found = _rounds(self.folder)
         if not found:
             return None
@@ -165,7 +162,22 @@ class Checkpoints:
             raise CorruptState(f"{path}: {error}. {remedy}") from None
         if state.round != number:
             raise CorruptState(f"{path}: holds round {state.round}. {remedy}")
-        if checkpoint.config != config:
+        return checkpoint
+
+    def latest(self, config: str) -> Checkpoint | None:
+        """The newest checkpoint, to go on from; None where there is none yet.
+
+        Args:
+            config: hash of the config that is to go on.
+
+        Raises:
+            CorruptState: as `newest`.
+            ValueError: it was written under another config.
+        """
+        _sweep(self.folder)
+        checkpoint = self.newest()
+        if checkpoint is not None and checkpoint.config != config:
+            path = list(_rounds(self.folder).values())[-1]
             raise ValueError(
                 f"{path}: was written under another config ({checkpoint.config[:12]}, now "
                 f"{config[:12]}). Put the config back, or use another folder."
