@@ -16,7 +16,6 @@ Limits: an order and a reply pass as one piece, up to 2 GiB each. A node works o
 time. Written for flwr 1.40 and 1.41.
 """
 
-import json
 import logging
 import os
 import shutil
@@ -66,7 +65,8 @@ log = logging.getLogger(__name__)
 
 _RECORD, _ORDER, _LIMIT, _REPLY, _FAILED = "plait", "order", "limit", "reply", "failed"
 _GRACE = 10.0  # seconds that Flower keeps a message beyond its deadline, for a server that is busy
-_SHORT, _LONG = 0.05, 1.0  # seconds between looks for replies
+_SHORT, _LONG = 0.05, 0.5  # seconds between looks for replies
+_HELLO = 300.0  # seconds for all clients of a simulation to say their names
 _AGAIN = 3.0  # seconds until a node whose trainer is not ready is asked again
 _ERRORS = {
     value: name
@@ -88,7 +88,6 @@ class _Sent:
 
     node: int
     client: str
-    kind: str
     since: float
     until: float
 
@@ -101,13 +100,14 @@ class _Nodes:
     refused: dict[int, str] = field(default_factory=dict)  # node -> why
     asked: dict[str, _Sent] = field(default_factory=dict)  # message -> hello without an answer
     again: dict[int, float] = field(default_factory=dict)  # node -> when to ask it again
+    mute: dict[int, str] = field(default_factory=dict)  # node -> why it cannot say its names
 
     def keep(self, online: set[int]) -> None:
         """Forget the nodes that left; others may have the names that they had."""
         if set(self.of.values()) - online:
             self.refused.clear()
         self.of = {client: node for client, node in self.of.items() if node in online}
-        for known in (self.refused, self.again):
+        for known in (self.refused, self.again, self.mute):
             for node in set(known) - online:
                 del known[node]
         self.asked = {key: sent for key, sent in self.asked.items() if sent.node in online}
@@ -116,17 +116,15 @@ class _Nodes:
 class GridExchange:
     """Carries orders to the nodes of a Flower run; it is an `Exchange`.
 
-    The first exchange waits until nodes have come online for all its clients. Later ones give a
-    failed reply for a client without a node. Nodes that are new, or back, are asked for their names
-    at each exchange.
+    The first exchange waits for nodes of all its clients. Later ones give a failed reply for a
+    client without a node. Nodes that are new, or back, are asked for their names at each exchange.
 
     Args:
         grid: of the server program.
         clients: names that a node may have; None: any.
         wait: seconds that the needed clients have to come online.
-        first: seconds that a reply may take until one has come.
-        floor: seconds that a reply may always take; above that it is 3 x the median of the times so
-            far, of orders of the same kind.
+        deadlines: how long a reply may take; None: `Deadlines(600, 60)`.
+        least: clients of the first orders that are enough once `wait` is over; None: all.
         at_once: orders on their way at a time; None: one for each node.
         check: called between looks; what it raises ends the exchange.
 
@@ -139,9 +137,9 @@ class GridExchange:
         grid: Grid,
         clients: Sequence[str] | None = None,
         *,
-        wait: float = 120.0,
-        first: float = 120.0,
-        floor: float = 60.0,
+        wait: float = 300.0,
+        deadlines: Deadlines | None = None,
+        least: int | None = None,
         at_once: int | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
@@ -149,7 +147,7 @@ class GridExchange:
             raise ValueError(f"wait = {wait}. Give seconds above 0.")
         self.grid, self.wait, self.at_once, self.check = grid, wait, at_once, check
         self.clients = None if clients is None else frozenset(clients)
-        self._deadlines = {kind: Deadlines(first, floor) for kind in ("train", "evaluate")}
+        self.deadlines, self.least = deadlines or Deadlines(600.0, 60.0), least
         self._nodes, self._met = _Nodes(), False
 
     @property
@@ -164,7 +162,9 @@ class GridExchange:
             TooFewNodes: clients of the first orders are not online in time.
         """
         self.meet(orders)
+        self.deadlines.begin()
         left, sent, pause = list(orders), dict[str, _Sent](), _SHORT
+        crashed = set[str]()
         while left or sent:
             busy, waiting = {one.node for one in sent.values()}, []
             for number, client in enumerate(left):
@@ -189,7 +189,14 @@ class GridExchange:
             now = time.monotonic()  # what came until now is in time, however long each reply takes
             came, late = self._replies(sent), [k for k, one in sent.items() if now > one.until]
             for one, data in came:
-                self._deadlines[one.kind].note(now - one.since)
+                # Its worker may have been ending already, for another client; so once more.
+                if data is None and one.client not in crashed:
+                    crashed.add(one.client)
+                    left.append(one.client)
+                    continue
+                if data is None:
+                    data = failure(one.client, "ChildProcessError: its worker process ended")
+                self.deadlines.note(now - one.since)
                 yield one.client, data
             for one in map(sent.pop, late):
                 text = f"TimeoutError: no reply within {one.until - one.since:.3g} s"
@@ -205,7 +212,7 @@ class GridExchange:
         their names yet.
 
         Raises:
-            TooFewNodes: the first time, if some are missing.
+            TooFewNodes: the first time, if fewer than `least` are there.
         """
         needed, nodes, until = sorted(clients), self._nodes, time.monotonic() + self.wait
         while True:
@@ -215,18 +222,21 @@ class GridExchange:
             open_ = bool(nodes.asked or nodes.again)
             if not missing or (self._met and not open_) or time.monotonic() > until:
                 break
-            self._rest(_SHORT if open_ else _LONG / 2, {})
-        if missing and not self._met:
+            self._rest(_SHORT if open_ else _LONG, {})
+        least = len(needed) if self.least is None else min(self.least, len(needed))
+        if not self._met and len(needed) - len(missing) < least:
             raise TooFewNodes(self._missing(needed, missing))
         self._met = True
 
     def _missing(self, needed: list[str], missing: list[str]) -> str:
         here = [f"{client} (node {node})" for client, node in sorted(self._nodes.of.items())]
         here += [f"node {node} was refused: {text}" for node, text in self.refused.items()]
-        here += [f"node {one.node} does not answer" for one in self._nodes.asked.values()]
+        here += [f"node {n} cannot say its names: {text}" for n, text in self._nodes.mute.items()]
+        silent = {one.node for one in self._nodes.asked.values()} - set(self._nodes.mute)
+        here += [f"node {node} does not answer" for node in sorted(silent)]
         return (
             f"federated: {len(missing)} of {len(needed)} clients are not online after "
-            f"{self.wait:.4g} s: {', '.join(missing)}. Online: {'; '.join(here) or 'no node'}. "
+            f"{self.wait:.4g} s: {', '.join(missing)}. Online: {'; '.join(here) or 'none'}. "
             "Start the missing ones with plait federate join, or wait longer."
         )
 
@@ -243,19 +253,22 @@ class GridExchange:
                 data, left = Order("hello").pack(), max(until - now, 1.0)
                 key = self._push(node, "query", data, left)
                 if key is not None:
-                    nodes.asked[key] = _Sent(node, "", "hello", now, now + left)
+                    nodes.asked[key] = _Sent(node, "", now, now + left)
 
     def _names(self) -> None:
         nodes = self._nodes
         for one, data in self._replies(nodes.asked):
             try:
-                reply = Reply.unpack(data)
+                reply = Reply.unpack(data or failure("", "its worker process ended"))
             except CorruptFrame as error:
                 reply = Reply("", failed=str(error))
             if reply.failed:  # its trainer is not ready yet, or not there
-                log.warning("node %d does not say its name: %s", one.node, reply.failed)
+                if nodes.mute.get(one.node) != reply.failed:
+                    log.warning("node %d cannot say its names: %s", one.node, reply.failed)
+                nodes.mute[one.node] = reply.failed
                 nodes.again[one.node] = time.monotonic() + _AGAIN
                 continue
+            nodes.mute.pop(one.node, None)
             listed = reply.metrics.get("clients", [reply.client])
             names = tuple(map(str, listed)) if isinstance(listed, list) else (reply.client,)
             fault = self._fault(names)
@@ -279,9 +292,8 @@ class GridExchange:
     # Messages -------------------------------------------------------------------------------------
 
     def _send(self, node: int, client: str, data: bytes) -> tuple[str | None, _Sent]:
-        kind = _kind(data)
-        limit, now = self._deadlines[kind].limit(), time.monotonic()
-        return self._push(node, kind, data, limit), _Sent(node, client, kind, now, now + limit)
+        limit, now = self.deadlines.limit(), time.monotonic()
+        return self._push(node, "train", data, limit), _Sent(node, client, now, now + limit)
 
     def _push(self, node: int, kind: str, data: bytes, limit: float) -> str | None:
         """The message's id; None where Flower did not take it."""
@@ -290,8 +302,8 @@ class GridExchange:
         keys = list(self.grid.push_messages([message]))
         return keys[0] if keys else None
 
-    def _replies(self, sent: dict[str, _Sent]) -> list[tuple[_Sent, bytes]]:
-        """What came for these messages; they are taken out of `sent`."""
+    def _replies(self, sent: dict[str, _Sent]) -> list[tuple[_Sent, bytes | None]]:
+        """What came for these messages; they are taken out of `sent`. None: see `_bytes`."""
         found = []
         for message in self.grid.pull_messages(list(sent)) if sent else ():
             one = sent.pop(message.metadata.reply_to_message_id, None)
@@ -306,19 +318,12 @@ class GridExchange:
         time.sleep(max(0.0, min([seconds, *ends])))
 
 
-def _kind(order: bytes) -> str:
-    """What an order asks for; its header alone is read.
-
-    Flower has a category for each kind, and evaluating takes another time than training.
-    """
-    length = int.from_bytes(order[32:36], "big")
-    return json.loads(order[36 : 36 + length])["kind"]
-
-
-def _bytes(message: Message, client: str) -> bytes:
-    """A reply, or the failed one that stands for it."""
+def _bytes(message: Message, client: str) -> bytes | None:
+    """A reply, or the failed one that stands for it; None if a simulation's worker process died."""
     if message.has_error():
         error = message.error
+        if error.code == ErrorCode.UNKNOWN:  # of all errors, the simulation's alone
+            return None
         first = (error.reason or "").strip().partition("\n")[0]
         return failure(client, f"{_ERRORS.get(error.code, error.code)}: {first}")
     record = message.content.config_records.get(_RECORD, {}) if message.has_content() else {}
@@ -339,8 +344,7 @@ def simulate(
     home: str | Path,
     workers: int = 2,
     threads: int = 1,
-    first: float = 120.0,
-    floor: float = 60.0,
+    deadlines: Deadlines | None = None,
 ) -> T:
     """Run a whole federation on this machine, with Flower's simulation on Ray.
 
@@ -351,7 +355,7 @@ def simulate(
         clients: their names; client number i, by name, is Flower's partition i.
         home: folder that Flower writes to in place of ~/.flwr.
         workers: processes. threads: torch's, in each of them.
-        first, floor: seconds; see GridExchange.
+        deadlines: how long a reply may take; None: `Deadlines(600, 60)`.
 
     Returns:
         What `conduct` returned.
@@ -375,9 +379,8 @@ def simulate(
             exchange = GridExchange(
                 grid,
                 names,
-                wait=first,
-                first=first,
-                floor=floor,
+                wait=_HELLO,
+                deadlines=deadlines,
                 at_once=workers,  # so that no order's time runs while it waits for a worker
                 check=check,
             )

@@ -2,8 +2,7 @@
 
 Flower starts it once for a run, in the folder that the SuperLink was started in; relative paths of
 the config file count from there. Whatever it raises makes the Flower run fail, and the details of
-the run's status begin with the type of the error. Run config: `resume`, a bool; `wait`, seconds
-that the needed clients have to come online.
+the run's status name the type of the error. Run config: `resume`, a bool.
 """
 
 from pathlib import Path
@@ -20,15 +19,14 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run it, or what is left of it."""
-    given = context.run_config
     try:
         config = load_federate_config(Path(__file__).with_name("run.yaml"))
         exchange = GridExchange(
             grid,
-            wait=float(given["wait"]),
-            first=config.timeouts.first,
-            floor=config.timeouts.floor,
+            wait=config.timeouts.online(),
+            deadlines=config.timeouts.deadlines(),
+            least=config.guard.min_updates,
         )
-        conduct(config, exchange, resume=bool(given["resume"]))
+        conduct(config, exchange, resume=bool(context.run_config["resume"]))
     except Exception as error:  # Flower keeps the text alone
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
