@@ -304,8 +304,9 @@ class LocalTraining:
 
     def steps_of(self, client: str) -> int:
         """Optimizer steps of a client in a round."""
-        per_epoch = math.ceil(len(self.rows[client]) / self.batch_size)
-        return self.steps or (self.epochs or 0) * per_epoch
+        if self.steps is not None:
+            return self.steps
+        return (self.epochs or 0) * math.ceil(len(self.rows[client]) / self.batch_size)
 
     def __call__(self, model: nn.Module, client: str, round: int) -> Trained:
         """Train; the weight is the number of the client's rows.

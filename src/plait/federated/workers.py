@@ -26,28 +26,36 @@ from plait.federated.protocol import Answer, failure
 _BUILT = b"built"
 
 
-@dataclass
 class Deadlines:
-    """How long a reply may take: `first` seconds until one has come, for the cold start; then
-    max(`floor`, 3 x the median of the times so far).
+    """How long a reply may take.
+
+    `first` seconds until one has come, for the cold start; then max(`floor`, 3 x the largest median
+    of an exchange so far). An exchange is the training or the evaluation of a round; a few slow
+    clients do not move its median.
     """
 
-    first: float
-    floor: float
+    def __init__(self, first: float, floor: float) -> None:
+        for name, seconds in (("first", first), ("floor", floor)):
+            if not seconds > 0:
+                raise ValueError(f"timeouts.{name} = {seconds}. Give seconds above 0.")
+        self.first, self.floor = first, floor
+        self._slowest, self._now = 0.0, list[float]()
 
-    def __post_init__(self) -> None:
-        for name in ("first", "floor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"timeouts.{name} = {getattr(self, name)}. Give seconds above 0.")
-        self._took: list[float] = []
+    def begin(self) -> None:
+        """An exchange begins."""
+        self._slowest, self._now = self._median(), []
 
     def note(self, seconds: float) -> None:
         """A reply took so long."""
-        self._took.append(seconds)
+        self._now.append(seconds)
 
     def limit(self) -> float:
         """Seconds that the next reply may take."""
-        return max(self.floor, 3 * median(self._took)) if self._took else self.first
+        slowest = self._median()
+        return max(self.floor, 3 * slowest) if slowest else self.first
+
+    def _median(self) -> float:
+        return max(self._slowest, median(self._now) if self._now else 0.0)
 
 
 @dataclass
@@ -87,6 +95,7 @@ class Workers:
         self._pool: list[_Worker] = []
 
     def __enter__(self) -> "Workers":
+        self._pool += [self._start() for _ in range(self.count - len(self._pool))]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -100,6 +109,8 @@ class Workers:
     def __call__(self, orders: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
         """Carry the orders; see `protocol.Exchange`."""
         left = list(orders)
+        if self.deadlines is not None:
+            self.deadlines.begin()
         try:
             while left or any(w.client for w in self._pool):
                 while len(self._pool) < min(self.count, len(left)):
