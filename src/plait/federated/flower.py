@@ -18,8 +18,10 @@ time. Written for flwr 1.40 and 1.41.
 
 import logging
 import os
+import re
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -68,6 +70,7 @@ _GRACE = 10.0  # seconds that Flower keeps a message beyond its deadline, for a 
 _SHORT, _LONG = 0.05, 0.5  # seconds between looks for replies
 _HELLO = 300.0  # seconds for all clients of a simulation to say their names
 _AGAIN = 3.0  # seconds until a node whose trainer is not ready is asked again
+_DIED = re.compile(r"ray\.exceptions\.(Actor|Worker|Owner)\w*Error")
 _ERRORS = {
     value: name
     for name, value in vars(ErrorCode).items()
@@ -126,6 +129,7 @@ class GridExchange:
         deadlines: how long a reply may take; None: `Deadlines(600, 60)`.
         least: clients of the first orders that are enough once `wait` is over; None: all.
         at_once: orders on their way at a time; None: one for each node.
+        ready: a node that cannot say its names is an error, and not a trainer that still loads.
         check: called between looks; what it raises ends the exchange.
 
     Attributes:
@@ -141,11 +145,13 @@ class GridExchange:
         deadlines: Deadlines | None = None,
         least: int | None = None,
         at_once: int | None = None,
+        ready: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         if not wait > 0:
             raise ValueError(f"wait = {wait}. Give seconds above 0.")
         self.grid, self.wait, self.at_once, self.check = grid, wait, at_once, check
+        self.ready = ready
         self.clients = None if clients is None else frozenset(clients)
         self.deadlines, self.least = deadlines or Deadlines(600.0, 60.0), least
         self._nodes, self._met = _Nodes(), False
@@ -262,6 +268,8 @@ class GridExchange:
                 reply = Reply.unpack(data or failure("", "its worker process ended"))
             except CorruptFrame as error:
                 reply = Reply("", failed=str(error))
+            if reply.failed and self.ready:
+                raise RuntimeError(f"federated: node {one.node} does not start: {reply.failed}")
             if reply.failed:  # its trainer is not ready yet, or not there
                 if nodes.mute.get(one.node) != reply.failed:
                     log.warning("node %d cannot say its names: %s", one.node, reply.failed)
@@ -321,11 +329,12 @@ class GridExchange:
 def _bytes(message: Message, client: str) -> bytes | None:
     """A reply, or the failed one that stands for it; None if a simulation's worker process died."""
     if message.has_error():
-        error = message.error
-        if error.code == ErrorCode.UNKNOWN:  # of all errors, the simulation's alone
+        error, reason = message.error, message.error.reason or ""
+        if error.code == ErrorCode.UNKNOWN and _DIED.search(reason):
             return None
-        first = (error.reason or "").strip().partition("\n")[0]
-        return failure(client, f"{_ERRORS.get(error.code, error.code)}: {first}")
+        lines = [line.strip() for line in reason.splitlines() if line.strip()] or [""]
+        text = " .. ".join(dict.fromkeys([lines[0], lines[-1]]))  # between them: a traceback
+        return failure(client, f"{_ERRORS.get(error.code, error.code)}: {text}")
     record = message.content.config_records.get(_RECORD, {}) if message.has_content() else {}
     if isinstance(data := record.get(_REPLY), bytes):
         return data
@@ -381,6 +390,7 @@ def simulate(
                 names,
                 wait=_HELLO,
                 deadlines=deadlines,
+                ready=True,
                 at_once=workers,  # so that no order's time runs while it waits for a worker
                 check=check,
             )
@@ -412,6 +422,9 @@ def _ray(home: Path, workers: int) -> Iterator[Path]:
         ray.init(
             num_cpus=workers,
             include_dashboard=False,
+            runtime_env={
+                "env_vars": {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+            },
             log_to_driver=False,
             logging_level=logging.ERROR,
             _temp_dir=str(folder),
