@@ -313,7 +313,8 @@ def test_a_node_with_two_clients_gets_one_order_at_a_time() -> None:
     assert {name: reply.upload for name, reply in found.items()} == orders("a", "b")
 
 
-def test_an_order_whose_worker_died_is_sent_once_more() -> None:
+def test_an_order_whose_worker_died_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower, "_PAUSE", 0.05)
     died, tries = Error(ErrorCode.UNKNOWN, "<class 'ray.exceptions.ActorDiedError'>"), count(1)
 
     def once(kind: str, order: bytes) -> Any:
@@ -323,7 +324,7 @@ def test_an_order_whose_worker_died_is_sent_once_more() -> None:
     found = exchanged(exchange(grid), "a", "b")
     assert not found["a"].failed
     assert found["b"].failed == "ChildProcessError: its worker process ended"
-    assert [kind for n, kind in grid.sent if n == 2] == ["query", "train", "train"]
+    assert [kind for n, kind in grid.sent if n == 2] == ["query", *3 * ["train"]]
 
 
 def test_the_check_ends_an_exchange() -> None:

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ _GRACE = 10.0  # seconds that Flower keeps a message beyond its deadline, for a 
 _SHORT, _LONG = 0.05, 0.5  # seconds between looks for replies
 _HELLO = 300.0  # seconds for all clients of a simulation to say their names
 _AGAIN = 3.0  # seconds until a node whose trainer is not ready is asked again
+_TRIES, _PAUSE = 3, 1.0  # of an order whose worker process died; seconds in between
 _DIED = re.compile(r"ray\.exceptions\.(Actor|Worker|Owner)\w*Error")
 _ERRORS = {
     value: name
@@ -170,7 +172,7 @@ class GridExchange:
         self.meet(orders)
         self.deadlines.begin()
         left, sent, pause = list(orders), dict[str, _Sent](), _SHORT
-        crashed = set[str]()
+        deaths, held = Counter[str](), dict[str, float]()  # client -> of workers, -> until when
         while left or sent:
             busy, waiting = {one.node for one in sent.values()}, []
             for number, client in enumerate(left):
@@ -180,7 +182,7 @@ class GridExchange:
                 node = self._nodes.of.get(client)
                 if node is None:
                     yield client, failure(client, "ConnectionError: no node of it is online")
-                elif node in busy:
+                elif node in busy or held.get(client, 0.0) > time.monotonic():
                     waiting.append(client)
                 else:
                     busy.add(node)
@@ -195,9 +197,10 @@ class GridExchange:
             now = time.monotonic()  # what came until now is in time, however long each reply takes
             came, late = self._replies(sent), [k for k, one in sent.items() if now > one.until]
             for one, data in came:
-                # Its worker may have been ending already, for another client; so once more.
-                if data is None and one.client not in crashed:
-                    crashed.add(one.client)
+                deaths[one.client] += data is None
+                if data is None and deaths[one.client] < _TRIES:
+                    # Maybe for another client: Ray gives orders to a dead worker for a moment.
+                    held[one.client] = time.monotonic() + deaths[one.client] ** 2 * _PAUSE
                     left.append(one.client)
                     continue
                 if data is None:
@@ -208,7 +211,7 @@ class GridExchange:
                 text = f"TimeoutError: no reply within {one.until - one.since:.3g} s"
                 yield one.client, failure(one.client, text)
             pause = _SHORT if came else min(1.5 * pause, _LONG)
-            if sent:
+            if left or sent:
                 self._rest(pause, sent)
 
     def meet(self, clients: Iterable[str]) -> None:
