@@ -219,8 +219,7 @@ class Site:
 
     def stored(self, client: str, round: int) -> StateDict:
         """What a client stored after a round: its private part, without its trunk."""
-        saved = self._store(client).read(round)
-        return {k: x for k, x in saved.items() if not k.startswith(_TRUNK)}
+        return stored(self.folder, self.run, client, round)
 
     def _store(self, client: str) -> ClientStore:
         return ClientStore(self.folder, self.run, client)
@@ -253,6 +252,19 @@ class Site:
         )
         upload = pack(header, method.payload_up(local, declared))
         return Reply(name, upload, dict(trained.metrics))
+
+
+def stored(folder: str | Path, run: str, client: str, round: int) -> StateDict:
+    """What a client stored after a round: its private part, without its trunk.
+
+    Args:
+        folder: of the private states. run, client: names. round: 1, 2, ...
+
+    Raises:
+        StateError: it is missing or damaged.
+    """
+    saved = ClientStore(folder, run, client).read(round)
+    return {k: x for k, x in saved.items() if not k.startswith(_TRUNK)}
 
 
 def _described(config: PeftConfig) -> str:
