@@ -51,6 +51,8 @@ ONLY = {
     "lm_eval": {"run/evaluate.py"},
     "triton": {"kernels"},
     "flwr": {"federated/flower.py"},
+    "cryptography": {"federated/certs.py"},
+    "psutil": {"run/deploy.py"},
     "opacus": {"federated/privacy.py"},
     "pickle": {"run/adapter.py"},  # the name of its error
 }

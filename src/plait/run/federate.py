@@ -44,6 +44,7 @@ from plait.run.config import (
     peft_config,
 )
 from plait.run.data import DataBundle, load_data
+from plait.run.deploy import DeployConfig, Deployment
 from plait.run.evaluate import evaluate_model, held_out_split, to_device
 from plait.run.federate_report import read_rounds, write_report
 from plait.run.folder import RunFolder, write_atomic
@@ -157,6 +158,7 @@ class FederateConfig:
     evaluation: HeldOutConfig
     checkpoints: CheckpointsConfig
     output: OutputConfig
+    deploy: DeployConfig = field(default_factory=DeployConfig)
 
     def sections(self) -> dict[str, Any]:
         """Section name -> its object."""
@@ -205,6 +207,7 @@ def _check(config: FederateConfig) -> None:
     method, local = config.algorithm(), config.local
     guard = GuardOptions(**vars(config.guard))
     guard.mean(method)
+    Deployment(config.deploy)
     LocalOptions(rounds=local.rounds, fraction=config.sampling.fraction, guard=guard)
     _training(config, {}, None)
     if config.method.lr_scale is not None:
