@@ -73,8 +73,9 @@ def add_actions(actions: "argparse._SubParsersAction") -> list[argparse.Argument
         "serve",
         _serve,
         "start the server, which waits for clients and runs",
-        "Start the server (Flower's SuperLink) at deploy.address and let in the clients whose .pub\n"
-        "files lie in deploy.certs, also those that are put there later. It runs until Ctrl-C.",
+        "Start the server (Flower's SuperLink) at deploy.address and let in the clients whose\n"
+        ".pub files lie in deploy.certs, also those that are put there later. It runs until\n"
+        "Ctrl-C.",
     )
     serve.add_argument("file", help=_FILE)
     serve.add_argument(
@@ -105,9 +106,9 @@ def add_actions(actions: "argparse._SubParsersAction") -> list[argparse.Argument
         "run",
         _run,
         "run all rounds on the clients that have joined",
-        "Submit the run to the server, show its log and wait for its end. Exit code: 0 completed,\n"
-        "1 failed, 2 config error, 3 too few clients or updates, 130 after Ctrl-C, which stops the\n"
-        "run.",
+        "Submit the run to the server, show its log and wait for its end. Exit code:\n"
+        "0 completed, 1 failed, 2 config error, 3 too few clients or updates, 130 after Ctrl-C,\n"
+        "which stops the run.",
     )
     run.add_argument("file", help=_FILE)
 
@@ -115,8 +116,8 @@ def add_actions(actions: "argparse._SubParsersAction") -> list[argparse.Argument
         "status",
         _status,
         "show runs, rounds, clients, rejections and bytes",
-        "Show the runs that the server knows of, where it answers, and what the run folder says of\n"
-        "rounds, clients, rejections and bytes.",
+        "Show the runs that the server knows of, where it answers, and what the run folder says\n"
+        "of rounds, clients, rejections and bytes.",
     )
     status.add_argument("file", help="the config file, or a run folder", metavar="FILE|DIR")
 
@@ -142,14 +143,13 @@ def _say(text: str) -> None:
 
 
 def _config(args: argparse.Namespace) -> "FederateConfig":
-    """The config of a file or of a run folder."""
+    """The config of a file or of a run folder, whose file it then stands for."""
     from plait.run.federate import load_federate_config
     from plait.run.folder import RunFolder
 
-    path = Path(args.file)
-    if path.is_dir():
-        path = RunFolder.open(path).config
-    return load_federate_config(path, getattr(args, "overrides", ()))
+    if Path(args.file).is_dir():
+        args.file = str(RunFolder.open(args.file).config)
+    return load_federate_config(args.file, getattr(args, "overrides", ()))
 
 
 def _certs(args: argparse.Namespace) -> int:
@@ -248,9 +248,10 @@ def _status(args: argparse.Namespace) -> int:
 def _resume(args: argparse.Namespace) -> int:
     if not args.local:
         return _run(args, resume=True)
-    from plait.cli.federate import simulated
+    from plait.cli.federate import run
 
-    return simulated(_config(args), args)
+    _config(args)
+    return run(argparse.Namespace(**{**vars(args), "action": "simulate", "resume": True}))
 
 
 def run_action(args: argparse.Namespace) -> int:

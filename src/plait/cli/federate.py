@@ -4,6 +4,8 @@ import argparse
 import shlex
 import sys
 
+from plait.cli import _deploy
+
 TOO_FEW = 3  # exit code of a round with too few updates
 
 
@@ -11,9 +13,9 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     """Describe the verb."""
     parser = subparsers.add_parser(
         "federate",
-        help="simulate federated fine-tuning in one process",
-        description="Federated fine-tuning, simulated in one process on one machine. Nothing is "
-        "sent over a network: there is no server and no client program.",
+        help="federated fine-tuning, simulated or on a network",
+        description="Federated fine-tuning: `simulate` on this machine, or with a server and "
+        "clients on a network, which takes `certs`, `serve`, `join` and `run`.",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     simulate = actions.add_parser("simulate", help="run all rounds of a config file")
@@ -26,7 +28,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     )
     report = actions.add_parser("report", help="show finished runs side by side")
     report.add_argument("runs", nargs="+", help="run folders")
-    for action in (simulate, report):
+    for action in (simulate, report, *_deploy.add_actions(actions)):
         action.add_argument(
             "--debug",
             action="store_true",
@@ -38,7 +40,9 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Simulate or report; 3 where a round had too few updates, 130 after Ctrl-C."""
-    return _simulate(args) if args.action == "simulate" else _report(args)
+    if args.action == "simulate":
+        return _simulate(args)
+    return _report(args) if args.action == "report" else _deploy.run_action(args)
 
 
 def _simulate(args: argparse.Namespace) -> int:
