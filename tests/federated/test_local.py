@@ -10,9 +10,11 @@ from torch import Tensor
 
 import plait
 from plait.federated import adapter, algorithm
+from plait.federated.client import LocalTraining, Trained
 from plait.federated.guard import GuardOptions, TooFewUpdates
-from plait.federated.local import Federation, LocalOptions, LocalTraining, RoundRecord, Trained
+from plait.federated.local import Federation
 from plait.federated.payload import Header, pack, unpack_tensors
+from plait.federated.server import RoundRecord, ServerOptions
 from tests import tiny
 
 TARGETS = ["q_proj", "v_proj"]
@@ -46,7 +48,7 @@ def federation(folder: Path, key: str = "fedit", **changes: Any) -> Federation:
     names = changes.pop("names", NAMES)
     ranks = changes.pop("ranks", [2] * len(names))
     config = changes.pop("config", lora)
-    options = LocalOptions(
+    options = ServerOptions(
         rounds=changes.pop("rounds", 2),
         guard=changes.pop("guard", GuardOptions()),
         fraction=changes.pop("fraction", 1.0),
@@ -135,7 +137,7 @@ def test_resume_is_the_uninterrupted_run_and_bytes_are_the_formula(
             assert 0 < bytes_.up_frame - bytes_.up < 4096
     moving = "A" if key == "fedsa" else "B"  # with "reset", B is back at its start
     for name in NAMES:
-        first, now = whole._first(name), adapter.read(whole.model_of(name))
+        first, now = whole.site.roster.first(name), adapter.read(whole.model_of(name))
         trunk = [x for k, x in whole.state.tensors.items() if k.endswith("trunk_B")]
         moved = any(not torch.equal(x, now[k]) for k, x in first.items() if f"/{moving}" in k)
         moved |= any(bool(x.any()) for k, x in now.items() if k.endswith("/B_bar"))
@@ -169,7 +171,7 @@ def test_one_client_is_local_training(key: str, tmp_path: Path) -> None:
     run(one)
     alone = federation(tmp_path / "alone", "local", names=("a",), rounds=3)
     if key == "ffa":  # whose A is frozen
-        adapter.freeze(next(iter(alone._kinds.values())).model, ["A"])
+        adapter.freeze(next(iter(alone.site.roster._kinds.values())).model, ["A"])
     run(alone)
     found, expected = (adapter.read(f.model_of("a")) for f in (one, alone))
     assert all(torch.equal(x, found[k]) for k, x in expected.items())
@@ -184,7 +186,7 @@ def test_the_base_model_is_shared_and_stays(tmp_path: Path) -> None:
     assert base.state_dict().keys() == before.keys()
     assert all(torch.equal(x, before[k]) for k, x in base.state_dict().items())
     weights = {
-        id(p) for kind in made._kinds.values() for n, p in kind.model.named_parameters()
+        id(p) for kind in made.site.roster._kinds.values() for n, p in kind.model.named_parameters()
         if "lora_" not in n
     }  # fmt: skip
     assert weights == {id(p) for p in base.parameters()}
@@ -243,10 +245,10 @@ def test_a_bad_upload_is_rejected_and_its_private_side_rolls_back(
     assert sum(second.weights.values()) == pytest.approx(1)
     assert all(torch.isfinite(x).all() for x in made.state.tensors.values())
     generation = 3 if reason == "duplicate" else 1
-    assert made._last.last_accepted["b"] == generation
+    assert made.server._last.last_accepted["b"] == generation
     made.model_of("b")  # takes the generation of the last accepted update, and drops the others
-    assert made._store("b").generations() == [generation]
-    assert sum(made.guard.rejections["b"].values()) == 2
+    assert made.site._store("b").generations() == [generation]
+    assert sum(made.server.guard.rejections["b"].values()) == 2
     assert third.round == 3
 
 
@@ -291,9 +293,9 @@ def test_a_lying_number_of_examples(claim: int, tmp_path: Path) -> None:
 def test_a_damaged_private_state_is_that_clients_failure(tmp_path: Path) -> None:
     made = federation(tmp_path, "fedalora", rounds=2)
     made.step()
-    path = made._store("b").path(1)
+    path = made.site._store("b").path(1)
     path.write_bytes(path.read_bytes()[:-1])
-    made._store("c").path(1).unlink()
+    made.site._store("c").path(1).unlink()
     record = made.step()
     assert record.accepted == ["a"]
     assert record.failed["b"].startswith(f"CorruptState: {path}: the digest does not match")
@@ -411,5 +413,5 @@ def test_what_an_adapter_drops_in_training_stays_dropped(tmp_path: Path) -> None
     )
     run(made)
     now = adapter.read(made.model_of("a"))
-    assert any("/Ibar" in key for key in made._first("a"))
+    assert any("/Ibar" in key for key in made.site.roster.first("a"))
     assert not any("/Ibar" in key for key in now)

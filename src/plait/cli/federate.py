@@ -49,7 +49,7 @@ def _simulate(args: argparse.Namespace) -> int:
     from plait.cli import console
     from plait.cli._show import Status, quiet
     from plait.federated.guard import TooFewUpdates
-    from plait.federated.local import RoundRecord
+    from plait.federated.server import RoundRecord
     from plait.run.federate import load_federate_config, simulate
 
     screen = console()

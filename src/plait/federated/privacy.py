@@ -30,7 +30,16 @@ from plait.federated.guard import GuardOptions
 from plait.federated.methods import Algorithm, FedALoraHet, Mean, Updates, norm
 
 # Orders of the Renyi divergence; the best one is reported.
-ORDERS = (*(1 + k / 10 for k in range(1, 100)), *range(11, 64), 80, 96, 128, 192, 256, 512)
+ORDERS: list[float] = [
+    *(1 + k / 10 for k in range(1, 100)),
+    *range(11, 64),
+    80,
+    96,
+    128,
+    192,
+    256,
+    512,
+]
 
 
 def clip(change: StateDict, bound: float) -> StateDict:

@@ -31,7 +31,6 @@ class Order:
 
     kind: "hello" asks for the client's name alone. run: its name. round: 1, 2, ... client: whom it
     is for. generation: the private state to start from, 0: the first one. dtype: of the upload.
-    limit: seconds after which nobody waits for the reply any more; None: never.
     """
 
     kind: Kind
@@ -40,7 +39,6 @@ class Order:
     client: str = ""
     generation: int = 0
     dtype: str = "fp32"
-    limit: float | None = None
 
     def pack(self, tensors: StateDict | None = None) -> bytes:
         """The order as bytes, with what the client gets."""

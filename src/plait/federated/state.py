@@ -166,17 +166,22 @@ class Checkpoints:
 
 
 class Spool(Mapping[str, StateDict]):
-    """Accepted uploads on the disk, each read when a mean asks for it: one in memory at a time."""
+    """Accepted uploads on the disk, each read when a mean asks for it: one in memory at a time.
+
+    It starts empty: what a killed server left there is removed.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.files: dict[str, Path] = {}
+        for path in self.folder.glob("*.upload"):
+            path.unlink()
 
     def add(self, client: str, data: bytes) -> None:
-        """Keep an upload as it came."""
+        """Keep an upload as it came; it need not outlive this process, so it is not synced."""
         path = self.folder / f"{check_name('client', client)}.upload"
-        write_atomic(path, data)
+        path.write_bytes(data)
         self.files[client] = path
 
     def drop(self, client: str) -> None:
@@ -235,27 +240,34 @@ class ClientStore:
         facts = {"run": self.run, "client": self.client, "round": generation}
         _write(self.path(generation), facts, tensors)
 
-    def load(self, generation: int) -> StateDict | None:
-        """The state that the server named; all others are removed. None for generation 0.
+    def read(self, generation: int) -> StateDict:
+        """The state after a round.
 
         Raises:
-            MissingState: the generation is not there.
+            MissingState: it is not there.
             CorruptState: it is damaged, or another one.
         """
-        _sweep(self.folder)
         remedy = "Bring the file back, or let the client join under another name, from its start."
-        tensors, path = None, self.path(generation)
-        if generation:
-            if not path.is_file():
-                raise MissingState(
-                    f"{path}: generation {generation} of client {self.client!r} is missing; there "
-                    f"are {self.generations()}. {remedy}"
-                )
-            facts, tensors = _read(path, remedy)
-            facts = {key: facts.get(key) for key in ("run", "client", "round")}
-            wanted = {"run": self.run, "client": self.client, "round": generation}
-            if facts != wanted:
-                raise CorruptState(f"{path}: holds {facts}, not {wanted}. {remedy}")
+        path = self.path(generation)
+        if not path.is_file():
+            raise MissingState(
+                f"{path}: generation {generation} of client {self.client!r} is missing; there "
+                f"are {self.generations()}. {remedy}"
+            )
+        facts, tensors = _read(path, remedy)
+        facts = {key: facts.get(key) for key in ("run", "client", "round")}
+        wanted = {"run": self.run, "client": self.client, "round": generation}
+        if facts != wanted:
+            raise CorruptState(f"{path}: holds {facts}, not {wanted}. {remedy}")
+        return tensors
+
+    def load(self, generation: int) -> StateDict | None:
+        """The state that the server named, as `read` does; all others are removed.
+
+        None for generation 0.
+        """
+        _sweep(self.folder)
+        tensors = self.read(generation) if generation else None
         for number, other in _rounds(self.folder).items():
             if number != generation:
                 other.unlink()

@@ -86,8 +86,12 @@ class Collator:
         return batch
 
 
-def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBundle:
+def load_data(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None = None
+) -> DataBundle:
     """Read, split, tokenize and check all data of a run.
+
+    labels: class names by index, where the training rows here need not have all of them.
 
     Raises FileNotFoundError for missing sources and ValueError for rows that cannot be used:
     missing columns, labels outside the training set, rows longer than data.max_length.
@@ -96,7 +100,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBund
     rows = {"train": read_rows(data.train, data, "train")}
     # Labels and tasks come from the whole source, so that a limit or a split keeps them all.
     reader = _Reader(config, rows["train"][0])
-    labels = reader.label_names(rows["train"])
+    labels = labels or reader.label_names(rows["train"])
     tasks = config.method.options.get("tasks") or reader.task_names(rows["train"])
 
     held_out = data.validation

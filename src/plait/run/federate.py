@@ -1,333 +1,213 @@
-"""`plait federate simulate`: a federated run from one config file, in one process.
+"""A federated run from one config file: its server, its clients, or both on this machine.
+
+    setting(config)  ->  conduct(config, exchange, setting)      the server: rounds, report
+                     ->  site(config, folder, setting)           clients: adapters, rows, training
+    simulate(config)     both: a loop in this process, worker processes, or Flower on Ray
 
 The run folder holds config.yaml, partition.json (client -> numbers of its training rows),
 metrics.jsonl (a line for each round and one for each evaluation), server/ (checkpoints), clients/
-(private states), report.md and loss.png.
+(private states), report.md and pictures.
 
-Limits: one process on one machine; nothing is sent over a network. `central` is one client with all
-rows that makes as many steps in a round as the selected clients would together.
+Limits: `central` is one client with all rows that makes as many steps in a round as the selected
+clients would together.
 """
 
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+import os
+import secrets
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from plait.federated import algorithm
-from plait.federated.guard import GuardOptions
-from plait.federated.local import (
-    Federation,
-    LocalOptions,
-    LocalTraining,
-    Progress,
-    RoundRecord,
-    keyed_randomness,
-)
-from plait.federated.methods import Algorithm, refusal
+from plait.federated.client import LocalTraining, Roster, Site, keyed_randomness
 from plait.federated.partition import Partition, files, split
-from plait.run.config import (
-    DataConfig,
-    EvaluationConfig,
-    MethodConfig,
-    ModelConfig,
-    OutputConfig,
-    RunConfig,
-    did_you_mean,
-    dump_sections,
-    load_sections,
-    method_options,
-    peft_config,
-)
+from plait.federated.privacy import Privacy
+from plait.federated.protocol import Answer, Exchange
+from plait.federated.server import Progress, RoundRecord, Server
+from plait.federated.workers import Workers
+from plait.run.config import RunConfig, did_you_mean, method_options, peft_config
 from plait.run.data import DataBundle, load_data
-from plait.run.deploy import DeployConfig, Deployment
 from plait.run.evaluate import evaluate_model, held_out_split, to_device
+from plait.run.federate_config import FederateConfig, load_federate_config
 from plait.run.federate_report import read_rounds, write_report
 from plait.run.folder import RunFolder, write_atomic
 from plait.run.model import adaptable_layers, load_tokenizer, load_with_new
 from plait.run.rows import read_rows
 
-_FORBID = {"extra": "forbid"}  # pydantic's: an unknown key is an error
+__all__ = ["FederateConfig", "conduct", "load_federate_config", "setting", "simulate", "site"]
+
 POOLED = "pooled"  # the one client of `central`
 
 
-@dataclass(kw_only=True)
-class FederatedConfig:
-    """The federated method. ranks: of all clients, one for each in the order of their names, or
-    client -> rank; None: method.r. options: of the federated method.
+# What server and clients have in common ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a config says of the clients, with the model and the data loaded.
+
+    roster: the clients. partition: client -> numbers of its training rows. data: the rows; None on
+    a server whose clients have their own. training: a client's local training. held: client -> its
+    held-out rows. run: the config of loading and evaluating. folder: of the run.
     """
 
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    method: str = "fedit"
-    ranks: int | list[int] | dict[str, int] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    roster: Roster
+    partition: Partition
+    data: DataBundle | None
+    training: LocalTraining
+    held: Mapping[str, Dataset | None]
+    run: RunConfig
 
 
-@dataclass(kw_only=True)
-class PartitionConfig:
-    """Which client gets which training rows. by: a column, `task` or `label`, for dirichlet,
-    by_column and shards. clients: how many, or their names. files: each of data.train is a client.
+def setting(config: FederateConfig, only: str | None = None) -> Setting:
+    """Load the model and the data of a run.
+
+    only: one client's name, whose machine this is; None: all clients, or the server.
+
+    Raises ValueError for what cannot be federated.
     """
-
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    kind: Literal["iid", "dirichlet", "by_column", "shards", "files"] = "iid"
-    clients: int | list[str] | None = None
-    by: str | None = None
-    alpha: float | None = None
-    per_client: int | None = None
-    min_rows: int | None = None
-    seed: int = 0
-
-
-@dataclass(kw_only=True)
-class SamplingConfig:
-    """Which clients take part in a round. fraction: share of them, without replacement."""
-
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    fraction: float = 1.0
-    seed: int = 0
-
-
-@dataclass(kw_only=True)
-class LocalConfig:
-    """Rounds, and a client's training in each of them: steps or epochs of AdamW.
-
-    dtype: of the uploads.
-    """
-
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    rounds: int = 10
-    steps: int | None = None
-    epochs: int | None = None
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-
-
-@dataclass(kw_only=True)
-class GuardConfig:
-    """The guard; see plait.federated.guard.GuardOptions."""
-
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    max_norm_ratio: float = 10.0
-    max_count_ratio: float = 10.0
-    aggregator: str = "mean"
-    trim: float = 0.2
-    faulty: int = 1
-    quarantine_after: int = 3
-    min_updates: int = 1
-
-
-@dataclass(kw_only=True)
-class HeldOutConfig:
-    """When the clients' models are measured. every: rounds, and after the last one; 0: never."""
-
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    every: int = 1
-    generate: bool = False
-    max_new_tokens: int = 64
-    batch_size: int = 32
-
-
-@dataclass(kw_only=True)
-class CheckpointsConfig:
-    """Server checkpoints. keep: how many."""
-
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    keep: int = 2
-
-
-@dataclass(kw_only=True)
-class FederateConfig:
-    """One checked federated run."""
-
-    model: ModelConfig
-    method: MethodConfig
-    federated: FederatedConfig
-    data: DataConfig
-    partition: PartitionConfig
-    sampling: SamplingConfig
-    local: LocalConfig
-    guard: GuardConfig
-    evaluation: HeldOutConfig
-    checkpoints: CheckpointsConfig
-    output: OutputConfig
-    deploy: DeployConfig = field(default_factory=DeployConfig)
-
-    def sections(self) -> dict[str, Any]:
-        """Section name -> its object."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    def dump(self) -> str:
-        """As YAML."""
-        return dump_sections(self.sections())
-
-    def algorithm(self) -> Algorithm:
-        """The federated method."""
-        given = self.federated.options.items()
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in given}
-        return algorithm(self.federated.method, **options)
-
-    def run_config(self) -> RunConfig:
-        """What loading the data and evaluating takes."""
-        evaluation = {k: v for k, v in vars(self.evaluation).items() if k != "every"}
-        return RunConfig(
-            model=self.model,
-            method=self.method,
-            data=self.data,
-            evaluation=EvaluationConfig(**evaluation),
-            output=self.output,
-        )
-
-
-def load_federate_config(path: str | Path, overrides: Sequence[str] = ()) -> FederateConfig:
-    """Read the config file of a federated run.
-
-    Raises FileNotFoundError for a missing file and ValueError for everything that is wrong in it,
-    with the file, the key, the value and the remedy.
-    """
-    sections: dict[str, Any] = get_type_hints(FederateConfig)
-    loaded = load_sections(path, sections, overrides, "See examples/federated/ for one.")
-    config = FederateConfig(**loaded)
-    try:
-        _check(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return config
-
-
-def _check(config: FederateConfig) -> None:
-    """Refuse what can be refused before anything is loaded."""
-    method, local = config.algorithm(), config.local
-    guard = GuardOptions(**vars(config.guard))
-    guard.mean(method)
-    Deployment(config.deploy)
-    LocalOptions(rounds=local.rounds, fraction=config.sampling.fraction, guard=guard)
-    _training(config, {}, None)
-    if config.method.lr_scale is not None:
-        raise ValueError("method.lr_scale is not taken in federated runs. Remove it.")
-    known = method_options(config.method.name)
-    if "r" not in known:
+    run, part = config.run_config(), config.partition
+    tokenizer = load_tokenizer(config.model)
+    method, pooled = config.algorithm(), config.federated.method == "central"
+    data = None
+    if part.kind != "own":
+        data = load_data(run, tokenizer)
+        partition = _partition(config, data)
+    else:
+        names = [str(name) for name in part.clients or ()]  # type: ignore[union-attr]
+        partition: Partition = {name: [] for name in names}
+        if only in partition:
+            data = load_data(run, tokenizer, part.labels)
+            partition[only] = list(range(len(data.train)))
+    clients = [POOLED] if pooled else list(partition)
+    if only is not None and only not in clients:
         raise ValueError(
-            f"method.name is {config.method.name!r}, which has no rank. Use lora, or a method of "
-            "plait."
+            f"client {only!r} is none of the run's. {did_you_mean(only, clients)} The clients are "
+            f"{', '.join(clients)}."
         )
-    reason = refusal(method, peft_config(config.method, config.model.task, tasks=["unknown"]))
-    if reason is not None:
-        raise ValueError(f"method.name is {config.method.name!r}: {reason}")
-    if method.key == "central" and local.epochs and config.sampling.fraction != 1:
-        raise ValueError(
-            "federated.method is 'central' with local.epochs and sampling.fraction = "
-            f"{config.sampling.fraction}: its examples cannot match. Give local.steps."
-        )
-    if config.evaluation.every < 0:
-        raise ValueError(f"evaluation.every = {config.evaluation.every}. Give 0 or more.")
-    if config.checkpoints.keep < 1:
-        raise ValueError(f"checkpoints.keep = {config.checkpoints.keep}. Give 1 or more.")
-    part = config.partition
-    taken = {
-        "iid": {"clients"},
-        "dirichlet": {"clients", "by", "alpha", "min_rows"},
-        "by_column": {"by"},
-        "shards": {"clients", "by", "per_client"},
-        "files": set(),
-    }[part.kind]
-    for name in ("clients", "by", "alpha", "per_client", "min_rows"):
-        if getattr(part, name) is not None and name not in taken:
-            raise ValueError(f"partition.{name} is no option of {part.kind}. Remove it.")
-    for name in sorted(taken & {"clients", "by", "alpha"}):
-        if getattr(part, name) is None:
-            raise ValueError(f"partition.{name} is not set, and {part.kind} needs it. Give it.")
-    data = config.data
-    if part.kind == "files":
-        if isinstance(data.train, str) or data.limit is not None:
-            raise ValueError(
-                "partition.kind is 'files', which takes a list of files in data.train and no "
-                "data.limit. Correct data."
-            )
-        if isinstance(data.validation, float):
-            raise ValueError(
-                f"data.validation is {data.validation}, a share, and partition.kind is 'files'. "
-                "Give a file of held-out rows."
-            )
+    labels = part.labels if data is None else data.labels
+    with keyed_randomness("base", config.sampling.seed):  # a new head is drawn
+        outputs = {"classification": len(labels or ()), "regression": 1}
+        classes = None if labels is None else dict(enumerate(labels))
+        base, new = load_with_new(config.model, outputs.get(config.model.task), classes)
+    base = to_device(base, run)
+    rows: Mapping[str, Any] = {}
+    held: Mapping[str, Dataset | None] = {}
+    if data is not None:
+        rows = {name: data.train.select(own) for name, own in partition.items()}
+        held = _held_out(config, data, list(partition))
+        if pooled:
+            rows, held = {POOLED: data.train}, {POOLED: held_out(data)}
+    training = config.training(rows, None if data is None else data.collator)
+    if pooled and training.steps is not None:
+        taking = max(int(config.sampling.fraction * len(partition)), 1)
+        training = replace(training, steps=training.steps * taking)
+    planned: dict[str, int] = {}
+    known = training.steps is not None or part.kind != "own"
+    if known and (config.sampling.fraction == 1 or pooled):  # else nobody knows them
+        planned = {name: config.local.rounds * training.steps_of(name) for name in clients}
+    configs = _configs(config, base, new, planned, clients, None if data is None else data.tasks)
+    if only is not None:
+        configs = {only: configs[only]}
+    return Setting(Roster(base, configs, method), partition, data, training, held, run)
 
 
-# The run ----------------------------------------------------------------------------------------
+# The clients ------------------------------------------------------------------------------------
 
 
-def simulate(
+def site(
     config: FederateConfig,
+    folder: str | Path,
+    only: str | None = None,
+    loaded: Setting | None = None,
+) -> Site:
+    """The clients' part of a run.
+
+    folder: of their private states. only: one client's name; None: all of them. loaded: what
+    `setting` returned; None: load it now. Raises what `setting` raises.
+    """
+    found = loaded or setting(config, only)
+
+    def evaluate(model: nn.Module, client: str) -> dict[str, Any]:
+        rows = found.held.get(client)
+        if rows is None or found.data is None:
+            return {}
+        bundle = replace(found.data, validation=rows, test=None)
+        metrics = evaluate_model(model, bundle, "validation", found.run)
+        return {k: v for k, v in metrics.items() if k not in ("tasks", "task_mean")}
+
+    return Site(
+        found.roster,
+        found.training,
+        folder,
+        run=config.federated.run,
+        seed=config.sampling.seed,
+        evaluate=evaluate,
+    )
+
+
+def answerer(config: FederateConfig, folder: Path, only: str | None = None) -> Answer:
+    """`site(..).answer`; a worker process builds its own with it."""
+    return site(config, folder, only).answer
+
+
+@contextmanager
+def trainer(config: FederateConfig, folder: Path, client: str) -> Iterator[Answer]:
+    """One client in a process of its own, warm between orders; it is killed where it hangs."""
+    make = partial(answerer, config, folder, client)
+    with Workers(make, 1, config.timeouts.deadlines(), config.engine.threads) as workers:
+
+        def answer(order: bytes) -> bytes:
+            return next(data for _, data in workers({client: order}))
+
+        yield answer
+
+
+# The server -------------------------------------------------------------------------------------
+
+
+def conduct(
+    config: FederateConfig,
+    exchange: Exchange,
+    *,
     resume: bool = False,
     progress: Progress | None = None,
     done: Callable[[RoundRecord], None] | None = None,
+    loaded: Setting | None = None,
 ) -> RunFolder:
-    """Run all rounds; return the run folder.
+    """The server's part of a run: all rounds and evaluations; returns the run folder.
 
-    resume: go on in output.dir after its last checkpoint. progress: called after each client.
-    done: called with the record of each round.
+    exchange: carries the orders. resume: go on in output.dir after its last checkpoint. progress:
+    called after each reply. done: called with the record of each round. loaded: what `setting`
+    returned; None: load it now.
 
     Raises FileExistsError where output.dir holds something and resume is False; ValueError for
     what cannot be federated, or a resumed config that differs in what decides the result;
-    TooFewUpdates and FloatingPointError as `Federation.step` does.
+    TooFewUpdates and FloatingPointError as `Server.step` does.
     """
     folder = _open(config, resume)
-    run = config.run_config()
-    tokenizer = load_tokenizer(config.model)
-    data = load_data(run, tokenizer)
-    partition = _partition(config, data)
-    with keyed_randomness("base", config.sampling.seed):  # a new head is drawn
-        outputs = {"classification": len(data.labels or ()), "regression": 1}
-        names = None if data.labels is None else dict(enumerate(data.labels))
-        base, new = load_with_new(config.model, outputs.get(config.model.task), names)
-    base = to_device(base, run)
-    method = config.algorithm()
-    clients = [POOLED] if method.key == "central" else list(partition)
-    rows = {name: data.train.select(own) for name, own in partition.items()}
-    held = _held_out(config, data, list(partition))
-    steps = config.local.steps
-    if method.key == "central":
-        rows, held = {POOLED: data.train}, {POOLED: held_out(data)}
-        taking = max(int(config.sampling.fraction * len(partition)), 1)
-        steps = None if steps is None else steps * taking
-    training = replace(_training(config, rows, data.collator), steps=steps)
-    planned: dict[str, int] = {}
-    if config.sampling.fraction == 1 or method.key == "central":  # else nobody knows them
-        planned = {name: config.local.rounds * training.steps_of(name) for name in clients}
-    federation = Federation(
-        base,
-        _configs(config, base, new, planned, clients, data.tasks),
-        method,
-        training,
-        folder.path,
-        LocalOptions(
-            rounds=config.local.rounds,
-            fraction=1.0 if method.key == "central" else config.sampling.fraction,
-            seed=config.sampling.seed,
-            dtype=config.local.dtype,
-            guard=GuardOptions(**vars(config.guard)),
-            keep=config.checkpoints.keep,
-        ),
-        facts={
-            "sections": {
-                name: asdict(section)
-                for name, section in config.sections().items()
-                if name in ("model", "data", "partition")
-            },
-            "local": {k: v for k, v in vars(config.local).items() if k != "rounds"},
-            "rows": {name: len(own) for name, own in rows.items()},
-        },
+    found = loaded or setting(config)
+    privacy = _privacy(config, folder, list(found.roster.clients))
+    server = Server(
+        found.roster,
+        folder.path / "server",
+        config.server_options(),
+        facts=_facts(config, found),
         resume=resume,
+        privacy=privacy,
         progress=progress,
     )
     write_atomic(folder.config, config.dump())
-    write_atomic(folder.path / "partition.json", json.dumps(partition) + "\n")
-    lines = [row for row in read_rounds(folder.metrics) if row["round"] <= federation.round]
+    write_atomic(folder.path / "partition.json", json.dumps(found.partition) + "\n")
+    lines = [row for row in read_rounds(folder.metrics) if row["round"] <= server.round]
     write_atomic(folder.metrics, "".join(json.dumps(row) + "\n" for row in lines))
 
     def note(record: RoundRecord) -> None:
@@ -335,17 +215,24 @@ def simulate(
         if done is not None:
             done(record)
 
+    held = [name for name in found.roster.clients if found.held.get(name) is not None]
+    if found.data is None and (config.data.validation is not None or config.data.test is not None):
+        held = list(found.roster.clients)
     while True:
-        number, every = federation.round, config.evaluation.every
+        number, every = server.round, config.evaluation.every
         due = bool(every) and (number % every == 0 or number >= config.local.rounds)
-        there = any(row["kind"] == "evaluation" and row["round"] == number for row in lines)
-        if due and not there and any(part is not None for part in held.values()):
-            measured = _measure(federation, data, run, held)
+        there = {row["kind"] for row in lines if row["round"] == number}
+        if due and held and "evaluation" not in there:
+            measured = server.evaluate(exchange, held)
             _append(folder.metrics, {"kind": "evaluation", "round": number, "clients": measured})
-        if number >= config.local.rounds:
+        last = number >= config.local.rounds
+        spent = server.privacy_report() if due or last else None
+        if spent is not None and "privacy" not in there:
+            _append(folder.metrics, {"kind": "privacy", **asdict(spent), "round": number})
+        if last:
             break
-        federation.step(note)
-    write_report(folder, method, config.federated.method)
+        server.step(exchange, note)
+    write_report(folder, server.method, config.federated.method)
     return folder
 
 
@@ -358,24 +245,102 @@ def _open(config: FederateConfig, resume: bool) -> RunFolder:
     return RunFolder(path)
 
 
+def _facts(config: FederateConfig, found: Setting) -> dict[str, Any]:
+    """What decides the result beside the method and the server's options."""
+    return {
+        "sections": {
+            name: asdict(section)
+            for name, section in config.sections().items()
+            if name in ("model", "data", "partition")
+        },
+        "local": {k: v for k, v in vars(config.local).items() if k != "rounds"},
+        "rows": {name: len(own) for name, own in found.training.rows.items()},
+    }
+
+
+def _privacy(config: FederateConfig, folder: RunFolder, clients: Sequence[str]) -> Privacy | None:
+    """The options of privacy with their secret, and the accountant asked once, before training."""
+    if not config.privacy.on:
+        return None
+    given = config.privacy.key_file
+    path = Path(given) if given is not None else folder.path / "privacy.key"
+    if given is None and not path.exists():
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+    if not path.is_file():
+        raise FileNotFoundError(f"privacy.key_file: {path} is no file. Give one with a secret.")
+    privacy = config.privacy.options(path.read_text(encoding="utf-8").strip())
+    privacy.report(config.sampling.fraction, len(clients), config.local.rounds)
+    return privacy
+
+
 def _append(path: Path, row: Mapping[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def _training(config: FederateConfig, rows: Mapping[str, Any], collate: Any) -> LocalTraining:
-    local = config.local
-    return LocalTraining(
-        rows,
-        collate,
-        steps=local.steps,
-        epochs=local.epochs,
-        batch_size=local.batch_size,
-        learning_rate=local.learning_rate,
-        weight_decay=local.weight_decay,
-        max_grad_norm=local.max_grad_norm,
-        seed=config.sampling.seed,
-    )
+# Both on this machine ---------------------------------------------------------------------------
+
+
+def simulate(
+    config: FederateConfig,
+    resume: bool = False,
+    progress: Progress | None = None,
+    done: Callable[[RoundRecord], None] | None = None,
+) -> RunFolder:
+    """Run all rounds with all clients on this machine; arguments and errors as in `conduct`."""
+    times, engine, path = config.timeouts, config.engine, Path(config.output.dir)
+    if config.partition.kind == "own":
+        raise ValueError(
+            "partition.kind is 'own', where each client's machine has its rows. Use 'files' to "
+            "simulate them here."
+        )
+    if engine.kind == "local" and not engine.workers and {times.first, times.floor} != {None}:
+        raise ValueError(
+            "timeouts: one process cannot end itself. Give engine.workers, 1 or more, or remove "
+            "timeouts.first and timeouts.floor."
+        )
+    if not resume:
+        RunFolder.create(path)  # refuse before anything is loaded
+    conducted = partial(conduct, config, resume=resume, progress=progress, done=done)
+    make = partial(answerer, config, path / "clients")
+    with _threads(engine.threads) as threads:
+        if engine.kind == "flower":
+            return _on_flower(config, conducted, make, threads)
+        if engine.workers:
+            with Workers(make, engine.workers, times.deadlines(), threads) as workers:
+                return conducted(workers)
+        loaded = setting(config)
+        own = site(config, path / "clients", loaded=loaded)
+
+        def exchange(orders: Mapping[str, bytes]) -> Iterable[tuple[str, bytes]]:
+            return ((name, own.answer(orders[name])) for name in orders)
+
+        return conducted(exchange, loaded=loaded)
+
+
+def _on_flower(
+    config: FederateConfig,
+    conducted: Callable[..., RunFolder],
+    make: Callable[[], Answer],
+    threads: int,
+) -> RunFolder:
+    raise NotImplementedError
+
+
+@contextmanager
+def _threads(wanted: int | None) -> Iterator[int]:
+    """Torch's threads: the number decides the last bits of a sum, so all processes take one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield wanted or before
+    finally:
+        torch.set_num_threads(before)
+
+
+# Rows and adapters of the clients ---------------------------------------------------------------
 
 
 def _partition(config: FederateConfig, data: DataBundle) -> Partition:
@@ -484,20 +449,3 @@ def _held_out(
     values = list(map(str, rows[by]))
     own = {name: [i for i, value in enumerate(values) if value == name] for name in clients}
     return {name: rows.select(found) if found else None for name, found in own.items()}
-
-
-def _measure(
-    federation: Federation,
-    data: DataBundle,
-    run: RunConfig,
-    held: Mapping[str, Dataset | None],
-) -> dict[str, dict[str, Any]]:
-    """Client -> metrics of its own model, as it would start the next round."""
-    found = {}
-    for name, rows in held.items():
-        if rows is not None:
-            bundle = replace(data, validation=rows, test=None)
-            model = federation.model_of(name)
-            metrics = evaluate_model(model, bundle, "validation", run)
-            found[name] = {k: v for k, v in metrics.items() if k not in ("tasks", "task_mean")}
-    return found

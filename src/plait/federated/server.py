@@ -1,0 +1,460 @@
+"""The server's side: the rounds, their checks, the aggregate, the checkpoint.
+
+    select -> order for each client -> (exchange) -> check and spool each upload as it comes
+           -> norm filter -> at least min_updates -> aggregate, in the order of the names
+           -> checkpoint -> next round
+
+The server trains nothing and opens no connection: an `Exchange` carries the orders to the clients
+and brings what they reply. The order in which replies come changes no bit. Accepted uploads wait on
+the disk, and a mean reads one at a time. What a client or its machine does wrong is noted in the
+round's record; a round with too few good updates is run again up to `retries` times, then it is an
+error.
+
+Limits: downloads are fp32, whatever the dtype of the uploads.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plait.federated.adapter import StateDict
+from plait.federated.client import Roster
+from plait.federated.guard import Guard, GuardOptions, TooFewUpdates
+from plait.federated.methods import (
+    FedEx,
+    FedIt,
+    Mean,
+    State,
+    aggregation_error,
+    weights_of,
+)
+from plait.federated.partition import select
+from plait.federated.payload import (
+    DTYPES,
+    CorruptFrame,
+    Reason,
+    Rejected,
+    Round,
+    check_name,
+    unpack,
+)
+from plait.federated.privacy import Privacy, PrivacyReport
+from plait.federated.protocol import Exchange, Kind, Order, Reply
+from plait.federated.state import Checkpoint, Checkpoints, Spool, config_hash
+
+Progress = Callable[[int, int, int, str], None]  # (round, clients done, clients in all, client)
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Options of a run.
+
+    run: its name. rounds: of the whole run. fraction: share of the clients in a round. seed: of
+    the selection and of what is random in training. dtype: of the uploads. guard: see there.
+    keep: server checkpoints. retries: of a round with too few updates.
+    """
+
+    run: str = "run"
+    rounds: int = 10
+    fraction: float = 1.0
+    seed: int = 0
+    dtype: str = "fp32"
+    guard: GuardOptions = field(default_factory=GuardOptions)
+    keep: int = 2
+    retries: int = 0
+
+    def __post_init__(self) -> None:
+        check_name("run", self.run)
+        if self.rounds < 1:
+            raise ValueError(f"rounds = {self.rounds}. Give 1 or more.")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(
+                f"sampling.fraction = {self.fraction}. Give a share above 0 and up to 1."
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype = {self.dtype!r} is none of {', '.join(DTYPES)}.")
+        if self.retries < 0:
+            raise ValueError(f"retries = {self.retries}. Give 0 or more.")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one client in one round.
+
+    up, down: of the tensors, as sent; up is 0 for an upload that was not read. up_formula,
+    down_formula: by the method's formula, for a client of the last round. up_frame, down_frame:
+    with digests, headers and names.
+    """
+
+    up: int
+    up_formula: int
+    up_frame: int
+    down: int
+    down_formula: int
+    down_frame: int
+
+
+@dataclass
+class RoundRecord:
+    """What happened in a round.
+
+    round: 1, 2, ... selected, accepted: clients. metrics: client -> what its training returned.
+    weights: client -> w_i. capped: clients whose claimed examples were cut by the guard. rejected:
+    (client, reason, text), in the order of the clients. failed: client -> what went wrong there.
+    traffic: client -> bytes. aggregation_error: layer -> of fedit's mean, where A and B are sent
+    with one rank. seconds: client -> of its reply, by its own clock.
+    """
+
+    round: int
+    selected: list[str]
+    accepted: list[str] = field(default_factory=list)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    capped: list[str] = field(default_factory=list)
+    rejected: list[tuple[str, str, str]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+    aggregation_error: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class Server:
+    """The server of a run; `step` is a round.
+
+    Args:
+        roster: all clients, with their models.
+        folder: for the checkpoints and the uploads of the round.
+        options: see ServerOptions.
+        facts: what else decides the result, such as the data; a resumed run must have the same.
+        resume: go on from the newest checkpoint; from the start where there is none.
+        privacy: clip and noise the updates; None: neither.
+        progress: called after each reply.
+
+    Raises:
+        ValueError: clients that the method cannot serve, a checkpoint that is there without
+            `resume`, or one of another config.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        folder: str | Path,
+        options: ServerOptions | None = None,
+        *,
+        facts: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        privacy: Privacy | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.roster, self.method, self.clients = roster, roster.method, roster.clients
+        self.options, self.privacy = options or ServerOptions(), privacy
+        self.progress = progress or (lambda round, done, total, client: None)
+        self._mean = self.options.guard.mean(self.method)
+        first, self._frozen = roster.start()
+        if privacy is not None:
+            self._check_privacy(privacy)
+        own = asdict(self.options)
+        for name in ("rounds", "keep", "retries"):  # change no bit of a round
+            del own[name]
+        hidden = None if privacy is None else {"clip": privacy.clip, "noise": privacy.noise}
+        self._config = config_hash(
+            {"method": [self.method.key, asdict(self.method)], "options": own}
+            | {"clients": roster.described, "facts": dict(facts or {}), "privacy": hidden}
+        )
+        self._checkpoints = Checkpoints(Path(folder), self.options.keep)
+        self._spool = Spool(Path(folder) / "spool")  # of the round that runs
+        found = self._checkpoints.latest(self._config)
+        if found is not None and not resume:
+            raise ValueError(
+                f"{self._checkpoints.folder}: holds round {found.state.round} of a run. Resume it, "
+                "or use another folder."
+            )
+        self._last = found or Checkpoint(self.options.run, self.method.key, self._config, first)
+        self.guard = Guard(self.options.guard, copy.deepcopy(self._last.rejections))
+
+    def _check_privacy(self, privacy: Privacy) -> None:
+        privacy.check(self.method, self.options.guard, len(self.clients))
+        least = self.options.guard.min_updates
+        for number in range(1, self.options.rounds + 1):
+            drawn = len(self._selected(number))
+            if drawn < least:
+                raise ValueError(
+                    f"privacy: round {number} draws {drawn} clients, {least} are needed "
+                    f"(sampling.fraction = {self.options.fraction}, each client by itself). Raise "
+                    "sampling.fraction or lower guard.min_updates."
+                )
+
+    # What it knows ------------------------------------------------------------------------------
+
+    @property
+    def round(self) -> int:
+        """Completed rounds."""
+        return self._last.state.round
+
+    @property
+    def state(self) -> State:
+        """The server's state of the method."""
+        return self._last.state
+
+    def privacy_report(self) -> PrivacyReport | None:
+        """(epsilon, delta) of the completed rounds; None without privacy, or before round 1.
+
+        Raises:
+            ImportError: the accountant is not installed.
+        """
+        if self.privacy is None or not self.round:
+            return None
+        return self.privacy.report(self.options.fraction, len(self.clients), self.round)
+
+    def order(self, kind: Kind, client: str) -> tuple[Order, StateDict]:
+        """What a client is to do next, and what it gets for that."""
+        last = self._last
+        order = Order(
+            kind,
+            self.options.run,
+            self.round + 1,
+            client,
+            last.last_accepted.get(client, 0),
+            self.options.dtype,
+        )
+        held = last.trunks.get(client, 0)
+        return order, self.method.payload_down(last.state, self.clients[client], held)
+
+    # A round ------------------------------------------------------------------------------------
+
+    def step(
+        self, exchange: Exchange, done: Callable[[RoundRecord], None] | None = None
+    ) -> RoundRecord:
+        """One round.
+
+        Args:
+            exchange: carries the orders.
+            done: called with the record before the checkpoint is written: after a crash in between
+                the round is run again, to the same record.
+
+        Raises:
+            TooFewUpdates: fewer accepted updates than guard.min_updates in each try; the state
+                stays.
+            FloatingPointError: the aggregate is not finite; the state stays.
+        """
+        for left in reversed(range(self.options.retries + 1)):
+            try:
+                return self._round(exchange, done)
+            except TooFewUpdates:
+                if not left:
+                    raise
+        raise AssertionError
+
+    def evaluate(self, exchange: Exchange, clients: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Client -> metrics of its own model, as it would start the next round.
+
+        A client that fails is left out, with its text under `failed`.
+        """
+        orders = _Orders(clients, lambda name: self._packed("evaluate", name))
+        found: dict[str, dict[str, Any]] = {}
+        for number, (name, data) in enumerate(exchange(orders), 1):
+            reply = _read(name, data)
+            found[name] = {"failed": reply.failed} if reply.failed else reply.metrics
+            self.progress(self.round, number, len(clients), name)
+        return dict(sorted(found.items()))
+
+    def _packed(self, kind: Kind, client: str) -> bytes:
+        order, down = self.order(kind, client)
+        return order.pack(down)
+
+    def _selected(self, number: int) -> list[str]:
+        """Private runs draw by the secret key: who knows the draw gains from no sampling."""
+        private = self.privacy
+        seed = self.options.seed if private is None else f"{private.key}/select"
+        names = list(self.clients)
+        return select(names, self.options.fraction, seed, number, poisson=private is not None)
+
+    def _round(self, exchange: Exchange, done: Callable[[RoundRecord], None] | None) -> RoundRecord:
+        number, last = self.round + 1, self._last
+        # From the checkpoint: a round that failed and is run again counts once.
+        self.guard = Guard(self.options.guard, copy.deepcopy(last.rejections))
+        names = self._selected(number)
+        record, self._spool = RoundRecord(number, names), Spool(self._spool.folder)
+        claimed, digests, sizes = self._collect(exchange, record)
+        for name, rejected in self.guard.screen(sizes).items():
+            self._note(record, rejected)
+            self._spool.drop(name)
+            del claimed[name]
+        _in_order(record)
+        self._require(record)
+        counts = self.guard.counts(claimed)
+        record.accepted = sorted(counts)
+        record.capped = [name for name in record.accepted if counts[name] < claimed[name]]
+        record.weights = weights_of(counts)
+        if isinstance(self.method, FedIt | FedEx):
+            record.aggregation_error = aggregation_error(self._spool, record.weights, self.clients)
+        state = self.method.aggregate(
+            self._spool, record.weights, last.state, self.clients, self._mean_of(number)
+        )
+        _finite(state)
+        if done is not None:
+            done(record)
+        after = replace(
+            last,
+            state=state,
+            last_accepted={**last.last_accepted, **dict.fromkeys(counts, number)},
+            trunks={**last.trunks, **dict.fromkeys(counts, number - 1)},
+            rejections=copy.deepcopy(self.guard.rejections),
+            accepted={name: digests[name] for name in record.accepted},
+        )
+        self._checkpoints.save(after)
+        self._last = after
+        self._spool.clear()
+        return record
+
+    def _mean_of(self, number: int) -> Mean:
+        if self.privacy is None:
+            return self._mean
+        return self.privacy.mean(self.options.fraction * len(self.clients), number)
+
+    def _collect(
+        self, exchange: Exchange, record: RoundRecord
+    ) -> tuple[dict[str, int], dict[str, str], dict[str, float]]:
+        """Client -> claimed examples, digest and norm of each upload that passed its checks."""
+        last, number, seen = self._last, record.round, set[str]()
+        asked = []
+        for name in record.selected:
+            if self.guard.quarantined(name):
+                text = f"rejected {self.guard.options.quarantine_after} times or more in this run"
+                self._note(record, Rejected(Reason.QUARANTINED, name, text))
+            else:
+                asked.append(name)
+        sent: dict[str, tuple[int, int]] = {}
+
+        def order(name: str) -> bytes:
+            header, down = self.order("train", name)
+            data = header.pack(down)
+            sent[name] = (_bytes(down), len(data))
+            return data
+
+        expected = Round(
+            self.options.run,
+            number,
+            self.method,
+            {name: self.clients[name] for name in asked},
+            {name: last.last_accepted.get(name, 0) for name in asked},
+            self.options.dtype,
+            self._frozen,
+            seen,
+        )
+        size, cohort = DTYPES[self.options.dtype].itemsize, [self.clients[c] for c in last.accepted]
+        claimed: dict[str, int] = {}
+        digests: dict[str, str] = {}
+        sizes: dict[str, float] = {}
+        answered = set[str]()
+        for name, data in exchange(_Orders(asked, order)):
+            reply = _read(name, data)
+            if name not in answered:
+                answered.add(name)
+                self.progress(number, len(answered), len(asked), name)
+            if reply.failed:
+                if name not in seen:  # nothing accepted is lost to a second, failed reply
+                    record.failed[name] = reply.failed
+                continue
+            try:
+                upload = unpack(reply.upload, expected, name)
+            except Rejected as rejected:
+                self._note(record, rejected)
+                up = 0
+            else:
+                seen.add(name)
+                record.failed.pop(name, None)
+                self._spool.add(name, reply.upload)
+                claimed[name], digests[name] = upload.header.n_examples, upload.sha256
+                sizes[name] = self.method.size(
+                    upload.tensors, self.clients[name], last.state.tensors
+                )
+                record.metrics[name] = _numbers(reply.metrics)
+                record.seconds[name] = reply.seconds
+                up = _bytes(upload.tensors)
+            if name in sent and name not in record.traffic:
+                client, (down, frame) = self.clients[name], sent[name]
+                record.traffic[name] = Traffic(
+                    up,
+                    size * self.method.numbers_up(client),
+                    len(reply.upload),
+                    down,
+                    4 * self.method.numbers_down(client, cohort),
+                    frame,
+                )
+        for name in set(asked) - answered:
+            record.failed[name] = "no reply"
+        return claimed, digests, sizes
+
+    def _note(self, record: RoundRecord, rejected: Rejected) -> None:
+        self.guard.count(rejected)
+        record.rejected.append((rejected.client, rejected.reason.value, str(rejected)))
+
+    def _require(self, record: RoundRecord) -> None:
+        try:
+            self.guard.require(self._spool, record.round)
+        except TooFewUpdates as error:
+            listed = [f"{name} failed: {text}" for name, text in record.failed.items()]
+            listed += [text for _, _, text in record.rejected]
+            raise TooFewUpdates("\n  ".join([str(error), *listed])) from None
+
+
+class _Orders(Mapping[str, bytes]):
+    """Client -> order, made when it is asked for: one in memory at a time."""
+
+    def __init__(self, clients: Sequence[str], make: Callable[[str], bytes]) -> None:
+        self.clients, self.make = clients, make
+
+    def __getitem__(self, client: str) -> bytes:
+        return self.make(client)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.clients)
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+
+def _read(client: str, data: bytes) -> Reply:
+    try:
+        return Reply.unpack(data)
+    except CorruptFrame as error:
+        return Reply(client, failed=str(error))
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of what a client says of its training."""
+    return {
+        name: value
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def _in_order(record: RoundRecord) -> None:
+    """By the names of the clients, whatever the order the replies came in."""
+    record.rejected.sort(key=lambda row: row[0])
+    for name in ("metrics", "failed", "traffic", "seconds"):
+        setattr(record, name, dict(sorted(getattr(record, name).items())))
+
+
+def _bytes(tensors: StateDict) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors.values())
+
+
+def _finite(state: State) -> None:
+    for key, x in state.tensors.items():
+        if not torch.isfinite(x).all():
+            raise FloatingPointError(
+                f"round {state.round}: the aggregate of {key} has NaN or infinite values, though "
+                "no update had. Lower guard.max_norm_ratio."
+            )

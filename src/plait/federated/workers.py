@@ -1,0 +1,228 @@
+"""Clients in worker processes: several at a time, each with a deadline, each allowed to die.
+
+    exchange: an idle worker gets the next order; a worker that is silent at the deadline is killed;
+              one that dies takes its order with it; both are replaced before the next order
+
+A worker is a new Python process that builds its own answerer (base model, adapters, data) once and
+answers order after order. Private states are files, so any worker can answer for any client.
+
+Limits: one machine. A worker holds a base model of its own. Time spent in an order cannot be told
+from time spent hanging, but by the deadline.
+"""
+
+import multiprocessing as mp
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from statistics import median
+from typing import Any
+
+from plait.federated.protocol import Answer, failure
+
+_BUILT = b"built"
+
+
+class Deadlines:
+    """How long a reply may take.
+
+    `first` seconds until one has come, for the cold start; then max(`floor`, 3 x the largest median
+    of an exchange so far). An exchange is the training or the evaluation of a round; a few slow
+    clients do not move its median.
+    """
+
+    def __init__(self, first: float, floor: float) -> None:
+        for name, seconds in (("first", first), ("floor", floor)):
+            if not seconds > 0:
+                raise ValueError(f"timeouts.{name} = {seconds}. Give seconds above 0.")
+        self.first, self.floor = first, floor
+        self._slowest, self._now = 0.0, list[float]()
+
+    def begin(self) -> None:
+        """An exchange begins."""
+        self._slowest, self._now = self._median(), []
+
+    def note(self, seconds: float) -> None:
+        """A reply took so long."""
+        self._now.append(seconds)
+
+    def limit(self) -> float:
+        """Seconds that the next reply may take."""
+        slowest = self._median()
+        return max(self.floor, 3 * slowest) if slowest else self.first
+
+    def _median(self) -> float:
+        return max(self._slowest, median(self._now) if self._now else 0.0)
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    client: str = ""  # whose order it has
+    since: float = 0.0
+    until: float = float("inf")
+    built: bool = False
+
+
+class Workers:
+    """A pool of worker processes; it is an `Exchange`, and closes as a context manager.
+
+    Args:
+        make: builds the answerer, in the worker; a picklable function of no arguments.
+        count: processes.
+        deadlines: None: a reply may take for ever.
+        threads: torch's, in each worker; None: torch's own choice.
+
+    Raises:
+        RuntimeError: when an exchange begins, if a worker could not build its answerer.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Answer],
+        count: int,
+        deadlines: Deadlines | None = None,
+        threads: int | None = None,
+    ) -> None:
+        if count < 1:
+            raise ValueError(f"engine.workers = {count}. Give 1 or more.")
+        self.make, self.count, self.threads = make, count, threads
+        self.deadlines = deadlines
+        self._pool: list[_Worker] = []
+
+    def __enter__(self) -> "Workers":
+        self._pool += [self._start() for _ in range(self.count - len(self._pool))]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all workers."""
+        while self._pool:
+            self._end(self._pool[0])
+
+    def __call__(self, orders: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+        """Carry the orders; see `protocol.Exchange`."""
+        left = list(orders)
+        if self.deadlines is not None:
+            self.deadlines.begin()
+        try:
+            while left or any(w.client for w in self._pool):
+                while len(self._pool) < min(self.count, len(left)):
+                    self._pool.append(self._start())
+                for worker in self._pool:
+                    if left and worker.built and not worker.client:
+                        yield from self._give(worker, left.pop(0), orders)
+                yield from self._heard()
+        finally:  # an exchange that is left half way leaves nobody with an old order
+            for worker in [w for w in self._pool if w.client]:
+                self._end(worker)
+
+    def _give(
+        self, worker: _Worker, client: str, orders: Mapping[str, bytes]
+    ) -> Iterator[tuple[str, bytes]]:
+        try:
+            worker.pipe.send_bytes(orders[client])
+        except OSError:  # it died while it was idle
+            worker.client = client
+            yield client, self._lost(worker)
+            return
+        worker.client, worker.since = client, time.monotonic()
+        if self.deadlines is not None:
+            worker.until = worker.since + self.deadlines.limit()
+
+    def _heard(self) -> Iterator[tuple[str, bytes]]:
+        """What came, until something did."""
+        now = time.monotonic()
+        first = min((w.until for w in self._pool), default=now)
+        ready = wait([w.pipe for w in self._pool], max(0.0, min(first - now, 1.0)))
+        for worker in list(self._pool):
+            client = worker.client
+            if worker.pipe in ready:
+                try:
+                    data = worker.pipe.recv_bytes()
+                except (EOFError, OSError):
+                    if not client:  # it had no order, so it died of itself or while it was built
+                        self._died(worker)
+                    else:
+                        yield client, self._lost(worker)
+                    continue
+                if not worker.built:
+                    self._settle(worker, data)
+                    continue
+                if self.deadlines is not None:
+                    self.deadlines.note(time.monotonic() - worker.since)
+                worker.client, worker.until = "", float("inf")
+                yield client, data
+            elif time.monotonic() > worker.until:
+                seconds = worker.until - worker.since
+                self._end(worker)
+                yield client, failure(client, f"TimeoutError: no reply within {seconds:.3g} s")
+
+    def _settle(self, worker: _Worker, data: bytes) -> None:
+        if data != _BUILT:
+            self.close()
+            raise RuntimeError(f"a worker process could not start: {data.decode()}")
+        worker.built = True
+
+    def _died(self, worker: _Worker) -> None:
+        code, built = self._end(worker), worker.built
+        if not built:
+            self.close()
+            raise RuntimeError(
+                f"a worker process ended with exit code {code} while it was built. Look at what it "
+                "printed, or give it more memory."
+            )
+
+    def _lost(self, worker: _Worker) -> bytes:
+        code = self._end(worker)
+        return failure(worker.client, f"ChildProcessError: its process ended, exit code {code}")
+
+    def _start(self) -> _Worker:
+        context = mp.get_context("spawn")  # a fork of a process with threads can hang
+        here, there = context.Pipe()
+        process = context.Process(target=_work, args=(there, self.make, self.threads), daemon=True)
+        process.start()
+        there.close()
+        return _Worker(process, here)
+
+    def _end(self, worker: _Worker) -> int | None:
+        """Kill a worker; its exit code."""
+        self._pool.remove(worker)
+        worker.pipe.close()
+        worker.process.join(0.05)
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
+        return worker.process.exitcode
+
+
+def _work(pipe: Connection, make: Callable[[], Answer], threads: int | None) -> None:
+    """A worker's life."""
+    import torch
+
+    threading.Thread(target=_watch, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the head ends it
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        answer = make()
+    except Exception as error:
+        pipe.send_bytes(f"{type(error).__name__}: {error}".encode())
+        return
+    pipe.send_bytes(_BUILT)
+    while True:
+        pipe.send_bytes(answer(pipe.recv_bytes()))
+
+
+def _watch() -> None:
+    """End with the head, also in the middle of an order."""
+    head = mp.parent_process()
+    if head is not None:
+        head.join()
+    os._exit(0)
