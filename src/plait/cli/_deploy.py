@@ -201,10 +201,14 @@ def _run(args: argparse.Namespace, resume: bool = False) -> int:
 
 
 def _submit(config: "FederateConfig", deployment: "Deployment", resume: bool) -> int:
+    from plait.core.files import write_atomic
     from plait.federated.flower import write_app
     from plait.run.deploy import submit
 
-    app = write_app(deployment.home / "app", config)
+    deployment.prepare()
+    file = deployment.home / "run.yaml"
+    write_atomic(file, config.dump())  # with the overrides
+    app = write_app(deployment.home / "app", file)
     return submit(deployment, app, _say, {"resume": resume})
 
 

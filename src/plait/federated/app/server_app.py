@@ -1,0 +1,32 @@
+"""The server program: all rounds of the run whose config file lies beside it.
+
+Flower starts it once for a run, in the folder that the SuperLink was started in; relative paths of
+the config file count from there. Whatever it raises makes the Flower run fail, and the details of
+the run's status name the type of the error. Run config: `resume`, a bool.
+"""
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from plait.federated.flower import GridExchange
+from plait.run.federate import conduct, load_federate_config
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run it, or what is left of it."""
+    try:
+        config = load_federate_config(Path(__file__).with_name("run.yaml"))
+        exchange = GridExchange(
+            grid,
+            wait=config.timeouts.online(),
+            deadlines=config.timeouts.deadlines(),
+            least=config.guard.min_updates,
+        )
+        conduct(config, exchange, resume=bool(context.run_config["resume"]))
+    except Exception as error:  # Flower keeps the text alone
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
