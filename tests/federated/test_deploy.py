@@ -147,6 +147,19 @@ def test_held_signals_come_later() -> None:
     assert done == ["whole"]
 
 
+def test_a_second_signal_does_not_cut_the_cleaning_short() -> None:
+    done = []
+    with deploy.Signals():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            done.append("cleaned")
+    assert done == ["cleaned"]
+
+
 # With processes ---------------------------------------------------------------------------------
 
 needs_flwr = pytest.mark.skipif(

@@ -229,9 +229,10 @@ def _status(args: argparse.Namespace) -> int:
     else:
         table = Table("run", "status", "since", "details", title=f"runs at {deployment.address}")
         for row in known:
-            table.add_row(row["run-id"], row["status"], row["pending-at"], row["status-details"])
+            details = row["status-details"].removeprefix("N/A")
+            table.add_row(row["run-id"], row["status"], row["pending-at"], details)
         screen.print(table)
-    folder = RunFolder(config.output.dir)
+    folder = RunFolder(Path(config.output.dir))
     rounds = [row for row in read_rounds(folder.metrics) if row["kind"] == "round"]
     if not rounds:
         screen.print(f"{folder.path}: no round is complete.", soft_wrap=True)

@@ -14,8 +14,8 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     parser = subparsers.add_parser(
         "federate",
         help="federated fine-tuning, simulated or on a network",
-        description="Federated fine-tuning: `simulate` on this machine, or with a server and "
-        "clients on a network, which takes `certs`, `serve`, `join` and `run`.",
+        description="Federated fine-tuning. `simulate` does all on this machine and sends nothing "
+        "over a network. With a server and clients it takes `certs`, `serve`, `join` and `run`.",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     simulate = actions.add_parser("simulate", help="run all rounds of a config file")

@@ -47,7 +47,7 @@ SWITCHES = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds; 1 by default, and twice in a message
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",  # seconds; 1 by default, and once in a message
 }
 LINK = "plait"  # the connection's name in flwr's config.toml
 PATIENCE = 90.0  # seconds; a lost SuperNode counts as online for up to 60
@@ -300,11 +300,12 @@ class Program:
 class Signals:
     """Ctrl-C, SIGTERM and a closed terminal all raise KeyboardInterrupt, within the `with`.
 
-    held: while it is, they wait.
+    The first one does. Later ones are ignored: what runs then cleans up, and has its own limits.
+    held: while it is, the first one waits.
     """
 
     def __init__(self) -> None:
-        self._held = self._waiting = False
+        self._held = self._waiting = self._done = False
 
     def __enter__(self) -> "Signals":
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -318,7 +319,8 @@ class Signals:
     def _act(self, number: int, frame: FrameType | None) -> None:
         if self._held:
             self._waiting = True
-        else:
+        elif not self._done:
+            self._done = True
             raise KeyboardInterrupt
 
     @contextmanager
@@ -330,7 +332,7 @@ class Signals:
         finally:
             self._held = False
         if self._waiting:
-            self._waiting = False
+            self._done = True
             raise KeyboardInterrupt
 
 
@@ -475,7 +477,10 @@ def join(
                 left = since + patience - time.monotonic()
                 _give_up(deployment, key, last, left <= 0)
                 if not accepted:
-                    say(f"{client}: refused, trying again for {left:.0f} s. {_short(key, last)}")
+                    say(
+                        f"{client}: not accepted, trying again for {left:.0f} s. "
+                        f"{_short(key, last)}"
+                    )
                 time.sleep(max(min(delay, left), 0.0))
                 delay = min(2 * delay, 15.0)
         except KeyboardInterrupt:
@@ -599,8 +604,7 @@ def submit(
         except KeyboardInterrupt:
             if run:
                 say(f"Stopping run {run}.")
-                with signals.held():
-                    _stop(deployment, run, say)
+                _stop(deployment, run, say)
             return 130
 
 
@@ -626,7 +630,7 @@ def _follow(deployment: Deployment, run: str, say: Say) -> int:
         finally:
             stream.stop()
         state = _state(deployment, run)
-        status, details = state["status"], state["status-details"]
+        status, details = state["status"], state["status-details"].removeprefix("N/A")
         if status.startswith("finished"):
             break
         time.sleep(1.0)
