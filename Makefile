@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # A core each for two test processes; more threads than cores only get in each other's way.
 WORKERS ?= 2
 
-.PHONY: demo test lint format docs assets clean
+.PHONY: demo test test-deploy lint format docs assets clean
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ demo: $(VENV)/core.stamp
 
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+
+# Servers and clients that are killed, and whole runs of them: some minutes. Needs plait[federated].
+test-deploy: $(VENV)/dev.stamp
+	PLAIT_DEPLOY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/federated/test_deploy_long.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check src tests examples docs benchmarks

@@ -53,6 +53,8 @@ ONLY = {
     "triton": {"kernels"},
     "flwr": {"federated/flower.py", "federated/app"},
     "ray": {"federated/flower.py"},
+    "cryptography": {"federated/certs.py"},
+    "psutil": {"run/deploy.py"},
     "opacus": {"federated/privacy.py"},
     "pickle": {"run/adapter.py"},  # the name of its error
 }

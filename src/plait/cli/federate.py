@@ -5,6 +5,8 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
+from plait.cli import _deploy
+
 if TYPE_CHECKING:
     from plait.run.federate_report import Summary
 
@@ -15,17 +17,17 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     """Describe the verb."""
     parser = subparsers.add_parser(
         "federate",
-        help="simulate federated fine-tuning in one process",
-        description="Federated fine-tuning, simulated in one process on one machine. Nothing is "
-        "sent over a network: there is no server and no client program.",
+        help="federated fine-tuning, simulated or on a network",
+        description="Federated fine-tuning. `simulate` does all on this machine and sends nothing "
+        "over a network. With a server and clients it takes `certs`, `serve`, `join` and `run`.",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    simulate = actions.add_parser("simulate", help="run all rounds of a config file")
-    simulate.add_argument("file", help="the config file; see examples/federated/")
-    simulate.add_argument(
+    simulate_ = actions.add_parser("simulate", help="run all rounds of a config file")
+    simulate_.add_argument("file", help="the config file; see examples/federated/")
+    simulate_.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="set a key of the config"
     )
-    simulate.add_argument(
+    simulate_.add_argument(
         "--resume", action="store_true", help="go on after the last checkpoint in output.dir"
     )
     report = actions.add_parser("report", help="show finished runs side by side")
@@ -35,7 +37,10 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     export.add_argument("run_folder", metavar="RUN", help="the run folder")
     export.add_argument("out", metavar="OUT", help="the folder to write, one folder a client in it")
     export.add_argument("--client", metavar="NAME", help="this client alone")
-    for action in (simulate, report, export):
+    simulate_.set_defaults(act=lambda args: simulate(args, args.resume))
+    report.set_defaults(act=_report)
+    export.set_defaults(act=_export)
+    for action in (simulate_, report, export, *_deploy.add_actions(actions)):
         action.add_argument(
             "--debug",
             action="store_true",
@@ -47,18 +52,19 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Do an action; 3 where a round had too few updates, 130 after Ctrl-C."""
-    return {"simulate": _simulate, "report": _report, "export": _export}[args.action](args)
+    return args.act(args)
 
 
-def _simulate(args: argparse.Namespace) -> int:
+def simulate(args: argparse.Namespace, resume: bool) -> int:
+    """Run all rounds on this machine; 3 where a round had too few updates, 130 after Ctrl-C."""
     from plait.cli import console
     from plait.cli._show import Status, quiet
     from plait.federated.guard import TooFewUpdates
     from plait.federated.server import RoundRecord
-    from plait.run.federate import load_federate_config, simulate
+    from plait.run import federate
 
     screen = console()
-    config = load_federate_config(args.file, args.overrides)
+    config = federate.load_federate_config(args.file, args.overrides)
     screen.print(config.dump(), soft_wrap=True)
     again = shlex.join(["plait", "federate", "simulate", args.file, *args.overrides, "--resume"])
 
@@ -73,9 +79,9 @@ def _simulate(args: argparse.Namespace) -> int:
 
     try:
         with quiet(), Status(screen, "clients") as status:
-            folder = simulate(
+            folder = federate.simulate(
                 config,
-                args.resume,
+                resume,
                 progress=lambda round, done, total, client: status(done, total),
                 done=show,
             )

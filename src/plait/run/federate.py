@@ -165,6 +165,7 @@ def trainer(config: FederateConfig, folder: Path, client: str) -> Iterator[Answe
     """One client in a process of its own, warm between orders; it is killed where it hangs."""
     make = partial(answerer, config, folder, client)
     with Workers(make, 1, config.timeouts.deadlines(), config.engine.threads) as workers:
+        workers.ready()
 
         def answer(order: bytes) -> bytes:
             return next(data for _, data in workers({client: order}))

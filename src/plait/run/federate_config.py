@@ -25,6 +25,7 @@ from plait.run.config import (
     method_options,
     peft_config,
 )
+from plait.run.deploy import DeployConfig, Deployment
 
 _FORBID = {"extra": "forbid"}  # pydantic's: an unknown key is an error
 
@@ -208,6 +209,7 @@ class FederateConfig:
     evaluation: HeldOutConfig
     checkpoints: CheckpointsConfig
     output: OutputConfig
+    deploy: DeployConfig
 
     def sections(self) -> dict[str, Any]:
         """Section name -> its object."""
@@ -276,6 +278,7 @@ def _check(config: FederateConfig) -> None:
     config.training({}, None)
     config.timeouts.deadlines()
     _check_engine(config)
+    Deployment(config.deploy)
     if config.privacy.on:
         config.privacy.options("a secret of the server")
     if config.method.lr_scale is not None:
