@@ -27,10 +27,8 @@ from plait.federated import flower
 from plait.federated.flower import GridExchange, TooFewNodes, simulate, write_app
 from plait.federated.guard import TooFewUpdates
 from plait.federated.protocol import Answer, Exchange, Order, Reply
-from plait.federated.server import RoundRecord
 from plait.federated.workers import Deadlines
 from tests.contract import ROOT
-from tests.federated.test_local import METHODS, federation, run
 
 EXAMPLE = ROOT / "examples" / "federated" / "fedalora_het.yaml"
 Act = Callable[[str, bytes], Any]  # (message type, order) -> what the node does with it
@@ -449,31 +447,3 @@ def test_a_simulation_survives_its_clients_and_raises_what_its_server_raised(
     assert not (tmp_path / "user").exists(), "nothing is written to the user's home"
     with pytest.raises(ValueError, match=r"engine.workers = 0. Give 1 or more."):
         simulate(conduct, partial(toy, str(pids)), names, home=tmp_path / "home", workers=0)
-
-
-def wrapped(folder: Path, index: int) -> Answer:
-    key, changes = METHODS[index]
-    return federation(folder / "site", key, rounds=2, **changes).site.answer
-
-
-@pytest.mark.slow
-def test_a_simulation_gives_the_bits_of_one_process(tmp_path: Path) -> None:
-    index = 5
-    key, changes = METHODS[index]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        whole = federation(tmp_path / "whole", key, rounds=2, **changes)
-        records = run(whole)
-    finally:
-        torch.set_num_threads(threads)
-    other = federation(tmp_path / "other", key, rounds=2, **changes)
-
-    def conduct(exchange: Exchange) -> list[RoundRecord]:
-        return [other.server.step(exchange) for _ in range(2)]
-
-    make = partial(wrapped, tmp_path, index)
-    found = simulate(conduct, make, list(other.clients), home=tmp_path / "home", workers=2)
-    assert found == records
-    assert whole.state.tensors.keys() == other.state.tensors.keys()
-    assert all(torch.equal(x, other.state.tensors[k]) for k, x in whole.state.tensors.items())

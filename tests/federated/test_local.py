@@ -43,12 +43,13 @@ def training(names: tuple[str, ...] = NAMES, **options: Any) -> LocalTraining:
     return LocalTraining(rows(names), collate, **options)
 
 
-def federation(folder: Path, key: str = "fedit", **changes: Any) -> Federation:
-    """A federation of the tiny Llama; changes: ranks, names, method options, runner arguments."""
+def parts(key: str, changes: dict[str, Any]) -> tuple[Any, ...]:
+    """Base, configs, method, training and options of a federation; takes what it uses out."""
     names = changes.pop("names", NAMES)
     ranks = changes.pop("ranks", [2] * len(names))
     config = changes.pop("config", lora)
     options = ServerOptions(
+        run=changes.pop("run", "run"),
         rounds=changes.pop("rounds", 2),
         guard=changes.pop("guard", GuardOptions()),
         fraction=changes.pop("fraction", 1.0),
@@ -57,7 +58,12 @@ def federation(folder: Path, key: str = "fedit", **changes: Any) -> Federation:
     method = algorithm(key, **changes.pop("method", {}))
     train = changes.pop("train", None) or training(names)
     configs = {name: config(r) for name, r in zip(names, ranks, strict=True)}
-    base = changes.pop("base", None) or tiny.llama()
+    return changes.pop("base", None) or tiny.llama(), configs, method, train, options
+
+
+def federation(folder: Path, key: str = "fedit", **changes: Any) -> Federation:
+    """A federation of the tiny Llama; changes: ranks, names, method options, runner arguments."""
+    base, configs, method, train, options = parts(key, changes)
     return Federation(base, configs, method, train, folder, options, **changes)
 
 

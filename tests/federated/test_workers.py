@@ -15,10 +15,10 @@ from plait.federated import algorithm
 from plait.federated.client import LocalTraining, Roster, Site, Trained
 from plait.federated.guard import GuardOptions, TooFewUpdates
 from plait.federated.protocol import Answer, Order, Reply, failure
-from plait.federated.server import RoundRecord, Server, ServerOptions
+from plait.federated.server import Server, ServerOptions
 from plait.federated.workers import Deadlines, Workers
 from tests import tiny
-from tests.federated.test_local import METHODS, NAMES, federation, lora, run, training
+from tests.federated.test_local import NAMES, federation, lora, run, training
 
 FAST = Deadlines(first=20.0, floor=3.0)
 
@@ -197,31 +197,6 @@ def test_a_round_is_retried_and_then_an_error(tmp_path: Path) -> None:
     with pytest.raises(TooFewUpdates, match="a failed: lost"):
         again.step(lost)
     assert again.round == 0
-
-
-def wrapped(folder: Path, index: int) -> Answer:
-    key, changes = METHODS[index]
-    return federation(folder / "site", key, rounds=2, **changes).site.answer
-
-
-@pytest.mark.parametrize("index", [3, 5, 6, 13], ids=lambda i: f"{i}-{METHODS[i][0]}")
-def test_worker_processes_give_the_bits_of_one_process(index: int, tmp_path: Path) -> None:
-    key, changes = METHODS[index]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        whole = federation(tmp_path / "whole", key, rounds=2, **changes)
-        records = run(whole)
-    finally:
-        torch.set_num_threads(threads)
-    other = federation(tmp_path / "other", key, rounds=2, **changes)
-    found: list[RoundRecord] = []
-    with Workers(partial(wrapped, tmp_path, index), 2, threads=1) as workers:
-        while other.round < 2:
-            found.append(other.server.step(workers))
-    assert found == records
-    assert whole.state.tensors.keys() == other.state.tensors.keys()
-    assert all(torch.equal(x, other.state.tensors[k]) for k, x in whole.state.tensors.items())
 
 
 def test_the_steps_of_local_training_are_taken_from_the_rows() -> None:
