@@ -226,7 +226,9 @@ def test_what_does_not_fit_the_data(changes: dict[str, Any], text: str, tmp_path
 def test_help_says_what_travels(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["federate", "--help"])
-    assert "`simulate` does all on this machine and sends nothing over a network" in " ".join(capsys.readouterr().out.split())
+    assert "`simulate` does all on this machine and sends nothing over a network" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "federated").glob("*.yaml")))
