@@ -18,11 +18,14 @@ time. Written for flwr 1.40 and 1.41.
 
 import logging
 import os
+import re
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,6 +71,8 @@ _GRACE = 10.0  # seconds that Flower keeps a message beyond its deadline, for a 
 _SHORT, _LONG = 0.05, 0.5  # seconds between looks for replies
 _HELLO = 300.0  # seconds for all clients of a simulation to say their names
 _AGAIN = 3.0  # seconds until a node whose trainer is not ready is asked again
+_TRIES, _PAUSE = 3, 1.0  # of an order whose worker process died; seconds in between
+_DIED = re.compile(r"ray\.exceptions\.(Actor|Worker|Owner)\w*Error")
 _ERRORS = {
     value: name
     for name, value in vars(ErrorCode).items()
@@ -126,6 +131,7 @@ class GridExchange:
         deadlines: how long a reply may take; None: `Deadlines(600, 60)`.
         least: clients of the first orders that are enough once `wait` is over; None: all.
         at_once: orders on their way at a time; None: one for each node.
+        ready: a node that cannot say its names is an error, and not a trainer that still loads.
         check: called between looks; what it raises ends the exchange.
 
     Attributes:
@@ -141,11 +147,13 @@ class GridExchange:
         deadlines: Deadlines | None = None,
         least: int | None = None,
         at_once: int | None = None,
+        ready: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         if not wait > 0:
             raise ValueError(f"wait = {wait}. Give seconds above 0.")
         self.grid, self.wait, self.at_once, self.check = grid, wait, at_once, check
+        self.ready = ready
         self.clients = None if clients is None else frozenset(clients)
         self.deadlines, self.least = deadlines or Deadlines(600.0, 60.0), least
         self._nodes, self._met = _Nodes(), False
@@ -164,7 +172,7 @@ class GridExchange:
         self.meet(orders)
         self.deadlines.begin()
         left, sent, pause = list(orders), dict[str, _Sent](), _SHORT
-        crashed = set[str]()
+        deaths, held = Counter[str](), dict[str, float]()  # client -> of workers, -> until when
         while left or sent:
             busy, waiting = {one.node for one in sent.values()}, []
             for number, client in enumerate(left):
@@ -174,7 +182,7 @@ class GridExchange:
                 node = self._nodes.of.get(client)
                 if node is None:
                     yield client, failure(client, "ConnectionError: no node of it is online")
-                elif node in busy:
+                elif node in busy or held.get(client, 0.0) > time.monotonic():
                     waiting.append(client)
                 else:
                     busy.add(node)
@@ -189,9 +197,10 @@ class GridExchange:
             now = time.monotonic()  # what came until now is in time, however long each reply takes
             came, late = self._replies(sent), [k for k, one in sent.items() if now > one.until]
             for one, data in came:
-                # Its worker may have been ending already, for another client; so once more.
-                if data is None and one.client not in crashed:
-                    crashed.add(one.client)
+                deaths[one.client] += data is None
+                if data is None and deaths[one.client] < _TRIES:
+                    # Maybe for another client: Ray gives orders to a dead worker for a moment.
+                    held[one.client] = time.monotonic() + deaths[one.client] ** 2 * _PAUSE
                     left.append(one.client)
                     continue
                 if data is None:
@@ -202,7 +211,7 @@ class GridExchange:
                 text = f"TimeoutError: no reply within {one.until - one.since:.3g} s"
                 yield one.client, failure(one.client, text)
             pause = _SHORT if came else min(1.5 * pause, _LONG)
-            if sent:
+            if left or sent:
                 self._rest(pause, sent)
 
     def meet(self, clients: Iterable[str]) -> None:
@@ -262,6 +271,8 @@ class GridExchange:
                 reply = Reply.unpack(data or failure("", "its worker process ended"))
             except CorruptFrame as error:
                 reply = Reply("", failed=str(error))
+            if reply.failed and self.ready:
+                raise RuntimeError(f"federated: node {one.node} does not start: {reply.failed}")
             if reply.failed:  # its trainer is not ready yet, or not there
                 if nodes.mute.get(one.node) != reply.failed:
                     log.warning("node %d cannot say its names: %s", one.node, reply.failed)
@@ -321,11 +332,12 @@ class GridExchange:
 def _bytes(message: Message, client: str) -> bytes | None:
     """A reply, or the failed one that stands for it; None if a simulation's worker process died."""
     if message.has_error():
-        error = message.error
-        if error.code == ErrorCode.UNKNOWN:  # of all errors, the simulation's alone
+        error, reason = message.error, message.error.reason or ""
+        if error.code == ErrorCode.UNKNOWN and _DIED.search(reason):
             return None
-        first = (error.reason or "").strip().partition("\n")[0]
-        return failure(client, f"{_ERRORS.get(error.code, error.code)}: {first}")
+        lines = [line.strip() for line in reason.splitlines() if line.strip()] or [""]
+        text = " .. ".join(dict.fromkeys([lines[0], lines[-1]]))  # between them: a traceback
+        return failure(client, f"{_ERRORS.get(error.code, error.code)}: {text}")
     record = message.content.config_records.get(_RECORD, {}) if message.has_content() else {}
     if isinstance(data := record.get(_REPLY), bytes):
         return data
@@ -381,6 +393,7 @@ def simulate(
                 names,
                 wait=_HELLO,
                 deadlines=deadlines,
+                ready=True,
                 at_once=workers,  # so that no order's time runs while it waits for a worker
                 check=check,
             )
@@ -412,6 +425,9 @@ def _ray(home: Path, workers: int) -> Iterator[Path]:
         ray.init(
             num_cpus=workers,
             include_dashboard=False,
+            runtime_env={
+                "env_vars": {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+            },
             log_to_driver=False,
             logging_level=logging.ERROR,
             _temp_dir=str(folder),

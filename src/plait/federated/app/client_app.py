@@ -8,6 +8,7 @@ not there, or too slow, the reply says so.
 """
 
 from multiprocessing.connection import Client
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -41,8 +42,8 @@ def forward(message: Message, context: Context) -> Message:
     try:
         if not trainer:
             raise ValueError("the node's config does not name its trainer. Join with plait.")
-        record = message.content.config_records["plait"]
-        answer = {"reply": ask(trainer, record["order"], record["limit"])}
+        record: Any = message.content.config_records["plait"]
+        answer: dict[str, Any] = {"reply": ask(trainer, record["order"], record["limit"])}
     except (OSError, EOFError, KeyError, ValueError) as error:
         text = str(error) or "the trainer went away"
         answer = {"failed": f"{type(error).__name__}: {text} (trainer {trainer!r})"}

@@ -1,0 +1,479 @@
+"""Flower as transport: a grid that misbehaves, the app that is shipped, and a simulation on Ray."""
+
+import importlib
+import io
+import os
+import runpy
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("flwr", reason="needs plait[federated]")
+
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from plait.federated import flower
+from plait.federated.flower import GridExchange, TooFewNodes, simulate, write_app
+from plait.federated.guard import TooFewUpdates
+from plait.federated.protocol import Answer, Exchange, Order, Reply
+from plait.federated.server import RoundRecord
+from plait.federated.workers import Deadlines
+from tests.contract import ROOT
+from tests.federated.test_local import METHODS, federation, run
+
+EXAMPLE = ROOT / "examples" / "federated" / "fedalora_het.yaml"
+Act = Callable[[str, bytes], Any]  # (message type, order) -> what the node does with it
+
+
+class Late(float):
+    """A node's reply comes after so many seconds."""
+
+
+class FakeGrid(Grid):
+    """Nodes are functions that return bytes, an error, a list of replies, or None: nothing."""
+
+    def __init__(self, nodes: Mapping[int, Act]) -> None:
+        self.nodes, self.ids, self.sent = dict(nodes), count(1), list[tuple[int, str]]()
+        self.waiting: list[tuple[float, Message]] = []
+        self.takes = True
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        keys = []
+        for message in messages if self.takes else ():
+            keys.append(f"m{next(self.ids)}")
+            message.metadata.__dict__["_message_id"] = keys[-1]
+            node, kind = message.metadata.dst_node_id, message.metadata.message_type
+            self.sent.append((node, kind))
+            record: Any = message.content.config_records["plait"]
+            found, delay = self.nodes[node](kind, record["order"]), 0.0
+            for one in found if isinstance(found, list) else [found]:
+                if isinstance(one, Late):
+                    delay = float(one)
+                elif one is not None:
+                    reply = self.reply(message, one)
+                    self.waiting.append((time.monotonic() + delay, reply))
+        return keys
+
+    def reply(self, message: Message, found: Any) -> Message:
+        if isinstance(found, Error):
+            return Message(found, reply_to=message)
+        values = found if isinstance(found, dict) else {"reply": found}
+        return Message(RecordDict({"plait": ConfigRecord(values)}), reply_to=message)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        keys, now = set(message_ids), time.monotonic()
+        due = [x for x in self.waiting if x[0] <= now and x[1].metadata.reply_to_message_id in keys]
+        self.waiting = [x for x in self.waiting if x not in due]
+        return [message for _, message in due]
+
+    run = property(lambda self: None)  # type: ignore[assignment]
+
+    def set_run(self, run: Any) -> None:
+        raise NotImplementedError
+
+    def create_message(self, *args: Any, **options: Any) -> Message:
+        raise NotImplementedError
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        raise NotImplementedError
+
+
+@pytest.fixture(autouse=True)
+def _task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Flower knows of the process that makes a message, and no long waits."""
+    for name in ("run_id", "task_id", "node_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+    monkeypatch.setattr(flower, "_AGAIN", 0.1)
+
+
+def node(*names: str, act: Act | None = None) -> Act:
+    """A node with these clients; act: what it does with an order, None: the order back."""
+
+    def does(kind: str, order: bytes) -> Any:
+        if kind == "query":
+            assert Order.unpack(order)[0].kind == "hello"
+            return Reply(names[0], metrics={"clients": [*names]}).pack()
+        if act is not None:
+            return act(kind, order)
+        return Reply(names[0], upload=order).pack()
+
+    return does
+
+
+def unready(kind: str, order: bytes) -> Any:
+    """A node whose trainer still loads."""
+    return {"failed": "FileNotFoundError: no socket"}
+
+
+def orders(*names: str) -> dict[str, bytes]:
+    return {name: f"for {name}".encode() for name in names}
+
+
+def exchanged(exchange: Exchange, *names: str) -> dict[str, Reply]:
+    found = list(exchange(orders(*names)))
+    assert len(found) == len(dict(found)) == len(names), "one reply for each order"
+    return {name: Reply.unpack(data) for name, data in found}
+
+
+def exchange(grid: Grid, **options: Any) -> GridExchange:
+    options = {"wait": 1.0, "deadlines": Deadlines(0.3, 0.2)} | options
+    return GridExchange(grid, **options)
+
+
+# Names ------------------------------------------------------------------------------------------
+
+
+def test_orders_go_to_the_node_that_said_the_name_and_bytes_stay_bytes() -> None:
+    grid = FakeGrid({5: node("b"), 3: node("a")})
+    talk = exchange(grid, clients=["a", "b"])
+    found = exchanged(talk, "a", "b")
+    assert {name: reply.upload for name, reply in found.items()} == orders("a", "b")
+    assert grid.sent == [(3, "query"), (5, "query"), (3, "train"), (5, "train")]
+    exchanged(talk, "b")
+    assert grid.sent[4:] == [(5, "train")], "names are asked once"
+
+
+def test_missing_clients_are_named_after_a_bounded_wait() -> None:
+    def mute(kind: str, order: bytes) -> None:
+        return None
+
+    grid = FakeGrid({1: node("a"), 2: mute, 3: unready})
+    started = time.monotonic()
+    with pytest.raises(TooFewNodes) as caught:
+        exchanged(exchange(grid, wait=0.4), "a", "b", "c")
+    assert time.monotonic() - started < 1.5
+    assert isinstance(caught.value, TooFewUpdates), "the command line's exit code 3"
+    assert str(caught.value) == (
+        "federated: 2 of 3 clients are not online after 0.4 s: b, c. Online: a (node 1); node 3 "
+        "cannot say its names: FileNotFoundError: no socket; node 2 does not answer. Start "
+        "the missing ones with plait federate join, or wait longer."
+    )
+
+
+def test_enough_clients_are_enough() -> None:
+    found = exchanged(exchange(FakeGrid({1: node("a")}), wait=0.2, least=1), "a", "b")
+    assert not found["a"].failed
+    assert found["b"].failed == "ConnectionError: no node of it is online"
+    with pytest.raises(TooFewNodes, match=r"1 of 2 clients are not online after 0\.2 s: b"):
+        exchanged(exchange(FakeGrid({1: node("a")}), wait=0.2, least=2), "a", "b")
+
+
+def test_a_name_belongs_to_the_first_node_until_that_leaves(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    grid = FakeGrid({1: node("a"), 2: node("a"), 3: node("b"), 4: node("x")})
+    talk = exchange(grid, clients=["a", "b"])
+    exchanged(talk, "a", "b")
+    assert talk.refused == {
+        2: "it says it is 'a', which node 1 is already",
+        4: "it says it is 'x', which is no client of this run",
+    }
+    assert "node 2 is refused: it says it is 'a', which node 1 is already" in caplog.text
+    assert (1, "train") in grid.sent
+    assert (2, "train") not in grid.sent
+    del grid.nodes[1]
+    exchanged(talk, "a", "b")
+    assert (2, "train") in grid.sent
+
+
+def test_nodes_that_leave_and_come_back_are_asked_again() -> None:
+    grid = FakeGrid({1: node("a"), 2: node("b")})
+    talk = exchange(grid)
+    exchanged(talk, "a", "b")
+    del grid.nodes[1]
+    assert exchanged(talk, "a", "b")["a"].failed == "ConnectionError: no node of it is online"
+    grid.nodes[9] = node("a")
+    assert not exchanged(talk, "a", "b")["a"].failed
+    assert grid.sent[-2:] == [(9, "train"), (2, "train")]
+
+
+def test_a_trainer_that_is_not_ready_is_asked_again() -> None:
+    asked = []
+
+    def loading(kind: str, order: bytes) -> Any:
+        asked.append(kind)
+        if len(asked) < 3:
+            return unready(kind, order)
+        return node("a")(kind, order)
+
+    assert not exchanged(exchange(FakeGrid({1: loading})), "a")["a"].failed
+    assert asked == ["query", "query", "query", "train"]
+    with pytest.raises(RuntimeError, match="node 1 does not start: FileNotFoundError: no socket"):
+        exchanged(exchange(FakeGrid({1: unready}), ready=True), "a")
+
+
+# Orders -----------------------------------------------------------------------------------------
+
+
+def test_every_fault_of_a_node_is_a_failed_reply() -> None:
+    acts: dict[str, Any] = {
+        "raised": Error(
+            ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "<class 'ValueError'>\nat ^^^\n more\n"
+        ),
+        "gone": Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable"),
+        "told": {"failed": "ConnectionRefusedError: no trainer"},
+        "odd": {"something": 1},
+        "silent": None,
+        "good": Reply("good").pack(),
+        "junk": b"\xff",
+    }
+    nodes = {
+        i: node(name, act=lambda kind, order, does=does: does)
+        for i, (name, does) in enumerate(acts.items())
+    }
+    found = dict(exchange(FakeGrid(nodes))(orders(*acts)))
+    assert found.pop("junk") == b"\xff", "what it means is for the server to say"
+    assert {name: Reply.unpack(data).failed for name, data in found.items()} == {
+        "raised": "CLIENT_APP_RAISED_EXCEPTION: <class 'ValueError'> .. more",
+        "gone": "NODE_UNAVAILABLE: Node Unavailable",
+        "told": "ConnectionRefusedError: no trainer",
+        "odd": "the reply holds no bytes",
+        "silent": "TimeoutError: no reply within 0.3 s",
+        "good": "",
+    }
+
+
+def test_an_order_that_flower_does_not_take_fails() -> None:
+    grid = FakeGrid({1: node("a")})
+    talk = exchange(grid)
+    talk.meet(["a"])
+    grid.takes = False
+    found = exchanged(talk, "a")
+    assert found["a"].failed == "ConnectionError: Flower took no order of 5 bytes"
+
+
+def test_late_and_doubled_replies_are_dropped() -> None:
+    rounds = count(1)
+
+    def slow(kind: str, order: bytes) -> Any:
+        if next(rounds) == 1:
+            return [Late(0.4), Reply("a", upload=b"old").pack()]
+        return [Reply("a", upload=b"new").pack(), Reply("a", upload=b"again").pack()]
+
+    grid = FakeGrid({1: node("a", act=slow)})
+    talk = exchange(grid)
+    assert exchanged(talk, "a")["a"].failed == "TimeoutError: no reply within 0.3 s"
+    time.sleep(0.2)  # the old reply is there now
+    assert [exchanged(talk, "a")["a"].upload for _ in range(2)] == [b"new", b"new"]
+
+
+def test_the_first_deadline_is_for_a_cold_start() -> None:
+    delays = iter([0.3, 0.0, 0.5])
+
+    def slow(kind: str, order: bytes) -> Any:
+        return [Late(next(delays)), Reply("a").pack()]
+
+    talk = exchange(FakeGrid({1: node("a", act=slow)}), deadlines=Deadlines(5.0, 0.1))
+    assert not exchanged(talk, "a")["a"].failed
+    limit = talk.deadlines.limit()
+    assert 0.9 < limit < 1.5, "3 x the only time so far"
+    assert not exchanged(talk, "a")["a"].failed
+    assert not exchanged(talk, "a")["a"].failed
+
+
+def test_orders_are_built_one_at_a_time() -> None:
+    built = []
+
+    class Lazy(Mapping[str, bytes]):
+        def __getitem__(self, name: str) -> bytes:
+            built.append(name)
+            return name.encode()
+
+        def __iter__(self) -> Iterator[str]:
+            return iter("abc")
+
+        def __len__(self) -> int:
+            return 3
+
+    talk = exchange(FakeGrid({i: node(name) for i, name in enumerate("abc")}), at_once=1)
+    seen = [(name, list(built)) for name, _ in talk(Lazy())]
+    assert seen == [("a", ["a"]), ("b", ["a", "b"]), ("c", ["a", "b", "c"])]
+
+
+def test_a_node_with_two_clients_gets_one_order_at_a_time() -> None:
+    def slow(kind: str, order: bytes) -> Any:
+        return [Late(0.2), Reply("", upload=order).pack()]
+
+    grid = FakeGrid({1: node("a", "b", act=slow)})
+    found = exchanged(exchange(grid), "a", "b")  # 0.2 + 0.2 s, and each may take 0.3 s
+    assert {name: reply.upload for name, reply in found.items()} == orders("a", "b")
+
+
+def test_an_order_whose_worker_died_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower, "_PAUSE", 0.05)
+    died, tries = Error(ErrorCode.UNKNOWN, "<class 'ray.exceptions.ActorDiedError'>"), count(1)
+
+    def once(kind: str, order: bytes) -> Any:
+        return died if next(tries) == 1 else Reply("a").pack()
+
+    grid = FakeGrid({1: node("a", act=once), 2: node("b", act=lambda kind, order: died)})
+    found = exchanged(exchange(grid), "a", "b")
+    assert not found["a"].failed
+    assert found["b"].failed == "ChildProcessError: its worker process ended"
+    assert [kind for n, kind in grid.sent if n == 2] == ["query", *3 * ["train"]]
+
+
+def test_the_check_ends_an_exchange() -> None:
+    def ended() -> None:
+        raise RuntimeError("the simulation ended")
+
+    with pytest.raises(RuntimeError, match="the simulation ended"):
+        exchanged(exchange(FakeGrid({}), check=ended), "a")
+    with pytest.raises(ValueError, match=r"wait = 0. Give seconds above 0."):
+        exchange(FakeGrid({}), wait=0)
+
+
+def test_without_flower_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flwr.app", None)
+    monkeypatch.delitem(sys.modules, "plait.federated.flower")
+    with pytest.raises(ImportError, match=r'Run pip install "plait\[federated\]"\.'):
+        importlib.import_module("plait.federated.flower")
+
+
+# The app ----------------------------------------------------------------------------------------
+
+
+def test_the_app_holds_its_programs_and_the_config_and_nothing_else(tmp_path: Path) -> None:
+    from flwr.cli.build import build_fab_from_disk
+
+    folder = write_app(tmp_path / "app", EXAMPLE)
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(folder))) as fab:
+        names = {"pyproject.toml", "server_app.py", "client_app.py", "run.yaml", ".info/CONTENT"}
+        assert set(fab.namelist()) == names
+        assert fab.read("run.yaml") == EXAMPLE.read_bytes()
+
+
+def test_the_server_program_conducts_and_its_errors_name_their_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import plait.run.federate as federate
+
+    called: list[tuple[str, int, bool]] = []
+
+    def conduct(config: Any, exchange: GridExchange, *, resume: bool) -> None:
+        called.append((config.federated.method, exchange.least or 0, resume))
+        exchange.wait = 0.1
+        exchanged(exchange, "a")
+
+    monkeypatch.setattr(federate, "conduct", conduct)
+    app = runpy.run_path(str(write_app(tmp_path / "app", EXAMPLE) / "server_app.py"))["app"]
+
+    def context(resume: bool) -> Context:
+        return Context(1, 1, {}, RecordDict(), {"resume": resume})
+
+    app(FakeGrid({1: node("a")}), context(False))
+    with pytest.raises(RuntimeError, match=r"^TooFewNodes: federated: 1 of 1 clients"):
+        app(FakeGrid({}), context(True))
+    assert called == [("fedalora_het", 2, False), ("fedalora_het", 2, True)], "min_updates is 2"
+
+
+# Ray --------------------------------------------------------------------------------------------
+
+
+class Odd(Exception):
+    """An error with a type of its own."""
+
+
+def toy(pid_file: str) -> Answer:
+    """Answers with facts of its process; client c1 kills it once, and hangs in round 3."""
+    with open(pid_file, "a", encoding="utf-8") as file:
+        file.write(f"{os.getpid()}\n")
+
+    def answer(data: bytes) -> bytes:
+        order, _ = Order.unpack(data)
+        if (order.client, order.round) == ("c1", 2) and not os.path.exists(f"{pid_file}.died"):
+            open(f"{pid_file}.died", "w").close()
+            os._exit(7)
+        if (order.client, order.round) == ("c1", 3):
+            time.sleep(600)
+        if (order.client, order.round) == ("c0", 2):
+            raise ValueError("too hot")
+        facts = {"pid": os.getpid(), "threads": torch.get_num_threads()}
+        return Reply(order.client, metrics=facts).pack()
+
+    return answer
+
+
+@pytest.mark.slow
+def test_a_simulation_survives_its_clients_and_raises_what_its_server_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.delenv("FLWR_HOME", raising=False)
+    names, pids, started, used = ["c2", "c0", "c1"], tmp_path / "pids", 0.0, set[str]()
+
+    def conduct(exchange: Exchange) -> None:
+        nonlocal started, used
+        for number in (1, 2, 3):
+            asked = {n: Order("train", round=number, client=n).pack() for n in names}
+            replies = exchange(asked)
+            if number == 3:
+                assert {next(iter(replies))[0] for _ in range(2)} == {"c0", "c2"}
+                started = time.monotonic()
+                raise Odd("while c1 hangs")
+            found = {name: Reply.unpack(data) for name, data in replies}
+            assert sorted(found) == ["c0", "c1", "c2"]
+            if number == 1:
+                assert not any(reply.failed for reply in found.values())
+                assert {reply.metrics["threads"] for reply in found.values()} == {1}
+                used = {str(reply.metrics["pid"]) for reply in found.values()}
+                assert used <= set(pids.read_text().split())
+                assert len(pids.read_text().split()) <= 2, "built once in each worker"
+            else:
+                assert found["c0"].failed == "ValueError: too hot"
+                assert not found["c1"].failed, "it was asked again"
+                assert not found["c2"].failed
+                assert len(pids.read_text().split()) > len(used), "in a new process"
+
+    with pytest.raises(Odd, match="while c1 hangs"):
+        simulate(conduct, partial(toy, str(pids)), names, home=tmp_path / "home", workers=2)
+    assert time.monotonic() - started < 15, "a worker that hangs is not waited for"
+    assert not ray.is_initialized()
+    assert "FLWR_HOME" not in os.environ
+    assert not (tmp_path / "user").exists(), "nothing is written to the user's home"
+    with pytest.raises(ValueError, match=r"engine.workers = 0. Give 1 or more."):
+        simulate(conduct, partial(toy, str(pids)), names, home=tmp_path / "home", workers=0)
+
+
+def wrapped(folder: Path, index: int) -> Answer:
+    key, changes = METHODS[index]
+    return federation(folder / "site", key, rounds=2, **changes).site.answer
+
+
+@pytest.mark.slow
+def test_a_simulation_gives_the_bits_of_one_process(tmp_path: Path) -> None:
+    index = 5
+    key, changes = METHODS[index]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = federation(tmp_path / "whole", key, rounds=2, **changes)
+        records = run(whole)
+    finally:
+        torch.set_num_threads(threads)
+    other = federation(tmp_path / "other", key, rounds=2, **changes)
+
+    def conduct(exchange: Exchange) -> list[RoundRecord]:
+        return [other.server.step(exchange) for _ in range(2)]
+
+    make = partial(wrapped, tmp_path, index)
+    found = simulate(conduct, make, list(other.clients), home=tmp_path / "home", workers=2)
+    assert found == records
+    assert whole.state.tensors.keys() == other.state.tensors.keys()
+    assert all(torch.equal(x, other.state.tensors[k]) for k, x in whole.state.tensors.items())
