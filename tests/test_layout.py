@@ -20,7 +20,7 @@ ALLOWED = {
     "chain": {"chain", "core"},
     "optim": {"optim", "core"},
     "inspect": {"inspect"},
-    "federated": {"federated", "core"},
+    "federated": {"federated", "core", "inspect"},
     "federated/app": {"federated", "run"},  # programs that Flower starts
     "run": {
         "run",
@@ -42,7 +42,7 @@ ONLY = {
     "transformers": {"core", "chain", "run", "assets", "cli"},
     "datasets": {"run"},
     "accelerate": {"run"},
-    "matplotlib": {"run/report.py", "run/demo.py", "run/pictures.py", "run/federate_report.py"},
+    "matplotlib": {"run/report.py", "run/demo.py", "run/pictures.py", "run/federate_pictures.py"},
     "jinja2": {"run/report.py", "run/data.py"},
     "rich": {"cli", "run/callbacks.py"},
     "yaml": {"run/config.py"},

@@ -21,7 +21,7 @@ import random
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -130,17 +130,17 @@ def poisoned(fault: str, upload: bytes, down: Mapping[str, Tensor]) -> bytes:
 
 
 def loss_of(
-    method: str, fault: str, aggregator: str, seed: int, rounds: int, scratch: Path
+    method: str, fault: str, aggregator: str, seed: int, rounds: int, scratch: Path, n: int = 3200
 ) -> dict[str, Any]:
     """The mean held-out loss before and after a run, and what was rejected."""
     sections = {
         "method": {"name": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
         "federated": {"method": method},
-        "data": {"train": "builtin:shift?n=640", "validation": "builtin:shift?n=128"},
+        "data": {"train": f"builtin:shift?n={n}", "validation": "builtin:shift?n=128"},
         "partition": {"kind": "iid", "clients": 10, "seed": seed},
         "sampling": {"seed": seed},
         "local": {"rounds": rounds, "steps": 10, "batch_size": 8, "learning_rate": 5e-3},
-        "guard": {"aggregator": aggregator, "min_updates": 6},
+        "guard": {"aggregator": aggregator, "faulty": 2, "min_updates": 7},
         "evaluation": {"every": rounds},
         "engine": {"threads": 1},
     }
@@ -171,17 +171,29 @@ def loss_of(
     }
 
 
+CASES = [
+    (fault, aggregator)
+    for aggregator in ("mean", "multi_krum", "trimmed_mean", "median")
+    for fault in ("clean", "flip", "scale", "nan")
+]
+
+
 def poison_runs(
-    seeds: int, rounds: int, scratch: Path, methods: tuple[str, ...] = ("fedit", "fedalora")
+    seeds: int,
+    rounds: int,
+    scratch: Path,
+    methods: tuple[str, ...] = ("fedit", "fedalora"),
+    cases: Sequence[tuple[str, str]] = CASES,
+    n: int = 3200,
 ) -> list[dict[str, Any]]:
-    """One row for each method, fault and mean: losses by seed, and the ratio to the clean run."""
+    """One row for each method, fault and mean: losses by seed, and the ratio to the first case."""
     rows = []
-    cases = [("clean", "mean"), ("scale", "mean"), ("nan", "mean"), ("flip", "mean")]
-    cases += [(f, a) for a in ("median", "trimmed_mean") for f in ("clean", "flip", "scale", "nan")]
     for method in methods:
         clean: list[float] = []
         for fault, aggregator in cases:
-            found = [loss_of(method, fault, aggregator, s, rounds, scratch) for s in range(seeds)]
+            found = [
+                loss_of(method, fault, aggregator, s, rounds, scratch, n) for s in range(seeds)
+            ]
             after = [row["after"] for row in found]
             clean = clean or after
             rows.append(

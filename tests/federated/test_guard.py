@@ -158,9 +158,12 @@ def test_robust_means_against_loops(n: int, seed: int) -> None:
             scores.append(sum(far[: n - 3]))
         best = scores.index(min(scores))
         assert torch.equal(krum(given_, {}, {})["x"], x[best])
+        several = sorted(sorted(range(n), key=lambda i: (scores[i], i))[: n - 1])
+        found = krum(given_, {}, {}, multi=True)["x"]
+        assert torch.allclose(found, x[several].mean(0), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("aggregator", ["median", "trimmed_mean", "krum"])
+@pytest.mark.parametrize("aggregator", ["median", "trimmed_mean", "krum", "multi_krum"])
 def test_a_fifth_of_flipped_signs_is_borne(aggregator: str) -> None:
     """10 clients, 2 send the negative of what they have, 10 times as large."""
     clients = clients_of([2] * 10)

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from plait.federated import Client, State, algorithm, weighted_mean, weights_of
 from plait.federated.adapter import Layer
-from plait.federated.methods import ALGORITHMS, FedALoraHet, aggregation_error, product_norm
+from plait.federated.methods import (
+    ALGORITHMS,
+    FedALoraHet,
+    Mapped,
+    aggregation_error,
+    product_norm,
+    updates,
+)
 from tests.federated.made import (
     SHAPES,
     begun,
@@ -317,6 +324,24 @@ def test_order_of_arrival_changes_no_bit(method: Any) -> None:
         assert all(torch.equal(x, other[key]) for key, x in found[0].items())
 
 
+@pytest.mark.parametrize("key", ["flora", "flexlora", "fedex"])
+def test_layers_read_in_parts_give_the_same_bits(key: str, monkeypatch: Any) -> None:
+    shapes = {"a": (7, 5), "b": (6, 6), "c": (5, 9)}
+    clients = clients_of([3, 3, 3] if key == "fedex" else [3, 1, 2], shapes=shapes)
+    states = states_of(clients)
+    reads: list[str] = []
+    method, start = algorithm(key), begun(algorithm(key), clients, states)
+    uploads = Mapped(uploads_of(method, clients, states), lambda c, x: reads.append(c) or x)
+    found = []
+    for held in (updates.HELD, 1):
+        monkeypatch.setattr(updates, "HELD", held)
+        found.append(method.aggregate(uploads, W, start, clients).tensors)
+    mean = 3 if key == "fedex" else 0
+    assert len(reads) == (mean + 3) + (mean + 9)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(x, found[1][k]) for k, x in found[0].items())
+
+
 def test_weights() -> None:
     assert weights_of({"b": 3, "a": 1}) == {"a": 0.25, "b": 0.75}
     assert list(weights_of({"b": 3, "a": 1})) == ["a", "b"]
@@ -361,17 +386,22 @@ def test_half_precision_payloads_are_summed_in_fp32() -> None:
     assert gap(found["x"], torch.ones(2, dtype=FP64)) < 1e-5
 
 
-def test_a_thousand_updates_are_averaged_quickly() -> None:
+@pytest.mark.parametrize("key", ["fedalora", "hetlora", "flexlora", "flora", "fedex"])
+def test_a_thousand_updates_are_aggregated_quickly(key: str) -> None:
     """8 KiB each; CPU time, for the machine may be busy."""
-    layers = {f"l{i}": Layer(64, 64, 4, 2.0) for i in range(8)}
+    method, r = algorithm(key), 4 if key == "fedalora" else 2
+    layers = {f"l{i}": Layer(64, 64, r, 2.0) for i in range(8)}
     clients = {f"c{i}": Client.lora(f"c{i}", layers) for i in range(1000)}
-    method = algorithm("fedalora")
-    upload = method.payload_up(states_of({"c0": clients["c0"]})["c0"], clients["c0"])
+    state = states_of({"c0": clients["c0"]})
+    start, upload = (
+        begun(method, {"c0": clients["c0"]}, state),
+        method.payload_up(state["c0"], clients["c0"]),
+    )
     assert sum(x.nbytes for x in upload.values()) == 8 * 1024
     uploads = dict.fromkeys(clients, upload)
     weights = weights_of(dict.fromkeys(clients, 1))
     begin = time.process_time()
-    method.aggregate(uploads, weights, State(0, upload), clients)
+    method.aggregate(uploads, weights, start, clients)
     assert time.process_time() - begin < 0.4
 
 

@@ -88,12 +88,17 @@ def dies() -> Answer:
 
 
 @pytest.mark.parametrize(
-    ("make", "text"),
-    [(fails, "could not start: ValueError: no such model"), (dies, "ended with exit code 7")],
+    ("make", "kind", "text"),
+    [
+        (fails, ValueError, "^no such model. Correct model.name.$"),
+        (dies, RuntimeError, "ended with exit code 7"),
+    ],
 )
-def test_a_worker_that_cannot_be_built_ends_the_run(make: Any, text: str) -> None:
-    with Workers(make, 1, FAST) as workers, pytest.raises(RuntimeError, match=text):
+def test_a_worker_that_cannot_be_built_ends_the_run(make: Any, kind: Any, text: str) -> None:
+    with Workers(make, 1, FAST) as workers, pytest.raises(kind, match=text):
         exchanged(workers, "a")
+    with Workers(make, 1, FAST) as workers, pytest.raises(kind, match=text):
+        workers.ready()
 
 
 def test_deadlines_follow_the_slowest_kind_of_exchange() -> None:

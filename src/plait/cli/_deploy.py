@@ -4,6 +4,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ def add_actions(actions: "argparse._SubParsersAction") -> list[argparse.Argument
             epilog=_MORE,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        action.set_defaults(act=act)
+        action.set_defaults(act=partial(_guarded, act))
         found.append(action)
         return action
 
@@ -125,11 +126,13 @@ def add_actions(actions: "argparse._SubParsersAction") -> list[argparse.Argument
         "resume",
         _resume,
         "go on after the last checkpoint of the server",
-        "Go on with a run after its last checkpoint: `run` on a network, and `simulate --resume`\n"
-        "with --local.",
+        "Go on with a run after its last checkpoint: as `run` does on a network, or as\n"
+        "`simulate --resume` where the run folder has the private states of a simulation.",
     )
     resume.add_argument("file", help="the config file, or a run folder", metavar="FILE|DIR")
-    resume.add_argument("--local", action="store_true", help="simulate, on this machine alone")
+    resume.add_argument(
+        "--local", action="store_true", help="simulate, whatever the run folder has"
+    )
 
     for action in (serve, join, run, resume):
         action.add_argument(
@@ -176,18 +179,20 @@ def _join(args: argparse.Namespace) -> int:
     from plait.cli._show import quiet
     from plait.federated.resident import Resident
     from plait.run.deploy import PATIENCE, Deployment, join
-    from plait.run.federate import site
+    from plait.run.federate import trainer
 
     config = _config(args)
     deployment = Deployment(config.deploy)
     deployment.file(args.client, f"the private key of client {args.client!r}")  # before it loads
-    folder = Resident.folder()
+    private, folder = deployment.home / "clients" / args.client, Resident.folder()
     try:
-        with quiet():
-            own = site(config, deployment.home / "clients" / args.client, only=args.client)
-            with Resident(folder / "trainer", own.answer) as resident:
-                patience = PATIENCE if args.patience is None else args.patience
-                join(deployment, args.client, resident.address, _say, patience)
+        with (
+            quiet(),
+            trainer(config, private, args.client) as answer,
+            Resident(folder / "trainer", answer) as resident,
+        ):
+            patience = PATIENCE if args.patience is None else args.patience
+            join(deployment, args.client, resident.address, _say, patience)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return 0
@@ -251,20 +256,20 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    if not args.local:
+    folder = Path(_config(args).output.dir)
+    if not (args.local or (folder / "clients").is_dir()):  # private states, of a simulation alone
         return _run(args, resume=True)
-    from plait.cli.federate import run
+    from plait.cli.federate import simulate
 
-    _config(args)
-    return run(argparse.Namespace(**{**vars(args), "action": "simulate", "resume": True}))
+    return simulate(args, resume=True)
 
 
-def run_action(args: argparse.Namespace) -> int:
-    """Run one of the actions."""
+def _guarded(act: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Run an action; 1 where Flower fails."""
     from plait.run.deploy import DeployError
 
     try:
-        return args.act(args)
+        return act(args)
     except DeployError as error:
         if args.debug:
             raise

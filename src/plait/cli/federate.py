@@ -1,10 +1,14 @@
-"""`plait federate simulate FILE`, `plait federate report RUN`: federated runs in one process."""
+"""`plait federate simulate FILE`, `report RUN ..`, `export RUN OUT`: federated runs."""
 
 import argparse
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
 from plait.cli import _deploy
+
+if TYPE_CHECKING:
+    from plait.run.federate_report import Summary
 
 TOO_FEW = 3  # exit code of a round with too few updates
 
@@ -18,17 +22,25 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         "over a network. With a server and clients it takes `certs`, `serve`, `join` and `run`.",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    simulate = actions.add_parser("simulate", help="run all rounds of a config file")
-    simulate.add_argument("file", help="the config file; see examples/federated/")
-    simulate.add_argument(
+    simulate_ = actions.add_parser("simulate", help="run all rounds of a config file")
+    simulate_.add_argument("file", help="the config file; see examples/federated/")
+    simulate_.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="set a key of the config"
     )
-    simulate.add_argument(
+    simulate_.add_argument(
         "--resume", action="store_true", help="go on after the last checkpoint in output.dir"
     )
     report = actions.add_parser("report", help="show finished runs side by side")
     report.add_argument("runs", nargs="+", help="run folders")
-    for action in (simulate, report, *_deploy.add_actions(actions)):
+    report.add_argument("--out", metavar="FOLDER", help="write comparison.md and .png there")
+    export = actions.add_parser("export", help="write the clients' adapters as plain LoRAs")
+    export.add_argument("run_folder", metavar="RUN", help="the run folder")
+    export.add_argument("out", metavar="OUT", help="the folder to write, one folder a client in it")
+    export.add_argument("--client", metavar="NAME", help="this client alone")
+    simulate_.set_defaults(act=lambda args: simulate(args, args.resume))
+    report.set_defaults(act=_report)
+    export.set_defaults(act=_export)
+    for action in (simulate_, report, export, *_deploy.add_actions(actions)):
         action.add_argument(
             "--debug",
             action="store_true",
@@ -39,21 +51,20 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 
 def run(args: argparse.Namespace) -> int:
-    """Simulate or report; 3 where a round had too few updates, 130 after Ctrl-C."""
-    if args.action == "simulate":
-        return _simulate(args)
-    return _report(args) if args.action == "report" else _deploy.run_action(args)
+    """Do an action; 3 where a round had too few updates, 130 after Ctrl-C."""
+    return args.act(args)
 
 
-def _simulate(args: argparse.Namespace) -> int:
+def simulate(args: argparse.Namespace, resume: bool) -> int:
+    """Run all rounds on this machine; 3 where a round had too few updates, 130 after Ctrl-C."""
     from plait.cli import console
     from plait.cli._show import Status, quiet
     from plait.federated.guard import TooFewUpdates
     from plait.federated.server import RoundRecord
-    from plait.run.federate import load_federate_config, simulate
+    from plait.run import federate
 
     screen = console()
-    config = load_federate_config(args.file, args.overrides)
+    config = federate.load_federate_config(args.file, args.overrides)
     screen.print(config.dump(), soft_wrap=True)
     again = shlex.join(["plait", "federate", "simulate", args.file, *args.overrides, "--resume"])
 
@@ -68,9 +79,9 @@ def _simulate(args: argparse.Namespace) -> int:
 
     try:
         with quiet(), Status(screen, "clients") as status:
-            folder = simulate(
+            folder = federate.simulate(
                 config,
-                args.resume,
+                resume,
                 progress=lambda round, done, total, client: status(done, total),
                 done=show,
             )
@@ -88,37 +99,59 @@ def _simulate(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    _show(args.runs)
+    found = _show(args.runs)
+    if args.out:
+        from plait.cli import console
+        from plait.run.federate_report import write_comparison
+
+        out = write_comparison(args.out, found)
+        console().print(f"written: {out}", soft_wrap=True)
     return 0
 
 
-def _show(runs: list[str]) -> None:
+def _export(args: argparse.Namespace) -> int:
+    from plait.cli._show import quiet
+    from plait.run.federate_export import ClientExport, export_clients
+
+    def show(x: ClientExport) -> None:
+        if x.refused:
+            print(f"{x.client}: not exported: {x.refused}")
+            return
+        least, most = x.ranks
+        rank = f"rank {most}" if least == most else f"rank {least} to {most}"
+        print(
+            f"{x.client}: {x.layers} layers, {rank}, {x.error:.2%} of a layer's update left out at "
+            f"most; read back by peft, logits off by {x.logit_error:.2e} of {x.logit_shift:.2e}"
+        )
+
+    with quiet():
+        export_clients(args.run_folder, args.out, args.client, done=show)
+    print(f"written: {args.out}")
+    return 0
+
+
+def _show(runs: list[str]) -> "list[Summary]":
+    from dataclasses import asdict
+
     from rich.table import Table
 
     from plait.cli import console
     from plait.run.federate import load_federate_config
-    from plait.run.federate_report import (
-        RESULTS,
-        TRAFFIC,
-        fault_lines,
-        result_rows,
-        summary,
-        traffic_rows,
-    )
+    from plait.run.federate_report import fault_lines, summary, tables
     from plait.run.folder import RunFolder
 
-    screen = console()
-    folders = [RunFolder.open(path) for path in runs]
-    names = [load_federate_config(folder.config).federated.method for folder in folders]
-    found = [summary(folder, name) for folder, name in zip(folders, names, strict=True)]
-    for title, head, rows in (
-        ("held-out loss, over the clients", RESULTS, result_rows(found)),
-        ("bytes, over all rounds and clients", TRAFFIC, traffic_rows(found)),
-    ):
+    screen, found = console(), []
+    for path in runs:
+        folder = RunFolder.open(path)
+        config = load_federate_config(folder.config)
+        found.append(summary(folder, config.federated.method, asdict(config)))
+    for title, head, rows in tables(found):
         table = Table(*head, title=title)
         for row in rows:
             table.add_row(*row)
         screen.print(table)
-    for folder, s in zip(folders, found, strict=True):
-        for line in fault_lines(s):
-            screen.print(f"{folder.path}: {line}", soft_wrap=True)
+    for s in found:
+        lines = fault_lines(s) + ([f"privacy: {s.privacy}"] if s.privacy else [])
+        for line in lines:
+            screen.print(f"{s.path}: {line}", soft_wrap=True, markup=False)
+    return found

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from plait.federated.adapter import StateDict
 from plait.federated.methods import Algorithm, Client, State
 from plait.federated.payload import Header, check_name, pack, rank_of
 from plait.federated.protocol import Order, Reply
-from plait.federated.state import ClientStore
+from plait.federated.state import ClientStore, config_hash
 
 _TRUNK = "trunk:"  # before the keys of a client's trunk among its private tensors
 
@@ -119,6 +119,11 @@ class Roster:
             return kind.first
         return kind.first | adapters.drawn(kind.model, (self.method.seed, 0, client))
 
+    def digest(self, client: str) -> str:
+        """Of the method and of a client's adapter config."""
+        method = [self.method.key, asdict(self.method)]
+        return config_hash({"method": method, "adapter": self.described[client]})
+
     def start(self) -> tuple[State, str]:
         """The server's state before round 1, of the largest rank, and the frozen fingerprint.
 
@@ -180,7 +185,7 @@ class Site:
             The model, valid until the next call, and the client's trunk.
 
         Raises:
-            ValueError: the order is for another run or a client that is not here.
+            ValueError: the order is for another run, another config or a client that is not here.
             StateError: the generation that it names is missing or damaged.
         """
         name, roster = order.client, self.roster
@@ -188,6 +193,11 @@ class Site:
             raise ValueError(
                 f"the order is for client {name!r} of run {order.run!r}; here are "
                 f"{', '.join(roster.clients)} of run {self.run!r}. Give both sides one config."
+            )
+        if order.config != roster.digest(name):
+            raise ValueError(
+                f"client {name!r} has another method or adapter than the server. Give both sides "
+                "one config."
             )
         saved = self._store(name).load(order.generation)
         kept, trunk = None, {}
@@ -209,8 +219,7 @@ class Site:
 
     def stored(self, client: str, round: int) -> StateDict:
         """What a client stored after a round: its private part, without its trunk."""
-        saved = self._store(client).read(round)
-        return {k: x for k, x in saved.items() if not k.startswith(_TRUNK)}
+        return stored(self.folder, self.run, client, round)
 
     def _store(self, client: str) -> ClientStore:
         return ClientStore(self.folder, self.run, client)
@@ -243,6 +252,19 @@ class Site:
         )
         upload = pack(header, method.payload_up(local, declared))
         return Reply(name, upload, dict(trained.metrics))
+
+
+def stored(folder: str | Path, run: str, client: str, round: int) -> StateDict:
+    """What a client stored after a round: its private part, without its trunk.
+
+    Args:
+        folder: of the private states. run, client: names. round: 1, 2, ...
+
+    Raises:
+        StateError: it is missing or damaged.
+    """
+    saved = ClientStore(folder, run, client).read(round)
+    return {k: x for k, x in saved.items() if not k.startswith(_TRUNK)}
 
 
 def _described(config: PeftConfig) -> str:

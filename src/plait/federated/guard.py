@@ -6,6 +6,7 @@
     median          of each number over the clients            unweighted
     trimmed_mean    of each number, without the `trim` share at either end   unweighted
     krum            the update with the least sum of squared distances to its n - f - 2 nearest
+    multi_krum      the mean of the n - f updates with the least sums     unweighted
 
 Blanchard et al. 2017 (Krum), Yin et al. 2018 (median, trimmed mean). The robust means need all
 updates in memory and equal shapes; they ignore n_i, so that no claim moves them.
@@ -77,9 +78,16 @@ def trimmed_mean(
 
 
 def krum(
-    updates: Updates, weights: Mapping[str, float], reference: StateDict, *, faulty: int = 1
+    updates: Updates,
+    weights: Mapping[str, float],
+    reference: StateDict,
+    *,
+    faulty: int = 1,
+    multi: bool = False,
 ) -> StateDict:
     """The one update that is nearest to its n - faulty - 2 nearest others; ties by client id.
+
+    multi: the mean of the n - faulty best ones.
 
     Raises:
         ValueError: fewer than 2 faulty + 3 updates, for which Krum promises nothing.
@@ -94,11 +102,12 @@ def krum(
     flat = torch.cat([x.reshape(n, -1) for x in stacks.values()], dim=1).double()
     distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square()
     nearest = distances.sort(1).values[:, 1 : n - faulty - 1]  # the first is the update itself
-    best = int(nearest.sum(1).argmin())
-    return {key: x[best] for key, x in stacks.items()}
+    order = nearest.sum(1).argsort(stable=True)
+    best = order[: n - faulty if multi else 1].sort().values
+    return {key: x[best].mean(0) for key, x in stacks.items()}
 
 
-AGGREGATORS = ("mean", "median", "trimmed_mean", "krum")
+AGGREGATORS = ("mean", "median", "trimmed_mean", "krum", "multi_krum")
 
 
 # The guard --------------------------------------------------------------------------------------
@@ -154,6 +163,7 @@ class GuardOptions:
             "median": median,
             "trimmed_mean": partial(trimmed_mean, trim=self.trim),
             "krum": partial(krum, faulty=self.faulty),
+            "multi_krum": partial(krum, faulty=self.faulty, multi=True),
         }
         return means[self.aggregator]
 

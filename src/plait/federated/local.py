@@ -64,18 +64,19 @@ class Federation:
         progress: Progress | None = None,
     ) -> None:
         roster, folder = Roster(base, configs, method), Path(folder)
+        own = options or ServerOptions()
+        self.site = Site(
+            roster, train, folder / "clients", run=own.run, seed=own.seed, evaluate=evaluate
+        )
         self.server = Server(
             roster,
             folder / "server",
-            options,
+            own,
             facts=facts,
             resume=resume,
             privacy=privacy,
+            stored=self.site.stored,
             progress=progress,
-        )
-        own = self.server.options
-        self.site = Site(
-            roster, train, folder / "clients", run=own.run, seed=own.seed, evaluate=evaluate
         )
         self.clients, self.deliver = roster.clients, deliver
 

@@ -113,20 +113,26 @@ def unpack_tensors(
     Raises:
         CorruptFrame: damaged, cut off, or something else.
     """
-    body = data[_DIGEST:]
+    body = memoryview(data)[_DIGEST:]
     if len(body) < _LENGTH or hashlib.sha256(body).digest() != data[:_DIGEST]:
         raise CorruptFrame("the digest does not match the content: damaged or cut off", True)
     length = int.from_bytes(body[:_LENGTH], "big")
     if length > (header_bytes or length) or _LENGTH + length > len(body):
         raise CorruptFrame(f"the header is said to have {length} bytes", False)
     try:
-        header = json.loads(body[_LENGTH : _LENGTH + length])
-        tensors = load(body[_LENGTH + length :])
+        header = json.loads(bytes(body[_LENGTH : _LENGTH + length]))
+        tensors = load(bytes(body[_LENGTH + length :]))
     except (ValueError, RecursionError, SafetensorError, KeyError, TypeError) as error:
         raise CorruptFrame(f"no JSON header with safetensors ({error})", False) from None
     if not isinstance(header, dict):
         raise CorruptFrame("the header is no JSON object", False)
     return header, tensors
+
+
+def blob_of(data: bytes) -> memoryview:
+    """The safetensors of a frame that was read before."""
+    start = _DIGEST + _LENGTH
+    return memoryview(data)[start + int.from_bytes(data[_DIGEST:start], "big") :]
 
 
 def digest(data: bytes) -> str:

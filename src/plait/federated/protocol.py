@@ -31,6 +31,7 @@ class Order:
 
     kind: "hello" asks for the client's name alone. run: its name. round: 1, 2, ... client: whom it
     is for. generation: the private state to start from, 0: the first one. dtype: of the upload.
+    config: digest of the method and the client's adapter, which both sides must have alike.
     """
 
     kind: Kind
@@ -39,6 +40,7 @@ class Order:
     client: str = ""
     generation: int = 0
     dtype: str = "fp32"
+    config: str = ""
 
     def pack(self, tensors: StateDict | None = None) -> bytes:
         """The order as bytes, with what the client gets."""

@@ -28,6 +28,7 @@ from plait.federated.guard import Guard, GuardOptions, TooFewUpdates
 from plait.federated.methods import (
     FedEx,
     FedIt,
+    Mapped,
     Mean,
     State,
     aggregation_error,
@@ -45,8 +46,10 @@ from plait.federated.payload import (
 )
 from plait.federated.privacy import Privacy, PrivacyReport
 from plait.federated.protocol import Exchange, Kind, Order, Reply
+from plait.federated.similarity import Similarity, factor_similarity
 from plait.federated.state import Checkpoint, Checkpoints, Spool, config_hash
 
+Stored = Callable[[str, int], StateDict]  # (client, round)
 Progress = Callable[[int, int, int, str], None]  # (round, clients done, clients in all, client)
 
 
@@ -107,7 +110,8 @@ class RoundRecord:
     weights: client -> w_i. capped: clients whose claimed examples were cut by the guard. rejected:
     (client, reason, text), in the order of the clients. failed: client -> what went wrong there.
     traffic: client -> bytes. aggregation_error: layer -> of fedit's mean, where A and B are sent
-    with one rank. seconds: client -> of its reply, by its own clock.
+    with one rank. similarity: of the clients' factors, see `factor_similarity`. seconds: client ->
+    of its reply, by its own clock.
     """
 
     round: int
@@ -120,6 +124,7 @@ class RoundRecord:
     failed: dict[str, str] = field(default_factory=dict)
     traffic: dict[str, Traffic] = field(default_factory=dict)
     aggregation_error: dict[str, float] = field(default_factory=dict)
+    similarity: Similarity = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,6 +142,8 @@ class Server:
         facts: what else decides the result, such as the data; a resumed run must have the same.
         resume: go on from the newest checkpoint; from the start where there is none.
         privacy: clip and noise the updates; None: neither.
+        stored: (client, round) -> what the client stored, where its private state is on this
+            machine too, for the similarity of private factors; None: of those that are sent.
         progress: called after each reply.
 
     Raises:
@@ -153,10 +160,12 @@ class Server:
         facts: Mapping[str, Any] | None = None,
         resume: bool = False,
         privacy: Privacy | None = None,
+        stored: Stored | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.roster, self.method, self.clients = roster, roster.method, roster.clients
         self.options, self.privacy = options or ServerOptions(), privacy
+        self.stored = stored or (lambda client, round: {})
         self.progress = progress or (lambda round, done, total, client: None)
         self._mean = self.options.guard.mean(self.method)
         first, self._frozen = roster.start()
@@ -225,6 +234,7 @@ class Server:
             client,
             last.last_accepted.get(client, 0),
             self.options.dtype,
+            self.roster.digest(client),
         )
         held = last.trunks.get(client, 0)
         return order, self.method.payload_down(last.state, self.clients[client], held)
@@ -297,6 +307,11 @@ class Server:
         record.weights = weights_of(counts)
         if isinstance(self.method, FedIt | FedEx):
             record.aggregation_error = aggregation_error(self._spool, record.weights, self.clients)
+        states = Mapped(self._spool, lambda name, sent: sent | self.stored(name, number))
+        record.similarity = {  # the last digits depend on where a tensor lies in memory
+            kind: {measure: round(x, 9) for measure, x in found.items()}
+            for kind, found in factor_similarity(states, self.clients).items()
+        }
         state = self.method.aggregate(
             self._spool, record.weights, last.state, self.clients, self._mean_of(number)
         )

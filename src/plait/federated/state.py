@@ -21,10 +21,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from plait.core.files import write_atomic
 from plait.federated.adapter import StateDict
 from plait.federated.methods import State
-from plait.federated.payload import CorruptFrame, check_name, pack_tensors, unpack_tensors
+from plait.federated.payload import (
+    CorruptFrame,
+    blob_of,
+    check_name,
+    pack_tensors,
+    unpack_tensors,
+)
 
 _VERSION = 1
 _KEPT = 2  # server checkpoints
@@ -130,17 +138,14 @@ class Checkpoints:
             old.unlink()
         return path
 
-    def latest(self, config: str) -> Checkpoint | None:
-        """The newest checkpoint; None where there is none yet.
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint, whatever its config; None where there is none yet.
 
-        Args:
-            config: hash of the config that is to go on.
+        Nothing is changed on the disk, so a reader does not disturb a server at work.
 
         Raises:
             CorruptState: it is damaged; the message names the one before.
-            ValueError: it was written under another config.
         """
-        _sweep(self.folder)
         found = _rounds(self.folder)
         if not found:
             return None
@@ -157,7 +162,22 @@ class Checkpoints:
             raise CorruptState(f"{path}: {error}. {remedy}") from None
         if state.round != number:
             raise CorruptState(f"{path}: holds round {state.round}. {remedy}")
-        if checkpoint.config != config:
+        return checkpoint
+
+    def latest(self, config: str) -> Checkpoint | None:
+        """The newest checkpoint, to go on from; None where there is none yet.
+
+        Args:
+            config: hash of the config that is to go on.
+
+        Raises:
+            CorruptState: as `newest`.
+            ValueError: it was written under another config.
+        """
+        _sweep(self.folder)
+        checkpoint = self.newest()
+        if checkpoint is not None and checkpoint.config != config:
+            path = list(_rounds(self.folder).values())[-1]
             raise ValueError(
                 f"{path}: was written under another config ({checkpoint.config[:12]}, now "
                 f"{config[:12]}). Put the config back, or use another folder."
@@ -168,21 +188,27 @@ class Checkpoints:
 class Spool(Mapping[str, StateDict]):
     """Accepted uploads on the disk, each read when a mean asks for it: one in memory at a time.
 
-    It starts empty: what a killed server left there is removed.
+    A file is mapped into memory and not copied: a mean holds its sum and one upload. The spool
+    starts empty: what a killed server left there is removed.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.files: dict[str, Path] = {}
+        self._digests: dict[str, bytes] = {}
         for path in self.folder.glob("*.upload"):
             path.unlink()
 
     def add(self, client: str, data: bytes) -> None:
-        """Keep an upload as it came; it need not outlive this process, so it is not synced."""
-        path = self.folder / f"{check_name('client', client)}.upload"
-        path.write_bytes(data)
-        self.files[client] = path
+        """Keep the tensors of an upload; they need not outlive this process: nothing is synced.
+
+        Args:
+            client: who sent it. data: the upload as it came, after its checks.
+        """
+        path, blob = self.folder / f"{check_name('client', client)}.upload", blob_of(data)
+        path.write_bytes(blob)
+        self.files[client], self._digests[client] = path, hashlib.sha256(blob).digest()
 
     def drop(self, client: str) -> None:
         """Forget an upload that the guard refused."""
@@ -194,20 +220,19 @@ class Spool(Mapping[str, StateDict]):
             self.drop(client)
 
     def __getitem__(self, client: str) -> StateDict:
-        return _tensors(self.files[client])
+        path = self.files[client]
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").digest()
+        if found != self._digests[client]:
+            text = "the digest does not match the content: damaged or cut off"
+            raise CorruptState(f"{path}: {text}. Run the round again.")
+        return load_file(path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
 
     def __len__(self) -> int:
         return len(self.files)
-
-
-def _tensors(path: Path) -> StateDict:
-    try:
-        return unpack_tensors(path.read_bytes())[1]
-    except CorruptFrame as error:
-        raise CorruptState(f"{path}: {error}. Run the round again.") from None
 
 
 # The clients ------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from typing import Any
 from plait.federated.protocol import Answer, failure
 
 _BUILT = b"built"
+# What a config file can put right stays what it is, so that it is shown as such.
+_TOLD = {kind.__name__: kind for kind in (ValueError, FileNotFoundError, ImportError)}
 
 
 class Deadlines:
@@ -78,7 +80,8 @@ class Workers:
         threads: torch's, in each worker; None: torch's own choice.
 
     Raises:
-        RuntimeError: when an exchange begins, if a worker could not build its answerer.
+        Exception: when an exchange begins, if a worker could not build its answerer: its ValueError,
+            ImportError or FileNotFoundError, else a RuntimeError.
     """
 
     def __init__(
@@ -100,6 +103,16 @@ class Workers:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def ready(self) -> None:
+        """Wait until all workers are built.
+
+        Raises:
+            Exception: see the class.
+        """
+        while not all(worker.built for worker in self._pool):
+            for _ in self._heard():
+                pass  # nobody has an order
 
     def close(self) -> None:
         """End all workers."""
@@ -167,7 +180,10 @@ class Workers:
     def _settle(self, worker: _Worker, data: bytes) -> None:
         if data != _BUILT:
             self.close()
-            raise RuntimeError(f"a worker process could not start: {data.decode()}")
+            kind, _, text = data.decode().partition(": ")
+            if kind in _TOLD:
+                raise _TOLD[kind](text)
+            raise RuntimeError(f"a worker process could not start: {kind}: {text}")
         worker.built = True
 
     def _died(self, worker: _Worker) -> None:

@@ -15,6 +15,7 @@ clients would together.
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +28,7 @@ from datasets import Dataset
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from plait.federated.client import LocalTraining, Roster, Site, keyed_randomness
+from plait.federated.client import LocalTraining, Roster, Site, keyed_randomness, stored
 from plait.federated.partition import Partition, files, split
 from plait.federated.privacy import Privacy
 from plait.federated.protocol import Answer, Exchange
@@ -164,6 +165,7 @@ def trainer(config: FederateConfig, folder: Path, client: str) -> Iterator[Answe
     """One client in a process of its own, warm between orders; it is killed where it hangs."""
     make = partial(answerer, config, folder, client)
     with Workers(make, 1, config.timeouts.deadlines(), config.engine.threads) as workers:
+        workers.ready()
 
         def answer(order: bytes) -> bytes:
             return next(data for _, data in workers({client: order}))
@@ -182,12 +184,14 @@ def conduct(
     progress: Progress | None = None,
     done: Callable[[RoundRecord], None] | None = None,
     loaded: Setting | None = None,
+    private: Path | None = None,
 ) -> RunFolder:
     """The server's part of a run: all rounds and evaluations; returns the run folder.
 
     exchange: carries the orders. resume: go on in output.dir after its last checkpoint. progress:
     called after each reply. done: called with the record of each round. loaded: what `setting`
-    returned; None: load it now.
+    returned; None: load it now. private: folder of all clients' private states, where they are on
+    this machine, for the report alone.
 
     Raises FileExistsError where output.dir holds something and resume is False; ValueError for
     what cannot be federated, or a resumed config that differs in what decides the result;
@@ -203,6 +207,7 @@ def conduct(
         facts=_facts(config, found),
         resume=resume,
         privacy=privacy,
+        stored=None if private is None else partial(stored, private, config.federated.run),
         progress=progress,
     )
     write_atomic(folder.config, config.dump())
@@ -303,30 +308,37 @@ def simulate(
         )
     if not resume:
         RunFolder.create(path)  # refuse before anything is loaded
-    conducted = partial(conduct, config, resume=resume, progress=progress, done=done)
-    make = partial(answerer, config, path / "clients")
+    private = path / "clients"
+    conducted = partial(
+        conduct, config, resume=resume, progress=progress, done=done, private=private
+    )
+    make = partial(answerer, config, private)
     with _threads(engine.threads) as threads:
         if engine.kind == "flower":
-            return _on_flower(config, conducted, make, threads)
+            from plait.federated import flower
+
+            loaded = setting(config)
+            clients = list(loaded.roster.clients)
+            with tempfile.TemporaryDirectory(prefix="plait-flower-") as home:
+                return flower.simulate(
+                    partial(conducted, loaded=loaded),
+                    make,
+                    clients,
+                    home=home,
+                    workers=engine.workers or min(len(clients), os.cpu_count() or 1),
+                    threads=threads,
+                    deadlines=times.deadlines(),
+                )
         if engine.workers:
             with Workers(make, engine.workers, times.deadlines(), threads) as workers:
                 return conducted(workers)
         loaded = setting(config)
-        own = site(config, path / "clients", loaded=loaded)
+        own = site(config, private, loaded=loaded)
 
         def exchange(orders: Mapping[str, bytes]) -> Iterable[tuple[str, bytes]]:
             return ((name, own.answer(orders[name])) for name in orders)
 
         return conducted(exchange, loaded=loaded)
-
-
-def _on_flower(
-    config: FederateConfig,
-    conducted: Callable[..., RunFolder],
-    make: Callable[[], Answer],
-    threads: int,
-) -> RunFolder:
-    raise NotImplementedError
 
 
 @contextmanager

@@ -1,50 +1,77 @@
-"""The report of federated runs: the held-out metric, bytes, rejections, and a picture of the loss.
+"""The report of federated runs: report.md of one run, and several runs side by side.
 
-spread = largest - smallest of the clients' values; worst: the client with the largest loss
-gain over local = loss(local) - loss(run), of the mean over clients, where a run is `local`
+    worst    the client with the largest loss, or the smallest score
+    spread   largest - smallest of the clients' values
+    gain over local     local - x of a loss, x - local of a score
+    towards central     (local - x) / (local - central): 0 is local, 1 is central
+
+x: the mean over clients after the last evaluation, on held-out rows, each client with its own
+model. The two references are runs of the methods `local` and `central` with the same model, data
+and partition; without them, or where both are equal, there is no number but "-".
 """
 
-import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from plait.federated.methods import Algorithm
-from plait.run.folder import RunFolder, write_atomic
+from plait.federated.privacy import PrivacyReport
+from plait.run import federate_pictures as pictures
+from plait.run.federate_pictures import Series
+from plait.run.folder import RunFolder, diff_configs, replace_dir, write_atomic
+from plait.run.report import METRIC_NAMES
 
-_LOSSES = ("loss", "mse")  # what a held-out evaluation is judged by
+_LOSSES = ("loss", "mse")  # what a held-out evaluation is judged by: the first that is there
+_SCORES = ("exact_match", "accuracy", "token_accuracy", "pearson")  # the larger, the better
+_SETTING = ("model", "data", "partition")  # of a config: what two runs need in common
+_ROWS = 100  # clients in a table of report.md; metrics.jsonl has all
+
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, head, rows
 
 
 @dataclass(frozen=True)
 class Summary:
     """A federated run in figures.
 
-    method: its name. rounds: completed. clients: those that were selected at least once. before,
-    after: client -> held-out loss, at the start and after the last evaluated round. up, down: bytes
-    of the tensors over all rounds and clients, up_formula, down_formula: by formula, frames: with
-    headers. error: largest aggregation error of a layer, None where there is none.
-    rejected: (client, reason) -> how often. failed: (round, client, what was raised).
+    method: its name. path: of the run folder. rounds: completed. clients: those that were selected
+    at least once. losses, scores: (round, client -> held-out value) of each evaluation; score: the
+    metric's name, "" without one. up, down: bytes of the tensors over all rounds and clients,
+    up_formula, down_formula: by formula, frames: with headers. error: largest aggregation error of
+    a layer, None where there is none. rejected: (client, reason) -> (round, text) of each. failed:
+    (round, client, what was raised) of training and evaluation. privacy: what the run guarantees,
+    "" for nothing. config: of the run, to compare runs; {}: not known.
     """
 
     method: str
+    path: Path
     rounds: int
     clients: list[str]
-    before: dict[str, float]
-    after: dict[str, float]
+    losses: Series
+    scores: Series
+    score: str
     up: int
     up_formula: int
     down: int
     down_formula: int
     frames: int
     error: float | None
-    rejected: dict[tuple[str, str], int]
+    rejected: dict[tuple[str, str], list[tuple[int, str]]]
     failed: list[tuple[int, str, str]]
+    privacy: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def before(self) -> dict[str, float]:
+        """Client -> held-out loss at the first evaluation."""
+        return self.losses[0][1] if self.losses else {}
+
+    @property
+    def after(self) -> dict[str, float]:
+        """Client -> held-out loss at the last evaluation."""
+        return self.losses[-1][1] if self.losses else {}
 
 
 def read_rounds(path: Path) -> list[dict[str, Any]]:
@@ -66,29 +93,35 @@ def read_rounds(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def summary(folder: RunFolder, method: str) -> Summary:
+def summary(folder: RunFolder, method: str, config: Mapping[str, Any] | None = None) -> Summary:
     """Add up the rounds of a run.
 
-    Raises ValueError for a run without a completed round.
+    Args:
+        folder: of the run. method: its name. config: its sections as dicts, to compare runs.
+
+    Raises:
+        ValueError: no round is complete.
     """
     lines = read_rounds(folder.metrics)
-    rounds = [row for row in lines if row["kind"] == "round"]
+    rounds = _rounds(lines)
     if not rounds:
         raise ValueError(f"{folder.path}: no round is complete. Go on with --resume.")
-    measured = [_losses(row["clients"]) for row in lines if row["kind"] == "evaluation"]
     traffic = [bytes_ for row in rounds for bytes_ in row["traffic"].values()]
     total = {key: sum(t[key] for t in traffic) for key in traffic[0]} if traffic else {}
-    rejected: dict[tuple[str, str], int] = {}
+    rejected: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for row in rounds:
-        for client, reason, _ in row["rejected"]:
-            rejected[client, reason] = rejected.get((client, reason), 0) + 1
+        for client, reason, text in row["rejected"]:
+            rejected.setdefault((client, reason), []).append((row["round"], text))
     errors = [x for row in rounds for x in row["aggregation_error"].values()]
+    score = _score(lines)
     return Summary(
         method,
+        folder.path,
         rounds[-1]["round"],
         sorted({name for row in rounds for name in row["selected"]}),
-        measured[0] if measured else {},
-        measured[-1] if measured else {},
+        _series(lines, _LOSSES),
+        _series(lines, (score,)),
+        METRIC_NAMES.get(score, ""),
         total.get("up", 0),
         total.get("up_formula", 0),
         total.get("down", 0),
@@ -96,109 +129,378 @@ def summary(folder: RunFolder, method: str) -> Summary:
         total.get("up_frame", 0) + total.get("down_frame", 0),
         max(errors) if errors else None,
         rejected,
-        [(row["round"], name, text) for row in rounds for name, text in row["failed"].items()],
+        _failed(lines),
+        _privacy(lines),
+        config or {},
     )
 
 
-def _losses(clients: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+def _rounds(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in lines if row["kind"] == "round"]
+
+
+def _series(lines: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> Series:
+    """The first of the metrics that an evaluation has, of each evaluation with one."""
+    measured = [
+        (r["round"], _values(r["clients"], keys)) for r in lines if r["kind"] == "evaluation"
+    ]
+    return [(number, values) for number, values in measured if values]
+
+
+def _values(clients: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> dict[str, float]:
     found = {}
     for name, metrics in clients.items():
-        loss = next((metrics[key] for key in _LOSSES if metrics.get(key) is not None), None)
-        if loss is not None:
-            found[name] = loss
+        value = next((metrics[key] for key in keys if metrics.get(key) is not None), None)
+        if value is not None:
+            found[name] = value
     return found
 
 
-def result_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
-    """(method, mean before, mean after, worst client, spread, gain over local) of each run."""
-    local = next(
-        (mean(s.after.values()) for s in summaries if s.method == "local" and s.after), None
-    )
+def _score(lines: Iterable[Mapping[str, Any]]) -> str:
+    """The score that the evaluations have; "" for none."""
+    there = {
+        key
+        for row in lines
+        if row["kind"] == "evaluation"
+        for metrics in row["clients"].values()
+        for key in _SCORES
+        if metrics.get(key) is not None
+    }
+    return next((key for key in _SCORES if key in there), "")
+
+
+def _failed(lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, str, str]]:
     found = []
-    for s in summaries:
-        if not s.after:
-            found.append((s.method, *["-"] * 5))
+    for row in lines:
+        if row["kind"] == "round":
+            found += [(row["round"], name, text) for name, text in row["failed"].items()]
+        if row["kind"] == "evaluation":
+            failed = {name: m["failed"] for name, m in row["clients"].items() if m.get("failed")}
+            found += [(row["round"], name, f"evaluation: {x}") for name, x in failed.items()]
+    return found
+
+
+def _privacy(lines: Iterable[Mapping[str, Any]]) -> str:
+    found = [row for row in lines if row["kind"] == "privacy"]
+    if not found:
+        return ""
+    return str(PrivacyReport(**{f.name: found[-1][f.name] for f in fields(PrivacyReport)}))
+
+
+# Runs side by side ------------------------------------------------------------------------------
+
+
+def tables(summaries: Sequence[Summary]) -> list[Table]:
+    """The tables of one run or of several side by side."""
+    found = [("held-out loss, over the clients", _results("loss"), result_rows(summaries))]
+    scores = list(dict.fromkeys(s.score for s in summaries if s.score))
+    if scores:
+        shown = scores[0] if len(scores) == 1 else "score"
+        found.append(
+            (f"held-out {shown}, over the clients", _results(shown), _score_rows(summaries))
+        )
+    return [*found, ("bytes, over all rounds and clients", _TRAFFIC, traffic_rows(summaries))]
+
+
+def _results(value: str) -> Sequence[str]:
+    return (
+        "method", f"{value} before", f"{value} after", "worst client", "spread",
+        "gain over local", "towards central",
+    )  # fmt: skip
+
+
+_TRAFFIC = (
+    "method", "up", "up by formula", "down", "down by formula", "with headers", "agg. error",
+)  # fmt: skip
+
+
+def labels(summaries: Sequence[Summary]) -> list[str]:
+    """A name for each run: its method, where two have the same with the folder's name or path."""
+    methods = [s.method for s in summaries]
+    short = [f"{s.method} {s.path.name}" for s in summaries]
+    return [
+        s.method
+        if methods.count(s.method) == 1
+        else x
+        if short.count(x) == 1
+        else f"{s.method} {s.path}"
+        for s, x in zip(summaries, short, strict=True)
+    ]
+
+
+def result_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
+    """(method, mean before, after, worst client, spread, gain, towards central) of the losses."""
+    return _compared(summaries, lambda s: s.losses, -1)
+
+
+def _score_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
+    """As result_rows, of the scores."""
+    return _compared(summaries, lambda s: s.scores, 1)
+
+
+def _compared(
+    summaries: Sequence[Summary], of: Callable[[Summary], Series], sign: int
+) -> list[tuple[str, ...]]:
+    """Rows of a table; sign: 1 where larger is better, else -1."""
+    found = []
+    for s, label in zip(summaries, labels(summaries), strict=True):
+        series = of(s)
+        if not series:
+            found.append((label, *["-"] * 6))
             continue
-        after, worst = mean(s.after.values()), max(s.after, key=lambda c: (s.after[c], c))
-        gain = "-" if local is None else f"{local - after:.4g}"
+        after = mean(series[-1][1].values())
+        local, central = (
+            next((of(o) for o in summaries if _refers(o, s, method, of)), None)
+            for method in ("local", "central")
+        )
+        gain = towards = "-"
+        if local is not None:
+            low = mean(local[-1][1].values())
+            gain = _number(sign * (after - low))
+            if central is not None:
+                high = mean(central[-1][1].values())
+                towards = (
+                    "-" if high == low else f"{round((low - after) / (low - high), 2) + 0:.2f}"
+                )
+        values = series[-1][1]
         found.append(
             (
-                s.method,
-                f"{mean(s.before.values()):.4g}",
-                f"{after:.4g}",
-                f"{worst} {s.after[worst]:.4g}",
-                f"{max(s.after.values()) - min(s.after.values()):.4g}",
+                label,
+                _number(mean(series[0][1].values())),
+                _number(after),
+                _worst(values, sign),
+                _spread(values),
                 gain,
+                towards,
             )
         )
     return found
 
 
-RESULTS = ("method", "loss before", "loss after", "worst client", "spread", "gain over local")
-TRAFFIC = ("method", "up", "up by formula", "down", "down by formula", "with headers", "agg. error")
+def _refers(other: Summary, s: Summary, method: str, of: Callable[[Summary], Series]) -> bool:
+    """Whether a run is a reference for another one: of the method, in the same setting."""
+    same = all(other.config.get(key) == s.config.get(key) for key in _SETTING)
+    return other.method == method and same and other.score == s.score and bool(of(other))
+
+
+def _number(x: float) -> str:
+    return f"{x + 0:.4g}"  # a zero without a sign
+
+
+def _worst(values: Mapping[str, float], sign: int) -> str:
+    worst = min(values, key=lambda c: (sign * values[c], c))
+    return f"{worst} {_number(values[worst])}"
+
+
+def _spread(values: Mapping[str, float]) -> str:
+    return _number(max(values.values()) - min(values.values()))
 
 
 def traffic_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     """Bytes of each run, measured and by formula, and the largest aggregation error."""
     return [
         (
-            s.method,
+            label,
             *(f"{n:,}" for n in (s.up, s.up_formula, s.down, s.down_formula, s.frames)),
             "-" if s.error is None else f"{s.error:.3g}",
         )
-        for s in summaries
+        for s, label in zip(summaries, labels(summaries), strict=True)
     ]
 
 
 def fault_lines(s: Summary) -> list[str]:
     """Rejected updates with their reasons, and what clients raised."""
-    lines = [f"{client}: {reason}, {n} x" for (client, reason), n in sorted(s.rejected.items())]
+    lines = []
+    for (client, reason), times in sorted(s.rejected.items()):
+        number, text = times[-1]
+        text = text.removeprefix(f"client {client!r}: {reason}: ")
+        lines.append(f"{client}: {reason}, {len(times)} x, last in round {number}: {text}")
     return lines + [f"{client}: failed in round {n}: {text}" for n, client, text in s.failed]
 
 
+def differences(summaries: Sequence[Summary]) -> list[str]:
+    """What the configs of the other runs have unlike the first, beside the method's own part."""
+    first, *others = summaries
+    names = labels(summaries)[1:]
+    found = []
+    for s, name in zip(others, names, strict=True):
+        for line in diff_configs({**first.config}, {**s.config}):
+            if not line.startswith(("output.", "federated.")):
+                found.append(f"{name}: {line}")
+    return found
+
+
+def write_comparison(out: str | Path, summaries: Sequence[Summary]) -> Path:
+    """Write comparison.md and comparison.png of several runs into a new folder.
+
+    Raises:
+        FileExistsError: something is at `out`.
+    """
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out}: exists. Give a new folder, or remove it.")
+    names = labels(summaries)
+    faults = [
+        f"{name}: {line}"
+        for s, name in zip(summaries, names, strict=True)
+        for line in fault_lines(s)
+    ]
+    private = [
+        f"{name}: {s.privacy}" for s, name in zip(summaries, names, strict=True) if s.privacy
+    ]
+    text = "# Federated runs side by side\n\n" + _sections(tables(summaries))
+    text += (
+        "Means over the clients, each with its own model, on held-out rows. *Gain over local* and "
+        "*towards central* are measured against the runs of `local` and `central` with the same "
+        'model, data and partition; "-": there is none.\n\n'
+    )
+    text += _list("What differs from the first", differences(summaries)) if len(names) > 1 else ""
+    text += _list("Privacy", private) if private else ""
+    text += _list("Rejected and failed", faults)
+    picture = pictures.comparison(
+        [(n, s.losses, s.scores) for n, s in zip(names, summaries, strict=True)],
+        next((s.score for s in summaries if s.score), ""),
+    )
+    if picture:
+        text += "![comparison](comparison.png)\n"
+
+    def write(folder: Path) -> None:
+        write_atomic(folder / "comparison.md", text)
+        if picture:
+            write_atomic(folder / "comparison.png", picture)
+
+    replace_dir(out, write)
+    return out
+
+
+# One run ----------------------------------------------------------------------------------------
+
+
 def write_report(folder: RunFolder, method: Algorithm, name: str) -> None:
-    """Write report.md and loss.png of a run."""
-    s = summary(folder, name)
-    tables = [_table(RESULTS, result_rows([s])), _table(TRAFFIC, traffic_rows([s]))]
-    faults = "".join(f"- {line}\n" for line in fault_lines(s)) or "None.\n"
+    """Write report.md and its pictures into a run folder."""
+    s, lines = summary(folder, name), read_rounds(folder.metrics)
     text = (
         f"# {name}, {s.rounds} rounds, {len(s.clients)} clients\n\n"
         f"Exact: {method.exact}. Private factors: {method.private_policy}. Losses are the means "
         "over the clients, each with its own model, on held-out rows.\n\n"
-        f"{tables[0]}\nBytes over all rounds and clients:\n\n{tables[1]}\n"
-        f"## Rejected and failed\n\n{faults}\n![loss](loss.png)\n"
+        f"Privacy: {s.privacy or 'none.'}\n\n"
     )
+    text += _sections([*tables([s]), *_round_tables(s, lines), *_client_tables(s, lines)])
+    text += _list("Rejected and failed", fault_lines(s))
+    for file, picture in pictures.draw(
+        lines, _series(lines, _LOSSES), s.scores, s.score, name
+    ).items():
+        write_atomic(folder.path / file, picture)
+        text += f"![{Path(file).stem}]({file})\n"
     write_atomic(folder.path / "report.md", text)
-    write_atomic(folder.loss_curve, _picture(read_rounds(folder.metrics), name))
+
+
+def _round_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """What happened round by round: held-out values, updates and bytes, similarity."""
+    rounds = {row["round"]: row for row in _rounds(lines)}
+    losses, scores = dict(s.losses), dict(s.scores)
+    head = ["round", "loss", "worst client", "spread"]
+    head += [s.score, "worst client", "spread"] if scores else []
+    held = []
+    for n in sorted({*losses, *scores}):
+        row = [str(n), *_cells(losses.get(n, {}), -1)]
+        held.append(row + _cells(scores.get(n, {}), 1) if scores else row)
+    traffic = []
+    for n, row in rounds.items():
+        total = row["traffic"].values()
+        sums = [sum(t[k] for t in total) for k in ("up", "up_formula", "down", "down_formula")]
+        errors = row["aggregation_error"].values()
+        traffic.append(
+            (
+                str(n),
+                f"{len(row['accepted'])} of {len(row['selected'])}",
+                str(len(row["rejected"])),
+                str(len(row["failed"])),
+                *(f"{x:,}" for x in sums),
+                f"{max(errors):.3g}" if errors else "-",
+            )
+        )
+    found: list[Table] = [("By round: held out", head, held)] if held else []
+    found.append(
+        (
+            "By round: updates and bytes",
+            ("round", "accepted", "rejected", "failed", *_TRAFFIC[1:5], "agg. error"),
+            traffic,
+        )
+    )
+    similar = {n: row["similarity"] for n, row in rounds.items() if row.get("similarity")}
+    if similar:
+        kinds = sorted({kind for values in similar.values() for kind in values})
+        columns = [(k, m) for k in kinds for m in ("cosine", "overlap", "chance")]
+        rows = [
+            (str(n), *(_cell(values.get(kind, {}).get(m)) for kind, m in columns))
+            for n, values in similar.items()
+        ]
+        title = "By round: similarity of the clients' factors"
+        found.append((title, ("round", *(f"{k} {m}" for k, m in columns)), rows))
+    return found
+
+
+def _cells(values: Mapping[str, float], sign: int) -> list[str]:
+    """Mean, worst client and spread."""
+    if not values:
+        return ["-"] * 3
+    return [_number(mean(values.values())), _worst(values, sign), _spread(values)]
+
+
+def _cell(x: float | None) -> str:
+    return "-" if x is None else f"{x:.3f}"
+
+
+def _client_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """What each client had: held-out values first and last, updates, bytes."""
+    rounds = _rounds(lines)
+    names = sorted({*s.clients, *s.before, *s.after})
+    last, shown = s.after, "By client"
+    if len(names) > _ROWS:
+        names = sorted(names, key=lambda c: (-last.get(c, float("-inf")), c))[:_ROWS]
+        shown = f"By client, the {_ROWS} of the largest loss"
+    series = [(x, name) for x, name in ((s.losses, "loss"), (s.scores, s.score)) if x]
+    measured = [
+        (name, *(_number(part[name]) if name in part else "-" for x, _ in series
+                 for part in (x[0][1], x[-1][1])))
+        for name in names
+    ]  # fmt: skip
+    head = [f"{name} {when}" for _, name in series for when in ("first", "last")]
+    keys = ("up", "up_formula", "down", "down_formula")
+    traffic = []
+    for name in names:
+        own = [row["traffic"][name] for row in rounds if name in row["traffic"]]
+        taken = [x for row in rounds if (x := row.get("seconds", {}).get(name)) is not None]
+        traffic.append(
+            (
+                name,
+                f"{sum(name in r['accepted'] for r in rounds)} of "
+                f"{sum(name in r['selected'] for r in rounds)}",
+                str(sum(len(times) for (c, _), times in s.rejected.items() if c == name)),
+                str(sum(c == name for _, c, _ in s.failed)),
+                *(f"{sum(t[key] for t in own):,}" for key in keys),
+                f"{sum(taken):.1f}" if taken else "-",
+            )
+        )
+    held: list[Table] = [(f"{shown}: held out", ("client", *head), measured)] if series else []
+    titles = ("client", "accepted", "rejected", "failed", *_TRAFFIC[1:5], "seconds")
+    return [*held, (f"{shown}: updates and bytes", titles, traffic)]
+
+
+# Markdown ---------------------------------------------------------------------------------------
+
+
+def _sections(found: Iterable[Table]) -> str:
+    return "".join(f"## {title[0].upper()}{title[1:]}\n\n{_table(head, rows)}\n"
+                   for title, head, rows in found)  # fmt: skip
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in x)} |\n" for x in lines)
 
 
-def _picture(lines: Sequence[Mapping[str, Any]], title: str) -> bytes:
-    """Training and held-out loss over the rounds: the mean, and the range over the clients."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for kind, key, label, color in (
-        ("round", "metrics", "training", "C0"),
-        ("evaluation", "clients", "held out", "C1"),
-    ):
-        found = [(row["round"], _losses(row[key])) for row in lines if row["kind"] == kind]
-        points = [(n, list(losses.values())) for n, losses in found if losses]
-        if points:
-            rounds = [n for n, _ in points]
-            axes.plot(rounds, [mean(v) for _, v in points], marker="o", color=color, label=label)
-            low, high = [min(v) for _, v in points], [max(v) for _, v in points]
-            axes.fill_between(rounds, low, high, color=color, alpha=0.2, linewidth=0)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-    axes.set_xlabel("round")
-    axes.set_ylabel("loss, mean and range over clients")
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+def _list(title: str, lines: Sequence[str]) -> str:
+    items = "".join(f"- {' '.join(line.split())}\n" for line in lines) or "None.\n"
+    return f"## {title}\n\n{items}\n"
