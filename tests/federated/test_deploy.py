@@ -44,7 +44,7 @@ def test_addresses(tmp_path: Path) -> None:
 def test_switches_are_off_unless_the_user_set_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in deploy.SWITCHES:
+    for name in (*deploy.OFF, *deploy.POLL):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
     found = Deployment(DeployConfig(home=str(tmp_path))).environment()

@@ -39,18 +39,10 @@ import torch
 from plait.federated.guard import TooFewUpdates
 from plait.federated.payload import CorruptFrame
 from plait.federated.protocol import Answer, Exchange, Order, Reply, failure
+from plait.federated.switches import OFF
 from plait.federated.workers import Deadlines
 
-# Flower and Ray report their use, ask for updates and hide devices unless told otherwise. Flower
-# reads the first one when it is imported.
-OFF = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-for _name, _value in OFF.items():
+for _name, _value in OFF.items():  # Flower reads some of them when it is imported
     os.environ.setdefault(_name, _value)
 
 try:

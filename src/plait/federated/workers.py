@@ -80,8 +80,8 @@ class Workers:
         threads: torch's, in each worker; None: torch's own choice.
 
     Raises:
-        Exception: when an exchange begins, if a worker could not build its answerer: its ValueError,
-            ImportError or FileNotFoundError, else a RuntimeError.
+        Exception: when an exchange begins, if a worker could not build its answerer: its own
+            ValueError, ImportError or FileNotFoundError, else a RuntimeError.
     """
 
     def __init__(

@@ -6,7 +6,7 @@
 
 flwr is not imported. Its programs are those beside the Python interpreter; each is the head of a
 session of its own, and what it starts ends with it. They keep everything in `deploy.home`, talk
-over TLS, know their clients by keys, and send nothing to anybody else: see `SWITCHES`.
+over TLS, know their clients by keys, and send nothing to anybody else: see `federated.switches`.
 
 Nobody is authenticated at the Control API, the part of the SuperLink where runs are submitted and
 keys are registered: whoever reaches its port, and has or ignores the CA certificate, can run code
@@ -37,18 +37,12 @@ import psutil
 
 from plait.core.files import write_atomic
 from plait.federated.certs import CA, SERVER, SERVER_KEY
+from plait.federated.switches import OFF
 
 Say = Callable[[str], object]
 
-# What flwr does unless it is told not to: report usage, look for new versions, install an app's
-# dependencies when it starts. A variable that the user has set stays as it is.
-SWITCHES = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",  # seconds; 1 by default, and once in a message
-}
+POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}  # seconds; 1 by default, twice in a message
+_SUPERNODE = Path(__file__).parents[1] / "federated" / "app" / "supernode.py"
 LINK = "plait"  # the connection's name in flwr's config.toml
 PATIENCE = 90.0  # seconds; a lost SuperNode counts as online for up to 60
 TOO_FEW = 3  # exit code: too few updates or nodes
@@ -122,7 +116,7 @@ class Deployment:
 
     def environment(self) -> dict[str, str]:
         """Of all programs: flwr's switches, its home, and its other programs on the path."""
-        found = {**SWITCHES, **os.environ, "FLWR_HOME": str(self.home), "PYTHONUNBUFFERED": "1"}
+        found = {**OFF, **POLL, **os.environ, "FLWR_HOME": str(self.home), "PYTHONUNBUFFERED": "1"}
         found["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), found.get("PATH", "")])
         return found
 
@@ -494,7 +488,7 @@ def _node(
     settings = {"client": client, "trainer": str(trainer)}
     node = Program(
         [
-            *(deployment.program("flower-supernode"), "--superlink", deployment.address),
+            *(sys.executable, "-P", str(_SUPERNODE), "--superlink", deployment.address),
             *("--root-certificates", str(deployment.file(CA, "the CA certificate"))),
             *("--auth-supernode-private-key", str(key)),
             *("--host", "127.0.0.1", "--port", str(_free_port())),
