@@ -31,7 +31,7 @@ def start(running: list[Background], folder: Path, name: str, act: Callable, *ar
 
 def program(folder: Path, name: str) -> psutil.Process:
     """The one program of that name."""
-    (found,) = [p for p in programs(folder) if any(w.endswith(name) for w in p.cmdline()[:2])]
+    (found,) = [p for p in programs(folder) if any(w.endswith(name) for w in p.cmdline()[:3])]
     return found
 
 
@@ -56,7 +56,7 @@ def test_a_lost_node_comes_back_and_ctrl_c_stops_a_run(tmp_path: Path) -> None:
         assert run.result() == "returned 130"
         assert statuses(own) == ["finished:stopped"]
         # Lost without a word, the node counts as online for up to 60 s.
-        program(tmp_path, "flower-supernode").kill()
+        program(tmp_path, "supernode.py").kill()
         node.wait_for("Starting it again.")
         node.wait_for("counts as online for up to 60 s.")
         end = time.monotonic() + 110

@@ -281,14 +281,21 @@ class Program:
             self.process.kill()
         self.process.wait()
         left = [p for p in self._known if p.pid != self.process.pid]
-        for process in left:
-            with suppress(psutil.Error):
-                process.terminate()
-        _, left = psutil.wait_procs(left, 2.0)
-        for process in left:
-            with suppress(psutil.Error):
-                if process.status() != psutil.STATUS_ZOMBIE:  # an orphan that nobody waits for
-                    process.kill()
+        for end in (psutil.Process.terminate, psutil.Process.kill):
+            for process in filter(_lives, left):
+                with suppress(psutil.Error):
+                    end(process)
+            until = time.monotonic() + 2.0
+            while any(map(_lives, left)) and time.monotonic() < until:
+                time.sleep(0.02)
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it runs; an orphan that has ended and that nobody waits for does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 class Signals:
