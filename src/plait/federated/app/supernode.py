@@ -7,6 +7,7 @@ messages take. This program takes the arguments of flower-supernode; run it with
 import sys
 import time
 from types import SimpleNamespace
+from typing import Any
 
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli import flower_supernode
@@ -20,6 +21,6 @@ def sleep(seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    known = vars(start_client_internal.time)  # an AttributeError where flwr has changed
-    start_client_internal.time = SimpleNamespace(**{**known, "sleep": sleep})
+    module: Any = start_client_internal  # an AttributeError where flwr has changed
+    module.time = SimpleNamespace(**{**vars(module.time), "sleep": sleep})
     sys.exit(flower_supernode())
