@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 
 _RECORD, _ORDER, _LIMIT, _REPLY, _FAILED = "plait", "order", "limit", "reply", "failed"
 _GRACE = 10.0  # seconds that Flower keeps a message beyond its deadline, for a server that is busy
-_SHORT, _LONG = 0.05, 0.5  # seconds between looks for replies
+_SHORT, _LONG = 0.05, 0.2  # seconds between looks for replies
 _HELLO = 300.0  # seconds for all clients of a simulation to say their names
 _AGAIN = 3.0  # seconds until a node whose trainer is not ready is asked again
 _TRIES, _PAUSE = 3, 1.0  # of an order whose worker process died; seconds in between

@@ -41,7 +41,7 @@ from plait.federated.switches import OFF
 
 Say = Callable[[str], object]
 
-POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}  # seconds; 1 by default, twice in a message
+POLL = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}  # seconds; 1 by default, twice in a message
 _SUPERNODE = Path(__file__).parents[1] / "federated" / "app" / "supernode.py"
 LINK = "plait"  # the connection's name in flwr's config.toml
 PATIENCE = 90.0  # seconds; a lost SuperNode counts as online for up to 60

@@ -1,7 +1,10 @@
-"""Flower's SuperNode, which looks for messages four times a second and not every three seconds.
+"""Flower's SuperNode, with shorter waits: it looks for messages as often as it has had some.
 
-flwr 1.40 and 1.41 sleep for a fixed time where no message was there, longer than most of plait's
-messages take. This program takes the arguments of flower-supernode; run it with `python -P`.
+    no message: 0.1 s after the last one, 5 % longer each time, up to 1 s     (flwr: 3 s, always)
+    waiting for its own client program: 0.1 s                                 (flwr: 0.5 s)
+
+flwr 1.40 and 1.41 sleep for fixed times, longer than most of plait's messages take. This program
+takes the arguments of flower-supernode; run it with `python -P`.
 """
 
 import sys
@@ -12,15 +15,27 @@ from typing import Any
 from flwr.supernode import start_client_internal
 from flwr.supernode.cli import flower_supernode
 
-LONGEST = 0.25  # seconds
+_IDLE = 3.0  # seconds; how long flwr sleeps where no message was there
+_SHORTEST, _LONGEST, _GROWTH = 0.1, 1.0, 1.05
 
 
-def sleep(seconds: float) -> None:
-    """Sleep for as long, but not longer than LONGEST."""
-    time.sleep(min(seconds, LONGEST))
+class Sleep:
+    """In place of `time.sleep` in flwr's loop."""
+
+    def __init__(self) -> None:
+        self.next = _SHORTEST
+
+    def __call__(self, seconds: float) -> None:
+        """Sleep, for a shorter time than flwr asks for."""
+        if seconds < _IDLE:  # there is a message, and its program runs
+            self.next = _SHORTEST
+            time.sleep(min(seconds, _SHORTEST))
+        else:
+            time.sleep(self.next)
+            self.next = min(_GROWTH * self.next, _LONGEST)
 
 
 if __name__ == "__main__":
     module: Any = start_client_internal  # an AttributeError where flwr has changed
-    module.time = SimpleNamespace(**{**vars(module.time), "sleep": sleep})
+    module.time = SimpleNamespace(**{**vars(module.time), "sleep": Sleep()})
     sys.exit(flower_supernode())
