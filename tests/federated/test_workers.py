@@ -72,6 +72,13 @@ def test_a_dead_and_a_hung_worker_are_replaced_and_cost_only_their_own_order() -
             os.kill(pid, 0)
 
 
+def test_workers_end_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    with Workers(partial(answer_with, nothing), 1, FAST, threads=1) as workers:
+        exchanged(workers, "a")
+    shown = capfd.readouterr()
+    assert "Traceback" not in shown.out + shown.err
+
+
 def test_two_orders_run_at_the_same_time_in_two_processes() -> None:
     with Workers(partial(answer_with, misbehave), 2, FAST, threads=1) as workers:
         exchanged(workers, "a", "b")  # both are built

@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from statistics import median
@@ -232,8 +233,9 @@ def _work(pipe: Connection, make: Callable[[], Answer], threads: int | None) -> 
         pipe.send_bytes(f"{type(error).__name__}: {error}".encode())
         return
     pipe.send_bytes(_BUILT)
-    while True:
-        pipe.send_bytes(answer(pipe.recv_bytes()))
+    with suppress(EOFError, OSError):  # the head has closed the pipe, or is gone
+        while True:
+            pipe.send_bytes(answer(pipe.recv_bytes()))
 
 
 def _watch() -> None:
