@@ -129,8 +129,9 @@ def test_gain_over_local_and_towards_central(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert result_rows(runs[1:3])[1][-2:] == ("-", "-")  # no local
     assert result_rows([runs[0], runs[2]])[1][-2:] == ("3", "-")  # no central
-    level = ended(tmp_path / "e", "central", [5.0])
-    assert result_rows([runs[0], level, runs[2]])[2][-2:] == ("3", "-")  # they are equal
+    for name, loss in (("equal", 5.0), ("worse", 7.0)):  # central is no better than local
+        other = ended(tmp_path / name, "central", [loss])
+        assert result_rows([runs[0], other, runs[2]])[2][-2:] == ("3", "-")
 
 
 def test_runs_of_one_method_go_by_their_folders(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@
 
 x: the mean over clients after the last evaluation, on held-out rows, each client with its own
 model. The two references are runs of the methods `local` and `central` with the same model, data
-and partition; without them, or where both are equal, there is no number but "-".
+and partition; without them, or where `central` is no better than `local`, there is "-".
 """
 
 import json
@@ -259,9 +259,8 @@ def _compared(
             gain = _number(sign * (after - low))
             if central is not None:
                 high = mean(central[-1][1].values())
-                towards = (
-                    "-" if high == low else f"{round((low - after) / (low - high), 2) + 0:.2f}"
-                )
+                if sign * (high - low) > 0:
+                    towards = f"{round((low - after) / (low - high), 2) + 0:.2f}"
         values = series[-1][1]
         found.append(
             (
