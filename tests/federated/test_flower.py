@@ -362,7 +362,7 @@ def test_the_server_program_conducts_and_its_errors_name_their_type(
 
     called: list[tuple[str, int, bool]] = []
 
-    def conduct(config: Any, exchange: GridExchange, *, resume: bool) -> None:
+    def conduct(config: Any, exchange: GridExchange, *, resume: bool, done: Any) -> None:
         called.append((config.federated.method, exchange.least or 0, resume))
         exchange.wait = 0.1
         exchanged(exchange, "a")

@@ -60,7 +60,6 @@ def simulate(args: argparse.Namespace, resume: bool) -> int:
     from plait.cli import console
     from plait.cli._show import Status, quiet
     from plait.federated.guard import TooFewUpdates
-    from plait.federated.server import RoundRecord
     from plait.run import federate
 
     screen = console()
@@ -68,22 +67,13 @@ def simulate(args: argparse.Namespace, resume: bool) -> int:
     screen.print(config.dump(), soft_wrap=True)
     again = shlex.join(["plait", "federate", "simulate", args.file, *args.overrides, "--resume"])
 
-    def show(record: RoundRecord) -> None:
-        losses = [m["loss"] for m in record.metrics.values() if "loss" in m]
-        text = f"round {record.round}: {len(record.accepted)} of {len(record.selected)} updates"
-        if losses:
-            text += f", training loss {sum(losses) / len(losses):.4g}"
-        faults = [f"{client} {reason}" for client, reason, _ in record.rejected]
-        faults += [f"{client} failed" for client in record.failed]
-        screen.print(f"{text}{', ' if faults else ''}{', '.join(faults)}", soft_wrap=True)
-
     try:
         with quiet(), Status(screen, "clients") as status:
             folder = federate.simulate(
                 config,
                 resume,
                 progress=lambda round, done, total, client: status(done, total),
-                done=show,
+                done=lambda record: screen.print(str(record), soft_wrap=True),
             )
     except TooFewUpdates as error:
         if args.debug:

@@ -131,6 +131,15 @@ class RoundRecord:
         """For JSON."""
         return asdict(self)
 
+    def __str__(self) -> str:
+        """In one line."""
+        text = f"round {self.round}: {len(self.accepted)} of {len(self.selected)} updates"
+        losses = [own["loss"] for own in self.metrics.values() if "loss" in own]
+        if losses:
+            text += f", training loss {sum(losses) / len(losses):.4g}"
+        faults = [f"{client} {reason}" for client, reason, _ in self.rejected]
+        return ", ".join([text, *faults, *(f"{client} failed" for client in self.failed)])
+
 
 class Server:
     """The server of a run; `step` is a round.

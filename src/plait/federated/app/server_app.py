@@ -27,6 +27,7 @@ def main(grid: Grid, context: Context) -> None:
             deadlines=config.timeouts.deadlines(),
             least=config.guard.min_updates,
         )
-        conduct(config, exchange, resume=bool(context.run_config["resume"]))
+        resume = bool(context.run_config["resume"])
+        conduct(config, exchange, resume=resume, done=lambda record: print(record, flush=True))
     except Exception as error:  # Flower keeps the text alone
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
