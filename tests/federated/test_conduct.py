@@ -137,6 +137,8 @@ def test_a_private_run_reports_what_it_spent_and_resumes_with_its_secret(tmp_pat
     assert spent[-1]["epsilon"] == expected.epsilon
     assert spent[-1]["rounds"] == 2
     selected = [row["selected"] for row in lines(whole) if row["kind"] == "round"]
+    for row in lines(whole):
+        assert row["kind"] != "round" or len(set(row["weights"].values())) == 1
     assert len({len(names) for names in selected} | {3}) > 1  # Poisson: not always 0.6 x 6
 
     def stop(record: Any) -> None:

@@ -313,7 +313,8 @@ class Server:
         counts = self.guard.counts(claimed)
         record.accepted = sorted(counts)
         record.capped = [name for name in record.accepted if counts[name] < claimed[name]]
-        record.weights = weights_of(counts)
+        # A private mean weighs all the same, for the numbers of examples are private too.
+        record.weights = weights_of(dict.fromkeys(counts, 1) if self.privacy else counts)
         if isinstance(self.method, FedIt | FedEx):
             record.aggregation_error = aggregation_error(self._spool, record.weights, self.clients)
         states = Mapped(self._spool, lambda name, sent: sent | self.stored(name, number))
