@@ -13,6 +13,7 @@ from PIL import Image
 from plait.cli import main
 from plait.federated import algorithm
 from plait.federated.privacy import PrivacyReport
+from plait.run.federate import simulate
 from plait.run.federate_report import (
     Summary,
     differences,
@@ -26,6 +27,7 @@ from plait.run.federate_report import (
     write_report,
 )
 from plait.run.folder import RunFolder
+from tests.federated.test_cli import config
 
 NAMES = ("ann", "bob", "eve")
 SETTING: dict[str, Any] = {
@@ -256,3 +258,21 @@ def test_report_verb_compares_folders(tmp_path: Path, capsys: pytest.CaptureFixt
 def blank(path: Path) -> bool:
     """Whether a picture has one colour."""
     return bool(np.ptp(np.asarray(Image.open(io.BytesIO(path.read_bytes())))) == 0)
+
+
+def test_training_rows_by_client_and_label(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "partition": {"kind": "by_column", "by": "task", "clients": None},
+        "local": {"rounds": 1},
+        "evaluation": {"every": 0},
+    }
+    folder = simulate(config(tmp_path / "run", changes))
+    counts = json.loads((folder.path / "rows.json").read_text())
+    partition = json.loads((folder.path / "partition.json").read_text())
+    assert {name: sum(own.values()) for name, own in counts.items()} == {
+        name: len(rows) for name, rows in partition.items()
+    }
+    assert counts["next"] == {"next": 6, "rotate": 0, "shout": 0, "swap": 0}
+    report = (folder.path / "report.md").read_text()
+    assert "| client | rows | next | rotate | shout | swap |" in report
+    assert "| next | 6 | 6 | 0 | 0 | 0 |" in report

@@ -4,8 +4,8 @@
                      ->  site(config, folder, setting)           clients: adapters, rows, training
     simulate(config)     both: a loop in this process, worker processes, or Flower on Ray
 
-The run folder holds config.yaml, partition.json (client -> numbers of its training rows),
-metrics.jsonl (a line for each round and one for each evaluation), server/ (checkpoints), clients/
+The run folder holds config.yaml, partition.json (client -> numbers of its training rows), rows.json
+(how many, by label or task), metrics.jsonl (a line for each round and one for each evaluation), server/ (checkpoints), clients/
 (private states), report.md and pictures.
 
 Limits: `central` is one client with all rows that makes as many steps in a round as the selected
@@ -29,7 +29,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from plait.federated.client import LocalTraining, Roster, Site, keyed_randomness, stored
-from plait.federated.partition import Partition, files, split
+from plait.federated.partition import Partition, files, histogram, split
 from plait.federated.privacy import Privacy
 from plait.federated.protocol import Answer, Exchange
 from plait.federated.server import Progress, RoundRecord, Server
@@ -212,6 +212,7 @@ def conduct(
     )
     write_atomic(folder.config, config.dump())
     write_atomic(folder.path / "partition.json", json.dumps(found.partition) + "\n")
+    write_atomic(folder.path / "rows.json", json.dumps(_rows(found)) + "\n")
     lines = [row for row in read_rounds(folder.metrics) if row["round"] <= server.round]
     write_atomic(folder.metrics, "".join(json.dumps(row) + "\n" for row in lines))
 
@@ -261,6 +262,16 @@ def _facts(config: FederateConfig, found: Setting) -> dict[str, Any]:
         "local": {k: v for k, v in vars(config.local).items() if k != "rounds"},
         "rows": {name: len(own) for name, own in found.training.rows.items()},
     }
+
+
+def _rows(found: Setting) -> dict[str, dict[str, int]]:
+    """Client -> label or task -> its training rows; the number alone where rows have neither."""
+    if found.data is None:
+        return {}
+    there = [c for c in ("label", "task") if c in found.data.train.column_names]
+    values = list(found.data.train[there[0]]) if there else ["rows"] * len(found.data.train)
+    counted = histogram(found.partition, values)
+    return {name: {str(v): n for v, n in own.items()} for name, own in counted.items()}
 
 
 def _privacy(config: FederateConfig, folder: RunFolder, clients: Sequence[str]) -> Privacy | None:

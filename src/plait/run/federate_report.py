@@ -28,6 +28,7 @@ _LOSSES = ("loss", "mse")  # what a held-out evaluation is judged by: the first 
 _SCORES = ("exact_match", "accuracy", "token_accuracy", "pearson")  # the larger, the better
 _SETTING = ("model", "data", "partition")  # of a config: what two runs need in common
 _ROWS = 100  # clients in a table of report.md; metrics.jsonl has all
+_COLUMNS = 12  # labels of a table of rows
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, head, rows
 
@@ -385,6 +386,7 @@ def write_report(folder: RunFolder, method: Algorithm, name: str) -> None:
         f"Privacy: {s.privacy or 'none.'}\n\n"
     )
     text += _sections([*tables([s]), *_round_tables(s, lines), *_client_tables(s, lines)])
+    text += _sections(_row_tables(folder.path / "rows.json"))
     text += _list("Rejected and failed", fault_lines(s))
     for file, picture in pictures.draw(
         lines, _series(lines, _LOSSES), s.scores, s.score, name
@@ -438,6 +440,24 @@ def _round_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table]
         title = "By round: similarity of the clients' factors"
         found.append((title, ("round", *(f"{k} {m}" for k, m in columns)), rows))
     return found
+
+
+def _row_tables(path: Path) -> list[Table]:
+    """How many training rows each client has, by label or task where these are few."""
+    counts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not counts:
+        return []
+    values = list(next(iter(counts.values())))
+    values = values if 1 < len(values) <= _COLUMNS else []
+    title = "By client: training rows"
+    if len(counts) > _ROWS:
+        title += f", the {_ROWS} with the most"
+        counts = dict(sorted(counts.items(), key=lambda x: -sum(x[1].values()))[:_ROWS])
+    rows = [
+        (name, str(sum(own.values())), *(str(own[v]) for v in values))
+        for name, own in counts.items()
+    ]
+    return [(title, ("client", "rows", *values), rows)]
 
 
 def _cells(values: Mapping[str, float], sign: int) -> list[str]:
