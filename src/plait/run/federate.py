@@ -5,8 +5,8 @@
     simulate(config)     both: a loop in this process, worker processes, or Flower on Ray
 
 The run folder holds config.yaml, partition.json (client -> numbers of its training rows), rows.json
-(how many, by label or task), metrics.jsonl (a line for each round and one for each evaluation), server/ (checkpoints), clients/
-(private states), report.md and pictures.
+(how many, by label or task), metrics.jsonl (a line for each round and one for each evaluation),
+server/ (checkpoints), clients/ (private states), report.md and pictures.
 
 Limits: `central` is one client with all rows that makes as many steps in a round as the selected
 clients would together.
