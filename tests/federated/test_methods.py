@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plait.core.events import PlaitWarning
 from plait.federated import Client, State, algorithm, weighted_mean, weights_of
 from plait.federated.adapter import Layer
 from plait.federated.methods import (
@@ -303,6 +304,8 @@ def test_het_ranks_of_8_to_64_meet_in_one_shape() -> None:
     )
     assert state.tensors["x/B_bar"].shape == (80, 16)
     assert FedALoraHet().wider(clients) == ["c0", "c1", "c2", "c3"]
+    with pytest.warns(PlaitWarning, match="the rank of c0, c1, c2, c3 is above common_rank = 16"):
+        method.check(clients)
 
 
 # The server ---------------------------------------------------------------------------------------

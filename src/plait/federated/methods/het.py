@@ -7,12 +7,14 @@ q is `common_rank`. A round begins with B2 = 0 and a new B1, which changes nothi
 in B_bar. Source: 2509.25414.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from plait.core.events import PlaitWarning
 from plait.federated.adapter import Layer, StateDict
 from plait.federated.methods.base import Algorithm
 from plait.federated.methods.updates import Accepted, Client, Mapped, Updates, wide
@@ -55,6 +57,18 @@ class FedALoraHet(Algorithm):
             raise ValueError(
                 f"fedalora_het: {name} of client {client.id!r} has common_rank = {width}, the "
                 f"server {self.common_rank}. Give one common_rank."
+            )
+
+    def check(self, clients: Mapping[str, Client]) -> None:
+        """Also warn of ranks that are of no use."""
+        super().check(clients)
+        if above := self.wider(clients):
+            warnings.warn(
+                f"fedalora_het: the rank of {', '.join(above)} is above common_rank = "
+                f"{self.common_rank}, which adds nothing to the rank of their updates. Raise "
+                "common_rank, or lower theirs.",
+                PlaitWarning,
+                stacklevel=2,
             )
 
     def wider(self, clients: Mapping[str, Client]) -> list[str]:
