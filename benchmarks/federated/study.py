@@ -1,7 +1,7 @@
 """Compare federated methods on real data: the same rows, steps and learning-rate grid for all.
 
-    PLAIT_DATA=/path/to/data python benchmarks/federated/study.py run [SETTING ...] [--only NAME ..]
-    python benchmarks/federated/study.py show        # tables and pictures of results/study.json
+    PLAIT_DATA=/path/to/data python -m benchmarks.federated.study run [SETTING ..] [--only NAME ..]
+    python -m benchmarks.federated.study show       # tables and pictures of results/study.json
 
 `run` writes a config file for each run, runs what is missing and adds the figures to
 results/study.json; it can be stopped and started again at any time. A run that was stopped starts
@@ -165,7 +165,7 @@ SETTINGS = {
         task="classification",
         targets=["query", "value"],
         grid=(4e-3, 1e-2, 2.5e-2),
-        rounds=8,
+        rounds=6,
         short=4,
         steps=5,
         batch_size=8,
