@@ -46,13 +46,17 @@ Rows = dict[str, list[dict[str, str]]]  # "train", "dev", "test" -> rows with a 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method as it is run. rate_of: the variant whose learning rate it takes; "": its own."""
+    """A method as it is run.
+
+    rate_of: the variant whose learning rate it takes; "": its own. rate: a fixed one.
+    """
 
     method: str
     adapter: str = "lora"
     ranks: int | list[int] = 8
     options: dict[str, Any] = field(default_factory=dict)
     rate_of: str = ""
+    rate: float | None = None
 
 
 VARIANTS = {
@@ -76,7 +80,9 @@ VARIANTS = {
     ),
     "fedex": Variant("fedex"),
     "flexlora": Variant("flexlora"),
-    "fedit, common head": Variant("fedit", options={"head": "shared"}, rate_of="fedit"),
+    "fedit, common head": Variant("fedit", options={"head": "shared"}, rate=1e-2),
+    "fedit, rate 0.01": Variant("fedit", rate=1e-2),
+    "zeropad, rate 0.01": Variant("zeropad", ranks=UNEQUAL, rate=1e-2),
 }
 
 
@@ -132,9 +138,9 @@ def clinc_rows(data: Path, seed: int) -> Rows:
 
 
 def dolly_rows(data: Path, seed: int) -> Rows:
-    """Dolly-15k, 8 clients with few categories each: 150 training and 30 test rows of a client.
+    """Dolly-15k, 8 clients with few categories each: 150 training and 40 test rows of a client.
 
-    Answers of 20 to 400 characters; the prompt is the instruction.
+    Answers of 10 to 120 characters, instructions of up to 80, which are the prompt.
     """
     found: Rows = {"train": [], "dev": [], "test": []}
     for k in range(8):
@@ -142,10 +148,10 @@ def dolly_rows(data: Path, seed: int) -> Rows:
         own = [
             {"prompt": row["instruction"] + "\n", "completion": row["response"], "task": f"c{k}"}
             for row in json.loads(file.read_text(encoding="utf-8"))
-            if 20 <= len(row["response"]) <= 400 and len(row["instruction"]) <= 200
+            if 10 <= len(row["response"]) <= 120 and len(row["instruction"]) <= 80
         ]
         random.Random(f"{seed}/{k}").shuffle(own)
-        for split, start, stop in (("train", 0, 150), ("dev", 150, 170), ("test", 170, 200)):
+        for split, start, stop in (("train", 0, 150), ("dev", 150, 180), ("test", 180, 220)):
             found[split] += own[start:stop]
     return found
 
@@ -184,7 +190,7 @@ SETTINGS = {
         steps=5,
         batch_size=8,
         score="loss",
-        data={"max_length": 192, "truncate": True},
+        data={"max_length": 128, "truncate": True},
     ),
 }
 
@@ -302,17 +308,15 @@ def study(name: str, data: Path, work: Path, only: Sequence[str], seeds: Sequenc
     """Run what is missing of a setting, seed by seed, and note each run at once."""
     setting, folder = SETTINGS[name], work / name
     model = setting.model(data)
-    file = RESULTS / "study.json"
-    known = json.loads(file.read_text()) if file.exists() else {"settings": {}}
-    own = known["settings"].setdefault(name, {"rates": {}, "runs": {}})
+    own = noted().get(name, {"rates": {}, "runs": {}})
     own["setting"] = {k: v for k, v in vars(setting).items() if k not in ("rows", "model")} | {
         "seeds": list(SEEDS),
         "dev_seed": DEV_SEED,
     }
 
     def note() -> None:
-        known["environment"] = environment()
-        write_atomic(file, json.dumps(known, indent=1) + "\n")
+        found = {"environment": environment(), "settings": {**noted(), name: own}}
+        write_atomic(RESULTS / "study.json", json.dumps(found, indent=1) + "\n")
 
     def go(variant: Variant, label: str, seed: int, rate: float, short: bool) -> dict[str, Any]:
         out = folder / f"{label.replace(', ', '-').replace(' ', '-')}-{seed}-{rate:g}"
@@ -325,7 +329,7 @@ def study(name: str, data: Path, work: Path, only: Sequence[str], seeds: Sequenc
     write_rows(setting, data, folder, DEV_SEED)
     for label in only:
         variant = VARIANTS[label]
-        if variant.rate_of:
+        if variant.rate_of or variant.rate:
             continue
         tried = own["rates"].setdefault(label, {})
         while missing := untried(tried, setting.grid):
@@ -337,8 +341,9 @@ def study(name: str, data: Path, work: Path, only: Sequence[str], seeds: Sequenc
         for label in only:
             runs = own["runs"].setdefault(label, {})
             if str(seed) not in runs:
-                rate = chosen(own["rates"][VARIANTS[label].rate_of or label])
-                runs[str(seed)] = {"rate": rate} | go(VARIANTS[label], label, seed, rate, False)
+                variant = VARIANTS[label]
+                rate = variant.rate or chosen(own["rates"][variant.rate_of or label])
+                runs[str(seed)] = {"rate": rate} | go(variant, label, seed, rate, False)
                 note()
 
 
@@ -354,6 +359,12 @@ def untried(tried: Mapping[str, Mapping[str, float]], grid: Sequence[float]) -> 
     if best == min(map(float, tried)):
         return float(f"{best / factor:.3g}")
     return float(f"{best * factor:.3g}") if best == max(map(float, tried)) else None
+
+
+def noted() -> dict[str, Any]:
+    """Setting -> its figures in study.json."""
+    file = RESULTS / "study.json"
+    return json.loads(file.read_text())["settings"] if file.exists() else {}
 
 
 def chosen(tried: Mapping[str, Mapping[str, float]]) -> float:
@@ -498,9 +509,8 @@ def pictures(own: Mapping[str, Any]) -> dict[str, bytes]:
 
 def show() -> None:
     """Write the tables and pictures of what study.json holds."""
-    known = json.loads((RESULTS / "study.json").read_text())
     PICTURES.mkdir(exist_ok=True)
-    for name, own in known["settings"].items():
+    for name, own in noted().items():
         if not own["runs"]:
             continue
         write_atomic(RESULTS / f"{name}.md", table(own))

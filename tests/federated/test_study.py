@@ -166,7 +166,7 @@ def test_a_variant_takes_its_learning_rate_from_one_that_has_its_own() -> None:
     ("name", "file", "sizes"),
     [
         ("clinc", "clinc150/data_full.json", (150, 45, 75)),
-        ("dolly", "dolly15k_fedit10/local_training_0.json", (150, 20, 30)),
+        ("dolly", "dolly15k_fedit10/local_training_0.json", (150, 30, 40)),
     ],
 )
 def test_rows_are_of_eight_clients_and_disjoint(
