@@ -83,7 +83,9 @@ VARIANTS = {
     "fedit, common head": Variant("fedit", options={"head": "shared"}, rate=1e-2),
     "fedit, rate 0.01": Variant("fedit", rate=1e-2),
     "central, rate 0.0016": Variant("central", rate=1.6e-3),
-    "zeropad, rate 0.01": Variant("zeropad", ranks=UNEQUAL, rate=1e-2),
+    "fedalora_het, rate 0.004": Variant(
+        "fedalora_het", "fedalora_het", UNEQUAL, {"common_rank": 16}, rate=4e-3
+    ),
 }
 
 
