@@ -29,6 +29,7 @@ from typing import Any
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from plait.run.federate import load_federate_config, simulate
 from plait.run.federate_report import read_rounds
@@ -504,6 +505,9 @@ def pictures(own: Mapping[str, Any]) -> dict[str, bytes]:
             axes.set_title("mean over clients and seeds", fontsize=10)
         else:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel("KiB up and down, one client, one round")
             axes.set_title("after the last round, mean and s.d. over seeds", fontsize=10)
         axes.set_ylabel(f"held-out {score}")
