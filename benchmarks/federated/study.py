@@ -480,7 +480,7 @@ def pictures(own: Mapping[str, Any]) -> dict[str, bytes]:
             if kind == "rounds":
                 numbers = sorted(seeds[0]["curve"], key=int)
                 means = [_mean([run["curve"][n][score] for run in seeds]) for n in numbers]
-                dashed = "--" if label in ("local", "central") else "-"
+                dashed = "--" if label.partition(",")[0] in ("local", "central") else "-"
                 axes.plot(
                     list(map(int, numbers)),
                     means,
@@ -493,7 +493,7 @@ def pictures(own: Mapping[str, Any]) -> dict[str, bytes]:
                 continue
             values = [last(run)[score] for run in seeds]
             sent = _mean([run["up"] + run["down"] for run in seeds]) / 1024
-            if label in ("local", "central"):
+            if label.partition(",")[0] in ("local", "central"):
                 axes.axhline(_mean(values), ls="--", lw=1, color=style[label]["color"], label=label)
                 continue
             error = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -505,7 +505,7 @@ def pictures(own: Mapping[str, Any]) -> dict[str, bytes]:
             axes.set_title("mean over clients and seeds", fontsize=10)
         else:
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel("KiB up and down, one client, one round")
