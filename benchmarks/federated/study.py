@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -456,6 +457,7 @@ def rates_table(own: Mapping[str, Any]) -> str:
 
 
 _MARKERS = "os^vDPX*<>hp8"
+_COLORS = [*colormaps["tab10"].colors, *colormaps["Dark2"].colors]
 
 
 def pictures(own: Mapping[str, Any]) -> dict[str, bytes]:
@@ -467,7 +469,7 @@ def pictures(own: Mapping[str, Any]) -> dict[str, bytes]:
         reverse=score == "accuracy",
     )
     style = {
-        label: {"marker": _MARKERS[i % len(_MARKERS)], "color": f"C{i % 10}"}
+        label: {"marker": _MARKERS[i % len(_MARKERS)], "color": _COLORS[i % len(_COLORS)]}
         for i, label in enumerate(runs)
     }
     found = {}
