@@ -12,7 +12,7 @@ import yaml
 from plait.cli import main
 from plait.federated.payload import unpack_tensors
 from plait.federated.privacy import Privacy
-from plait.run.federate import conduct, load_federate_config, simulate, site
+from plait.run.federate import conduct, load_federate_config, setting, simulate, site
 from plait.run.federate_report import read_rounds
 from plait.run.folder import RunFolder
 from tests.federated.test_cli import config, lines, write
@@ -58,6 +58,15 @@ def test_worker_processes_write_the_lines_of_one_process(tmp_path: Path) -> None
         ),
         ({"partition": {"kind": "own", "clients": ["a", "b"]}}, "Use 'files' to simulate"),
         ({"federated": {"run": "a/b"}}, "run = 'a/b' cannot name a file"),
+        ({"federated": {"scaling": 0.0}}, "federated.scaling = 0.0. Give a number above 0."),
+        (
+            {"federated": {"scaling": 2.0}, "method": {"lora_alpha": 8}},
+            "federated.scaling is 2 and method.lora_alpha 8. Give one of them.",
+        ),
+        (
+            {"federated": {"scaling": 2.0}, "method": {"r": None}},
+            "federated.scaling needs the ranks. Give federated.ranks or method.r.",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_exit_code_2(
@@ -70,6 +79,14 @@ def test_what_cannot_be_is_refused_with_exit_code_2(
     assert main(["federate", "simulate", file]) == 2
     assert text in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run" / "server").exists()
+
+
+def test_one_scaling_for_unequal_ranks(tmp_path: Path) -> None:
+    federated = {"method": "zeropad", "ranks": [8, 4, 2], "scaling": 2.0}
+    loaded = setting(config(tmp_path / "run", {"federated": federated}))
+    found = [layer for c in loaded.roster.clients.values() for layer in c.layers.values()]
+    assert {layer.r for layer in found} == {8, 4, 2}
+    assert {layer.scaling for layer in found} == {2.0}
 
 
 # Own rows ---------------------------------------------------------------------------------------

@@ -420,6 +420,8 @@ def _configs(
     found = {}
     for name, r in _ranks(config, clients).items():
         own = options if r is None else {**options, "r": r}
+        if config.federated.scaling is not None:
+            own = {**own, "lora_alpha": config.federated.scaling * own["r"]}
         method = replace(config.method, options=own)
         found[name] = peft_config(method, config.model.task, planned.get(name), tasks)
     return found

@@ -33,7 +33,8 @@ _FORBID = {"extra": "forbid"}  # pydantic's: an unknown key is an error
 @dataclass(kw_only=True)
 class FederatedConfig:
     """The federated method. run: a name that the states carry. ranks: of all clients, one for each
-    in the order of their names, or client -> rank; None: method.r. options: of the federated
+    in the order of their names, or client -> rank; None: method.r. scaling: s of all of them, that
+    is lora_alpha = s r; None: method.lora_alpha, whatever the rank. options: of the federated
     method.
     """
 
@@ -41,6 +42,7 @@ class FederatedConfig:
     run: str = "run"
     method: str = "fedit"
     ranks: int | list[int] | dict[str, int] | None = None
+    scaling: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -289,6 +291,8 @@ def _check(config: FederateConfig) -> None:
             f"method.name is {config.method.name!r}, which has no rank. Use lora, or a method of "
             "plait."
         )
+    if config.federated.scaling is not None:
+        _check_scaling(config.federated, config.method.options)
     reason = refusal(method, peft_config(config.method, config.model.task, tasks=["unknown"]))
     if reason is not None:
         raise ValueError(f"method.name is {config.method.name!r}: {reason}")
@@ -330,6 +334,19 @@ def _check(config: FederateConfig) -> None:
                 f"data.validation is {data.validation}, a share, and partition.kind is 'files'. "
                 "Give a file of held-out rows."
             )
+
+
+def _check_scaling(federated: FederatedConfig, options: dict[str, Any]) -> None:
+    scaling = federated.scaling
+    if not (scaling or 0) > 0:
+        raise ValueError(f"federated.scaling = {scaling}. Give a number above 0.")
+    if "lora_alpha" in options:
+        raise ValueError(
+            f"federated.scaling is {scaling:g} and method.lora_alpha {options['lora_alpha']}. Give "
+            "one of them."
+        )
+    if federated.ranks is None and "r" not in options:
+        raise ValueError("federated.scaling needs the ranks. Give federated.ranks or method.r.")
 
 
 def _check_engine(config: FederateConfig) -> None:
