@@ -41,7 +41,7 @@ def misbehave(client: str) -> None:
         while True:
             time.sleep(0.01)
     if client == "slow":
-        time.sleep(0.3)
+        time.sleep(1.0)
 
 
 def nothing(client: str) -> None:
@@ -81,7 +81,7 @@ def test_workers_end_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_two_orders_run_at_the_same_time_in_two_processes() -> None:
     with Workers(partial(answer_with, misbehave), 2, FAST, threads=1) as workers:
-        exchanged(workers, "a", "b")  # both are built
+        workers.ready()
         found = exchanged(workers, "slow", "a")
     assert found["slow"].metrics["pid"] != found["a"].metrics["pid"]
 

@@ -140,7 +140,8 @@ def _model_of(site: Site, checkpoint: Checkpoint, states: Path, client: str) -> 
         else:  # all that it needs comes from the server
             generation, held = 0, 0
     down = method.payload_down(state, declared, held)
-    order = Order("evaluate", checkpoint.run, state.round + 1, client, generation, "fp32")
+    config = site.roster.digest(client)
+    order = Order("evaluate", checkpoint.run, state.round + 1, client, generation, config=config)
     model, _ = site.put(order, down)
     assert isinstance(model, PeftModel)
     return model.eval()
