@@ -72,6 +72,15 @@ def test_a_dead_and_a_hung_worker_are_replaced_and_cost_only_their_own_order() -
             os.kill(pid, 0)
 
 
+def test_a_worker_that_dies_while_it_is_idle_costs_no_order() -> None:
+    with Workers(partial(answer_with, nothing), 1, FAST, threads=1) as workers:
+        workers.ready()
+        process = workers._pool[0].process
+        process.kill()
+        process.join()
+        assert not any(reply.failed for reply in exchanged(workers, "a", "b").values())
+
+
 def test_workers_end_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
     with Workers(partial(answer_with, nothing), 1, FAST, threads=1) as workers:
         exchanged(workers, "a")

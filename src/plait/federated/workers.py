@@ -129,26 +129,26 @@ class Workers:
             while left or any(w.client for w in self._pool):
                 while len(self._pool) < min(self.count, len(left)):
                     self._pool.append(self._start())
-                for worker in self._pool:
+                for worker in list(self._pool):
                     if left and worker.built and not worker.client:
-                        yield from self._give(worker, left.pop(0), orders)
+                        taken = self._give(worker, left[0], orders[left[0]])
+                        left = left[taken:]
                 yield from self._heard()
         finally:  # an exchange that is left half way leaves nobody with an old order
             for worker in [w for w in self._pool if w.client]:
                 self._end(worker)
 
-    def _give(
-        self, worker: _Worker, client: str, orders: Mapping[str, bytes]
-    ) -> Iterator[tuple[str, bytes]]:
+    def _give(self, worker: _Worker, client: str, order: bytes) -> bool:
+        """Whether the worker took the order; one that died while it was idle is removed."""
         try:
-            worker.pipe.send_bytes(orders[client])
-        except OSError:  # it died while it was idle
-            worker.client = client
-            yield client, self._lost(worker)
-            return
+            worker.pipe.send_bytes(order)
+        except OSError:
+            self._end(worker)
+            return False
         worker.client, worker.since = client, time.monotonic()
         if self.deadlines is not None:
             worker.until = worker.since + self.deadlines.limit()
+        return True
 
     def _heard(self) -> Iterator[tuple[str, bytes]]:
         """What came, until something did."""
