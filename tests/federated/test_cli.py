@@ -123,6 +123,20 @@ def test_central_makes_the_steps_of_all_clients(tmp_path: Path) -> None:
     assert record["traffic"]["pooled"]["up"] == 0
 
 
+def test_central_is_measured_on_the_rows_of_each_client(tmp_path: Path) -> None:
+    changes = {
+        "partition": {"kind": "by_column", "by": "task", "clients": None},
+        "local": {"rounds": 1},
+    }
+    changes["federated"] = {"method": "central"}
+    central = simulate(config(tmp_path / "central", changes))
+    changes["federated"] = {"method": "fedit"}
+    fedit = simulate(config(tmp_path / "fedit", changes))
+    starts = [read_rounds(folder.metrics)[0]["clients"] for folder in (central, fedit)]
+    assert starts[0] == starts[1]  # before round 1 all are the base model
+    assert set(starts[0]) == {"next", "rotate", "shout", "swap"}
+
+
 def test_clients_by_column_have_their_own_held_out_rows_and_ranks(tmp_path: Path) -> None:
     changes = {
         "partition": {"kind": "by_column", "by": "task", "clients": None},

@@ -106,7 +106,9 @@ def setting(config: FederateConfig, only: str | None = None) -> Setting:
         rows = {name: data.train.select(own) for name, own in partition.items()}
         held = _held_out(config, data, list(partition))
         if pooled:
-            rows, held = {POOLED: data.train}, {POOLED: held_out(data)}
+            rows = {POOLED: data.train}
+            apart = held if part.kind == "by_column" else {}  # one model, each client's rows
+            held = {**apart, POOLED: held_out(data)}
     training = config.training(rows, None if data is None else data.collator)
     if pooled and training.steps is not None:
         taking = max(int(config.sampling.fraction * len(partition)), 1)
@@ -137,13 +139,19 @@ def site(
     """
     found = loaded or setting(config, only)
 
-    def evaluate(model: nn.Module, client: str) -> dict[str, Any]:
+    def measured(model: nn.Module, client: str) -> dict[str, Any]:
         rows = found.held.get(client)
         if rows is None or found.data is None:
             return {}
         bundle = replace(found.data, validation=rows, test=None)
         metrics = evaluate_model(model, bundle, "validation", found.run)
         return {k: v for k, v in metrics.items() if k not in ("tasks", "task_mean")}
+
+    def evaluate(model: nn.Module, client: str) -> dict[str, Any]:
+        apart = [name for name in found.held if name != POOLED and found.held[name] is not None]
+        if client == POOLED and apart:
+            return {"clients": {name: measured(model, name) for name in apart}}
+        return measured(model, client)
 
     return Site(
         found.roster,
@@ -230,6 +238,7 @@ def conduct(
         there = {row["kind"] for row in lines if row["round"] == number}
         if due and held and "evaluation" not in there:
             measured = server.evaluate(exchange, held)
+            measured = measured.get(POOLED, {}).get("clients", measured)
             _append(folder.metrics, {"kind": "evaluation", "round": number, "clients": measured})
         last = number >= config.local.rounds
         spent = server.privacy_report() if due or last else None
