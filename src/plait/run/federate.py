@@ -207,7 +207,8 @@ def conduct(
     """
     folder = _open(config, resume)
     found = loaded or setting(config)
-    privacy = _privacy(config, folder, list(found.roster.clients))
+    key_file = Path(config.privacy.key_file or folder.path / "privacy.key")
+    privacy = _privacy(config, key_file, list(found.roster.clients))
     server = Server(
         found.roster,
         folder.path / "server",
@@ -218,6 +219,8 @@ def conduct(
         stored=None if private is None else partial(stored, private, config.federated.run),
         progress=progress,
     )
+    if privacy is not None:  # nothing is refused from here on
+        _keep_secret(privacy, key_file)
     write_atomic(folder.config, config.dump())
     write_atomic(folder.path / "partition.json", json.dumps(found.partition) + "\n")
     write_atomic(folder.path / "rows.json", json.dumps(_rows(found)) + "\n")
@@ -283,21 +286,27 @@ def _rows(found: Setting) -> dict[str, dict[str, int]]:
     return {name: {str(v): n for v, n in own.items()} for name, own in counted.items()}
 
 
-def _privacy(config: FederateConfig, folder: RunFolder, clients: Sequence[str]) -> Privacy | None:
+def _privacy(config: FederateConfig, key_file: Path, clients: Sequence[str]) -> Privacy | None:
     """The options of privacy with their secret, and the accountant asked once, before training."""
     if not config.privacy.on:
         return None
-    given = config.privacy.key_file
-    path = Path(given) if given is not None else folder.path / "privacy.key"
-    if given is None and not path.exists():
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w") as file:
-            file.write(secrets.token_hex(32) + "\n")
-    if not path.is_file():
-        raise FileNotFoundError(f"privacy.key_file: {path} is no file. Give one with a secret.")
-    privacy = config.privacy.options(path.read_text(encoding="utf-8").strip())
+    if key_file.is_file():
+        key = key_file.read_text(encoding="utf-8").strip()
+    elif config.privacy.key_file is None:
+        key = secrets.token_hex(32)
+    else:
+        raise FileNotFoundError(f"privacy.key_file: {key_file} is no file. Give one with a secret.")
+    privacy = config.privacy.options(key)
     privacy.report(config.sampling.fraction, len(clients), config.local.rounds)
     return privacy
+
+
+def _keep_secret(privacy: Privacy, key_file: Path) -> None:
+    """Write a new secret, for its owner alone."""
+    if not key_file.exists():
+        handle = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(privacy.key + "\n")
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:

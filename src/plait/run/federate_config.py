@@ -9,7 +9,7 @@ from plait.federated import algorithm
 from plait.federated.client import LocalTraining
 from plait.federated.guard import GuardOptions
 from plait.federated.methods import Algorithm, refusal
-from plait.federated.payload import check_name
+from plait.federated.partition import names_of
 from plait.federated.privacy import Privacy
 from plait.federated.server import ServerOptions
 from plait.federated.workers import Deadlines
@@ -365,8 +365,7 @@ def _check_own(config: FederateConfig) -> None:
         raise ValueError(
             f"partition.clients is {names!r}, and own takes the names of the clients, a list."
         )
-    for name in names:
-        check_name("partition.clients: name", name)
+    names_of(names)
     if (config.model.task == "classification") != (labels is not None):
         raise ValueError(
             f"partition.labels is {labels!r} and model.task {config.model.task!r}. Own rows to "
