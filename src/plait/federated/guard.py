@@ -189,6 +189,11 @@ class Guard:
         faults = sum(n for reason, n in own.items() if Reason(reason) not in _TRANSPORT)
         return faults >= self.options.quarantine_after
 
+    def quarantine(self, client: str) -> Rejected:
+        """The rejection of a quarantined client."""
+        text = f"rejected {self.options.quarantine_after} times or more in this run"
+        return Rejected(Reason.QUARANTINED, client, text)
+
     def screen(self, sizes: Mapping[str, float]) -> dict[str, Rejected]:
         """Client -> rejection, of the updates that passed the checks of the payload.
 
@@ -207,8 +212,7 @@ class Guard:
                 text += f"{middle:.4g} of {len(free)} updates"
                 found[client] = Rejected(Reason.NORM_OUTLIER, client, text)
             elif self.quarantined(client):
-                text = f"rejected {self.options.quarantine_after} times or more in this run"
-                found[client] = Rejected(Reason.QUARANTINED, client, text)
+                found[client] = self.quarantine(client)
         return found
 
     def counts(self, claimed: Mapping[str, int]) -> dict[str, int]:

@@ -38,7 +38,6 @@ from plait.federated.partition import select
 from plait.federated.payload import (
     DTYPES,
     CorruptFrame,
-    Reason,
     Rejected,
     Round,
     check_name,
@@ -276,7 +275,7 @@ class Server:
     def evaluate(self, exchange: Exchange, clients: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Client -> metrics of its own model, as it would start the next round.
 
-        A client that fails is left out, with its text under `failed`.
+        A client that fails has its text under `failed` in place of metrics.
         """
         orders = _Orders(clients, lambda name: self._packed("evaluate", name))
         found: dict[str, dict[str, Any]] = {}
@@ -354,8 +353,7 @@ class Server:
         asked = []
         for name in record.selected:
             if self.guard.quarantined(name):
-                text = f"rejected {self.guard.options.quarantine_after} times or more in this run"
-                self._note(record, Rejected(Reason.QUARANTINED, name, text))
+                self._note(record, self.guard.quarantine(name))
             else:
                 asked.append(name)
         sent: dict[str, tuple[int, int]] = {}
