@@ -14,6 +14,7 @@ Results: results/faults.json.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing as mp
 import os
@@ -75,6 +76,7 @@ def saved(folder: Path) -> dict[str, bytes]:
 def kill_runs(count: int, scratch: Path, seed: int = 0) -> list[dict[str, Any]]:
     """One row for each kill: seconds after the start, completed rounds, bit-equal or not."""
     rows, draw, fork = [], random.Random(seed), mp.get_context("fork")
+    number = itertools.count()
     for method, adapter in (("fedalora_het", "fedalora_het"), ("flora", "lora")):
         sections = killed(method, adapter)
         whole = config(scratch / f"{method}-whole", sections)
@@ -83,18 +85,21 @@ def kill_runs(count: int, scratch: Path, seed: int = 0) -> list[dict[str, Any]]:
         whole_process.start()
         whole_process.join()
         took, expected = time.monotonic() - begun, saved(Path(whole.output.dir))
-        for i in range(count // 2 + (count % 2 if method == "flora" else 0)):
-            cut = config(scratch / f"{method}-{i}", sections)
+        goal = count if method == "flora" else count // 2
+        while len(rows) < goal:
+            cut = config(scratch / f"{method}-{next(number)}", sections)
             path = Path(cut.output.dir)
             process = fork.Process(target=simulate, args=(cut,))
             begun = time.monotonic()
             process.start()
-            while not (path / "metrics.jsonl").exists():  # loading is over
+            while process.is_alive() and not (path / "metrics.jsonl").exists():  # it loads
                 time.sleep(0.002)
             loaded = time.monotonic() - begun
             time.sleep(draw.uniform(0, max(took - loaded, 0.05)))
             os.kill(process.pid or 0, signal.SIGKILL)
             process.join()
+            if process.exitcode == 0:
+                continue  # it had ended, faster than the whole one: no kill
             rounds = len(read_rounds(path / "metrics.jsonl"))
             resumed = fork.Process(target=simulate, args=(cut, True))
             resumed.start()
