@@ -25,7 +25,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import plait
-from plait.cli.methods import _type_name
 from plait.core import DeltaConfig
 from plait.core.delta import planned
 from plait.core.gate import gates_of
@@ -47,6 +46,7 @@ from plait.run.config import (
 )
 from plait.run.optimizers import OPTIMIZERS, optimizer_support
 from plait.run.support import tables
+from plait_cli.methods import _type_name
 
 MARK = re.compile(r"^<!-- generated: (.+?) -->$", re.MULTILINE)
 BLOCK = re.compile(
@@ -319,7 +319,7 @@ def chain_methods() -> str:
 
 def command(verb: str) -> str:
     """What `plait VERB --help` prints."""
-    from plait.cli import _parser
+    from plait_cli import _parser
 
     os.environ["COLUMNS"] = "88"  # argparse reads the width of the terminal from here
     parser: Any = _parser()

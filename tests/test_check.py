@@ -9,7 +9,6 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import RobertaConfig, RobertaModel, Trainer, TrainingArguments
 
-from plait.cli import main
 from plait.run.check import check, masked_pieces
 from plait.run.config import config_from_dict, method_names
 from plait.run.data import load_data
@@ -20,6 +19,7 @@ from plait.run.model import (
     load_tokenizer,
     planned_steps,
 )
+from plait_cli import main
 from tests.tiny_runs import (
     copy_rows,
     film_rows,

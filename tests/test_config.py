@@ -402,7 +402,7 @@ def test_differences_of_configs_are_listed_by_key():
 
 
 def test_init_writes_a_config_and_refuses_to_overwrite(capsys):
-    from plait.cli import main
+    from plait_cli import main
 
     assert main(["init", "a.yaml"]) == 0
     assert capsys.readouterr().out == "a.yaml written. Look at it with: plait check a.yaml\n"
@@ -415,7 +415,7 @@ def test_init_writes_a_config_and_refuses_to_overwrite(capsys):
 
 
 def test_methods_lists_all_and_shows_one(capsys):
-    from plait.cli import main
+    from plait_cli import main
 
     assert main(["methods"]) == 0
     out = capsys.readouterr().out
@@ -429,7 +429,7 @@ def test_methods_lists_all_and_shows_one(capsys):
 
 
 def test_methods_resolves_names_that_clash(capsys):
-    from plait.cli import main
+    from plait_cli import main
 
     assert main(["methods", "ALoRA"]) == 0
     out = " ".join(capsys.readouterr().out.split())
@@ -447,7 +447,7 @@ def test_methods_resolves_names_that_clash(capsys):
 
 
 def test_failures_and_user_errors_have_their_own_exit_codes(capsys, monkeypatch):
-    from plait.cli import init, main
+    from plait_cli import init, main
 
     def fails(args):
         raise RuntimeError("boom")
@@ -465,6 +465,19 @@ def test_failures_and_user_errors_have_their_own_exit_codes(capsys, monkeypatch)
 
     monkeypatch.setattr(init, "run", interrupted)
     assert main(["init", "x"]) == 130
+
+
+def test_help_loads_nothing_heavy():
+    """Torch and peft take seconds; a parser of all verbs needs neither."""
+    code = (
+        "import sys, plait_cli\n"
+        "try: plait_cli.main(['federate', 'simulate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print({'plait', 'torch', 'peft', 'rich'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("usage: plait federate simulate"), done.stderr
+    assert done.stderr == "set()\n"
 
 
 def test_the_module_is_the_command():

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from plait.cli import main
 from plait.run import train as train_module
 from plait.run.config import RunConfig
 from plait.run.data import DataBundle, load_data
@@ -30,6 +29,7 @@ from plait.run.folder import RunFolder
 from plait.run.model import build_model, load_tokenizer
 from plait.run.report import metric_rows, read_evaluation
 from plait.run.train import train
+from plait_cli import main
 from tests.tiny_runs import copy_rows, film_rows, run_config, save_model, write_rows
 
 CHAT = (

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import plait
-from plait.cli import main
 from plait.core.export import plain_factors
 from plait.run.export import export_run
 from plait.run.train import train
+from plait_cli import main
 from tests import tiny
 from tests.tiny_runs import copy_rows, run_config, save_model, write_rows
 

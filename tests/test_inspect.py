@@ -18,7 +18,6 @@ from peft import AdaLoraConfig, LoraConfig, UniLoraConfig, VBLoRAConfig, VeraCon
 from PIL import Image
 from torch import Tensor, nn
 
-from plait.cli import main
 from plait.core.bridge import PlaitLayer
 from plait.inspect.direction import alignment, principal
 from plait.inspect.routing import Load, entropy
@@ -34,6 +33,7 @@ from plait.run.findings import InspectReport, LayerReport, UpdateReport, short_n
 from plait.run.inspect import inspect_runs
 from plait.run.pictures import draw
 from plait.run.train import train
+from plait_cli import main
 from tests import contract, tiny
 from tests.contract import ROOT, Case
 from tests.tiny import numbers

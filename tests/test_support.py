@@ -11,7 +11,6 @@ from peft import PeftModel
 from peft.tuners.lora.conversion import convert_to_lora
 
 import plait
-from plait.cli import main
 from plait.core.config import DeltaConfig
 from plait.run.baselines import BASELINES
 from plait.run.config import RunConfig, method_names
@@ -20,6 +19,7 @@ from plait.run.folder import RunFolder
 from plait.run.model import build_model, load_tokenizer
 from plait.run.support import FEATURES, matrix, tables, why_not
 from plait.run.train import train
+from plait_cli import main
 from tests.tiny_runs import copy_rows, run_config, save_model, write_rows
 
 # Small enough for the tiny model, schedules short enough for four steps.

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from plait.cli import main
 from plait.run import train as train_module
 from plait.run.callbacks import ProgressBar
 from plait.run.config import RunConfig, dump_config
@@ -21,6 +20,7 @@ from plait.run.evaluate import evaluate_run, load_run
 from plait.run.report import read_environment, read_evaluation, read_metrics
 from plait.run.train import train
 from plait.run.trainer import RunTrainer, scale_learning_rates
+from plait_cli import main
 from tests.tiny_runs import At, copy_rows, film_rows, run_config, save_model, write_rows
 
 ADALORA = {"name": "adalora", "r": 2, "init_r": 4, "tinit": 1, "tfinal": 2, "deltaT": 1}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from plait.cli import main
 from plait.federated.certs import make_certs
+from plait_cli import main
 
 pytest.importorskip("cryptography")
 

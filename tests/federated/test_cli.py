@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from plait.cli import main
 from plait.federated.server import RoundRecord
 from plait.run.federate import FederateConfig, load_federate_config, simulate
 from plait.run.federate_report import read_rounds, summary
 from plait.run.folder import RunFolder
+from plait_cli import main
 from tests.contract import ROOT
 
 SMALL: dict[str, Any] = {

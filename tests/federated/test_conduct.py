@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 
-from plait.cli import main
 from plait.federated.payload import unpack_tensors
 from plait.federated.privacy import Privacy
 from plait.run.federate import conduct, load_federate_config, setting, simulate, site
 from plait.run.folder import RunFolder
+from plait_cli import main
 from tests.federated.test_cli import config, lines, write
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from plait.cli import main
 from plait.federated import certs
 from plait.run import deploy
 from plait.run.deploy import DeployConfig, DeployError, Deployment, join, serve, submit
+from plait_cli import main
 from tests.federated.deployed import Background, cleaned, deployment, toy
 
 # Without processes ------------------------------------------------------------------------------

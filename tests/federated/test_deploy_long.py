@@ -12,9 +12,9 @@ import psutil
 import pytest
 import yaml
 
-from plait.cli import main
 from plait.run import deploy
 from plait.run.deploy import Deployment, join, serve, submit
+from plait_cli import main
 from tests.federated.deployed import Background, cleaned, deployment, free_port, programs, toy
 
 pytest.importorskip("flwr")

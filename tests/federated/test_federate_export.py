@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from plait.cli import main
 from plait.core.export import to_lora
 from plait.federated.state import MissingState
 from plait.run import stock_check
@@ -23,6 +22,7 @@ from plait.run.federate_export import export_clients
 from plait.run.federate_report import read_rounds
 from plait.run.folder import RunFolder
 from plait.run.model import load_base, load_tokenizer, source_of
+from plait_cli import main
 from tests import tiny
 from tests.federated.test_cli import config
 from tests.federated.test_local import federation, het

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from plait.cli import main
 from plait.federated import algorithm
 from plait.federated.privacy import PrivacyReport
 from plait.run.federate import simulate
@@ -27,6 +26,7 @@ from plait.run.federate_report import (
     write_report,
 )
 from plait.run.folder import RunFolder
+from plait_cli import main
 from tests.federated.test_cli import config
 
 NAMES = ("ann", "bob", "eve")

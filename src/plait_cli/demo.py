@@ -21,10 +21,10 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.table import Table
 
-    from plait.cli import console
-    from plait.cli._show import Status, quiet
     from plait.run.callbacks import ProgressBar
     from plait.run.demo import demo
+    from plait_cli import console
+    from plait_cli._show import Status, quiet
 
     started = time.perf_counter()
     screen = console()

@@ -22,10 +22,10 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Print the report of a config."""
-    from plait.cli import console
-    from plait.cli._show import quiet
     from plait.run.check import check
     from plait.run.config import load_config
+    from plait_cli import console
+    from plait_cli._show import quiet
 
     with quiet():
         report = check(load_config(args.file, args.overrides))

@@ -35,7 +35,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, or what a name means."""
-    from plait.cli import console
+    from plait_cli import console
 
     if args.matrix:
         if args.name is not None:
@@ -76,8 +76,8 @@ def _print_matrix(console: "Console") -> None:
     """Print a table for each group of features, and why a cell says no."""
     from rich.table import Table
 
-    from plait.cli._show import quiet
     from plait.run.support import tables
+    from plait_cli._show import quiet
 
     with quiet():
         groups, notes = tables()

@@ -30,8 +30,8 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Print what is lost, write, print what stock peft reads."""
-    from plait.cli._show import quiet
     from plait.run.export import ExportReport, export_run
+    from plait_cli._show import quiet
 
     def announce(report: ExportReport) -> None:
         ranks = [layer.rank for layer in report.layers]

@@ -5,7 +5,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from plait.cli import _deploy
+from plait_cli import _deploy
 
 if TYPE_CHECKING:
     from plait.run.federate_report import Summary
@@ -57,10 +57,10 @@ def run(args: argparse.Namespace) -> int:
 
 def simulate(args: argparse.Namespace, resume: bool) -> int:
     """Run all rounds on this machine; 3 where a round had too few updates, 130 after Ctrl-C."""
-    from plait.cli import console
-    from plait.cli._show import Status, quiet
     from plait.federated.guard import TooFewUpdates
     from plait.run import federate
+    from plait_cli import console
+    from plait_cli._show import Status, quiet
 
     screen = console()
     config = federate.load_federate_config(args.file, args.overrides)
@@ -91,8 +91,8 @@ def simulate(args: argparse.Namespace, resume: bool) -> int:
 def _report(args: argparse.Namespace) -> int:
     found = _show(args.runs)
     if args.out:
-        from plait.cli import console
         from plait.run.federate_report import write_comparison
+        from plait_cli import console
 
         out = write_comparison(args.out, found)
         console().print(f"written: {out}", soft_wrap=True)
@@ -100,8 +100,8 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from plait.cli._show import quiet
     from plait.run.federate_export import ClientExport, export_clients
+    from plait_cli._show import quiet
 
     def show(x: ClientExport) -> None:
         if x.refused:
@@ -125,10 +125,10 @@ def _show(runs: list[str]) -> "list[Summary]":
 
     from rich.table import Table
 
-    from plait.cli import console
     from plait.run.federate import load_federate_config
     from plait.run.federate_report import fault_lines, summary, tables
     from plait.run.folder import RunFolder
+    from plait_cli import console
 
     screen, found = console(), []
     for path in runs:

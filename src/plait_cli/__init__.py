@@ -1,7 +1,9 @@
 """The command line: `plait VERB`, the same as `python -m plait VERB`.
 
 Each module of this package is a verb, with `add_parser(subparsers)` and `run(args) -> int`; a name
-with a leading underscore is what verbs share. Modules import what is heavy inside `run`.
+with a leading underscore is what verbs share. It is a package beside `plait`, which registers with
+peft and loads torch, and that takes seconds: modules import plait inside `run`, so that help or a
+mistyped option is answered at once.
 """
 
 import argparse
@@ -11,9 +13,8 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING
-
-from plait._version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +79,7 @@ def _report(args: argparse.Namespace, error: BaseException, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="plait", description="Fine-tune with many LoRA methods.")
-    parser.add_argument("--version", action="version", version=f"plait {__version__}")
+    parser.add_argument("--version", action="version", version=f"plait {version('plait')}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for found in pkgutil.iter_modules(__path__):
         if found.name.startswith("_"):  # what several verbs share

@@ -53,9 +53,9 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write, print the means."""
-    from plait.cli import console
-    from plait.cli._show import Status, quiet
     from plait.run.inspect import inspect_runs
+    from plait_cli import console
+    from plait_cli._show import Status, quiet
 
     words = [*args.run_folders, *args.overrides]  # argparse gives what stands in a row to the first
     overrides = [

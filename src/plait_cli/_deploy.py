@@ -176,10 +176,10 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _join(args: argparse.Namespace) -> int:
-    from plait.cli._show import quiet
     from plait.federated.resident import Resident
     from plait.run.deploy import PATIENCE, Deployment, join
     from plait.run.federate import trainer
+    from plait_cli._show import quiet
 
     config = _config(args)
     deployment = Deployment(config.deploy)
@@ -220,10 +220,10 @@ def _submit(config: "FederateConfig", deployment: "Deployment", resume: bool) ->
 def _status(args: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from plait.cli import console
     from plait.run.deploy import Deployment, client_rows, runs
     from plait.run.federate_report import read_rounds
     from plait.run.folder import RunFolder
+    from plait_cli import console
 
     screen = console()
     config = _config(args)
@@ -259,7 +259,7 @@ def _resume(args: argparse.Namespace) -> int:
     folder = Path(_config(args).output.dir)
     if not (args.local or (folder / "clients").is_dir()):  # private states, of a simulation alone
         return _run(args, resume=True)
-    from plait.cli.federate import simulate
+    from plait_cli.federate import simulate
 
     return simulate(args, resume=True)
 
