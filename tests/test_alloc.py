@@ -96,7 +96,7 @@ def test_published_defaults() -> None:
     assert (config.r, config.rounds, config.n_A, config.spare) == (8, 8, None, 2)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(
     n_in=st.integers(1, 7), n_out=st.integers(1, 7), r=st.integers(1, 3), spare=st.integers(1, 3),
     key=st.integers(0, 9), pissa=st.booleans(),
@@ -298,7 +298,7 @@ def test_a_round_never_takes_all_ranks() -> None:
     assert live(model) == [1] * 6
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_live_ranks_never_exceed_the_budget(data: st.DataObject) -> None:
     """Whatever the scores, over several rounds."""

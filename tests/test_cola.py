@@ -71,7 +71,7 @@ def test_worked_example(strategy: str, expected: float) -> None:
     assert float(delta.weight()) == expected
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(
     n_in=st.integers(1, 7), n_out=st.integers(1, 7), r=st.integers(1, 3), M=st.integers(1, 4),
     N=st.integers(1, 5), start=st.sampled_from(STARTS), training=st.booleans(),

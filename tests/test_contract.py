@@ -77,7 +77,7 @@ def test_contract(check: Any, case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_any_shape(case: Case) -> None:
-    @settings(max_examples=5, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=5)
     @given(n_in=st.integers(1, 9), n_out=st.integers(1, 9), rows=st.integers(1, 3))
     def check(n_in: int, n_out: int, rows: int) -> None:
         contract.forward_is_weight(case, n_in, n_out)

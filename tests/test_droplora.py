@@ -68,7 +68,7 @@ def test_published_defaults() -> None:
     assert (config.inner_dropout, config.scope, config.lora_dropout) == (0.5, "token", 0.05)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(
     n_in=st.integers(1, 7), n_out=st.integers(1, 7), r=st.integers(1, 4),
     p=st.sampled_from([0.0, 0.1, 0.5, 0.9]), scope=st.sampled_from(["token", "step"]),

@@ -40,7 +40,7 @@ def three_terms(delta: Any, x: Tensor, mask: Tensor | float = 1.0) -> Tensor:
     return delta.scaling * (shared + expert)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(
     n_in=st.integers(1, 9), n_out=st.integers(1, 9), r_s=st.integers(1, 3), r_e=st.integers(1, 3)
 )

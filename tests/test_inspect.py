@@ -87,7 +87,7 @@ def test_principal_angles_of_zero_and_of_dependent_columns() -> None:
     assert principal_angles(twice, spans(5, 4, 1)).shape == (2,)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(n=st.integers(1, 8), k=sizes, m=sizes, key=st.integers(0, 999))
 def test_principal_angles_equal_scipy_and_know_no_basis(n: int, k: int, m: int, key: int) -> None:
     from scipy.linalg import subspace_angles
@@ -131,7 +131,7 @@ def test_cosine_equals_a_loop() -> None:
 # --------------------------------------------------------------------------------------- updates
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(out=sizes, width=sizes, k=st.integers(0, 8), m=sizes, key=st.integers(0, 99))
 def test_a_product_is_its_dense_matrix(out: int, width: int, k: int, m: int, key: int) -> None:
     low = Update(numbers(out, k, key=key), numbers(k, width, key=key + 1))
@@ -172,7 +172,7 @@ def test_ranks_of_known_spectra() -> None:
     assert numerical_rank(s, (7, 100)) == 2
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12), st.floats(1e-3, 1e3))
 def test_ranks_do_not_know_the_scale_and_keep_their_order(values: list[float], c: float) -> None:
     s = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
@@ -234,7 +234,7 @@ def test_entropy_of_known_routers() -> None:
     assert decided.load_entropy == pytest.approx(math.log(4))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(n=st.integers(1, 5), tokens=st.integers(1, 9), cut=st.integers(0, 9), key=st.integers(0, 99))
 def test_load_equals_a_loop_in_any_batches(n: int, tokens: int, cut: int, key: int) -> None:
     w = numbers(tokens, n, key=key).softmax(-1)

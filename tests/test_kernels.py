@@ -85,7 +85,7 @@ def dense(A: Tensor, B: Tensor, C: Tensor) -> Callable[[int, int], Tensor]:
     return lambda start, stop: torch.tanh(B[start:stop] @ A) * (1 + C[start:stop])
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     n_in=st.integers(1, 8), n_out=st.integers(1, 12), tokens=st.integers(0, 5),
     height=st.sampled_from([1, 2, 3, 7, 12, 48]), joint=st.booleans(), bias=st.booleans(),
@@ -267,7 +267,7 @@ def test_gradcheck_of_up(mix: str, gated: bool) -> None:
     assert torch.autograd.gradcheck(apply, inputs)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     lead=st.lists(st.integers(1, 3), min_size=1, max_size=3), n=st.integers(1, 4),
     r=st.integers(1, 3), n_out=st.integers(1, 5),

@@ -113,7 +113,7 @@ def test_worked_example() -> None:
     assert relative(update(model, x), expected) < 1e-7  # ln 3 in fp32
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     n_in=st.integers(1, 9), n_out=st.integers(1, 9), n=st.integers(1, 5), r=st.integers(1, 3),
     axes=st.integers(1, 3), init=st.sampled_from(["kaiming", "pissa"]), data=st.data(),
@@ -141,7 +141,7 @@ def test_forward_is_the_loop(
         assert float((found - expected).abs().max()) < 1e-12 * scale, p.shape
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(n=st.integers(1, 8), tokens=st.integers(1, 5), flat=st.booleans(), data=st.data())
 def test_top_k_keeps_k_weights_that_sum_to_one(n: int, tokens: int, flat: bool, data: Any) -> None:
     """Exactly k are live, where weights are equal too."""
@@ -308,7 +308,7 @@ def test_switch_by_hand() -> None:
     assert float(switch(w, kept, None, options)) == pytest.approx(1.5)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     batch=st.integers(1, 4), tokens=st.integers(1, 5), half=st.integers(1, 3),
     key=st.integers(0, 9), data=st.data(),

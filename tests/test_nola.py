@@ -123,7 +123,7 @@ def test_distribution() -> None:
         assert abs(np.corrcoef(v[:1000], other)[0, 1]) < 0.15
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(start=st.integers(0, 40), count=st.integers(0, 40), seed=st.integers(0, 2**63 - 1))
 def test_random_access(start: int, count: int, seed: int) -> None:
     """Any part is that part of the whole, whatever the block of the generator."""
@@ -150,7 +150,7 @@ def test_worked_example() -> None:
     assert relative(found, torch.tensor([expected], dtype=torch.float64)) < 1e-15
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     n_in=st.integers(1, 9), n_out=st.integers(1, 9), r=st.integers(1, 3), ka=st.integers(1, 5),
     kb=st.integers(1, 5), a0=st.booleans(), keep=st.booleans(),

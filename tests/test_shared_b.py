@@ -54,7 +54,7 @@ def test_worked_example() -> None:
     assert relative(update(model, x), expected) < 1e-7  # ln 3 in fp32
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     n_in=st.integers(1, 9), n_out=st.integers(1, 9), n=st.integers(1, 4), r=st.integers(1, 3),
     axes=st.integers(1, 3),

@@ -64,7 +64,7 @@ def test_published_defaults() -> None:
     assert (config.xi, config.prox, config.gate_lr) == (3e-4, "exact", None)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(n_in=st.integers(1, 7), n_out=st.integers(1, 7), r=st.integers(1, 4), pissa=st.booleans())
 def test_update_is_the_loop_over_ranks(n_in: int, n_out: int, r: int, pissa: bool) -> None:
     """Outputs and gradients; with a start that is subtracted the gate acts on the whole rank."""
@@ -165,7 +165,7 @@ def scalar(g: float, xi: float, prox: str) -> float:
     return 0.0 if abs(g) < xi else g
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     g=st.lists(st.floats(-2, 2), min_size=1, max_size=6), xi=st.floats(1e-6, 1),
     prox=st.sampled_from(["exact", "official"]),

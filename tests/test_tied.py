@@ -74,7 +74,7 @@ def test_worked_example() -> None:
     assert torch.equal(delta.weight(), expected)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(
     n_in=st.integers(1, 7), n_out=st.integers(1, 7), r=st.integers(1, 4),
     train=st.sampled_from(SUBSETS),

@@ -129,7 +129,7 @@ def test_too_few_updates() -> None:
         Guard().require([], 1)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25)
 @given(n=st.integers(1, 9), seed=st.integers(0, 99))
 def test_robust_means_against_loops(n: int, seed: int) -> None:
     given_ = updates(n, seed)

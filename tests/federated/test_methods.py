@@ -84,7 +84,7 @@ def test_fedit_is_not_exact_and_says_by_how_much() -> None:
     assert max(aggregation_error(same, W, clients).values()) < 1e-12
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25)
 @given(
     ranks=st.lists(st.integers(1, 5), min_size=3, max_size=3),
     s=st.lists(st.sampled_from([0.5, 1.0, 1.7, 2.0]), min_size=3, max_size=3),

@@ -20,7 +20,7 @@ from plait.federated.partition import (
     split,
 )
 
-QUICK = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+QUICK = settings(max_examples=50)
 
 
 def whole(found: dict[str, list[int]], rows: int) -> None:

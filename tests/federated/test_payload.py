@@ -188,7 +188,7 @@ def test_a_square_factor_that_was_transposed_is_not_seen_by_its_shape_alone() ->
     assert unpack(swapped, ROUND, "c0").tensors["sq/A"].shape == (6, 6)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200)
 @given(place=st.integers(0, 5000), value=st.integers(1, 255))
 def test_no_changed_byte_passes(place: int, value: int) -> None:
     data = bytearray(pack(HEADER, TENSORS))
@@ -198,7 +198,7 @@ def test_no_changed_byte_passes(place: int, value: int) -> None:
     assert found.value.reason is Reason.BAD_HASH
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200)
 @given(text=st.binary(max_size=60), blob=st.binary(max_size=60))
 def test_anything_in_a_right_frame_is_a_typed_rejection(text: bytes, blob: bytes) -> None:
     with pytest.raises(Rejected) as found:

@@ -35,7 +35,7 @@ def close(found: Mapping[str, float], expected: Mapping[str, float]) -> None:
     assert found == pytest.approx(dict(expected), abs=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(0, 1000))
 def test_a_naive_loop_agrees(ranks: list[int], seed: int) -> None:
     clients = clients_of(ranks)

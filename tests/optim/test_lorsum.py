@@ -97,7 +97,7 @@ def naive(
     return A, B
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 3), st.integers(3, 6), st.integers(3, 6), st.integers(0, 3),
     st.sampled_from(["out", "in"]), st.booleans(), st.sampled_from([1.0, 0.7]),

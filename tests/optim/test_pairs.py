@@ -127,7 +127,7 @@ def change_basis(pair: Pair, R: Tensor) -> None:
     part(pair.B, pair.B_slices, 0, join(pair.B, pair.B_slices, 0) @ torch.linalg.inv(R))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.data())
 def test_join_and_part_are_inverse(n: int, r: int, width: int, data: Any) -> None:
     slices = tuple(data.draw(st.permutations(range(n)))[: data.draw(st.integers(1, n))])
