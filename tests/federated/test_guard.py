@@ -1,5 +1,6 @@
 """The guard: what stays out, what a claim weighs, and means that bear bad updates."""
 
+import math
 from typing import Any
 
 import pytest
@@ -85,6 +86,8 @@ def test_claimed_counts_are_capped() -> None:
     assert guard.counts({"a": 10, "b": 10**12}) == {"a": 10, "b": 100}
     assert guard.counts({"a": 10**12}) == {"a": 10**12}
     assert guard.counts({}) == {}
+    free = Guard(GuardOptions(max_count_ratio=math.inf))
+    assert free.counts({"a": 10, "b": 10**12}) == {"a": 10, "b": 10**12}
     weights = weights_of(guard.counts({"a": 10, "b": 12, "c": 10**12}))
     assert weights["c"] < 0.85
 
@@ -161,6 +164,13 @@ def test_robust_means_against_loops(n: int, seed: int) -> None:
         several = sorted(sorted(range(n), key=lambda i: (scores[i], i))[: n - 1])
         found = krum(given_, {}, {}, multi=True)["x"]
         assert torch.allclose(found, x[several].mean(0), rtol=0, atol=1e-6)
+
+
+def test_a_share_that_floats_round_up_cuts_no_more() -> None:
+    assert 0.28 * 25 > 7
+    squares = {f"c{i:02}": {"x": torch.tensor([float(i * i)])} for i in range(25)}
+    inner = [i * i for i in range(7, 18)]
+    assert float(trimmed_mean(squares, {}, {}, trim=0.28)["x"]) == sum(inner) / len(inner)
 
 
 @pytest.mark.parametrize("aggregator", ["median", "trimmed_mean", "krum", "multi_krum"])

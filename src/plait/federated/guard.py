@@ -15,6 +15,7 @@ Limits: a norm filter sees scaled updates and not flipped ones; the robust means
 and bias honest clients with unlike data. None of it bears a majority of bad clients.
 """
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ def trimmed_mean(
         ValueError: nothing would be left.
     """
     n = len(updates)
-    cut = -int(-trim * n // 1)
+    cut = math.ceil(round(trim * n, 9))  # .07 x 100 is above 7 in floating point
     if n - 2 * cut < 1:
         raise ValueError(
             f"guard: trimmed_mean with trim = {trim} leaves none of {n} updates. Lower guard.trim "
@@ -222,8 +223,8 @@ class Guard:
         """
         if not claimed:
             return {}
-        cap = int(self.options.max_count_ratio * statistics.median_low(claimed.values()))
-        return {client: min(n, cap) for client, n in claimed.items()}
+        cap = self.options.max_count_ratio * statistics.median_low(claimed.values())
+        return {client: n if n <= cap else int(cap) for client, n in claimed.items()}
 
     def require(self, accepted: Iterable[str], round: int) -> None:
         """Refuse a round with too few updates.
