@@ -14,6 +14,7 @@ from plait.federated.client import LocalTraining, Trained
 from plait.federated.guard import GuardOptions, TooFewUpdates
 from plait.federated.local import Federation
 from plait.federated.payload import Header, pack, unpack_tensors
+from plait.federated.privacy import Privacy
 from plait.federated.server import RoundRecord, ServerOptions
 from tests import tiny
 
@@ -277,6 +278,28 @@ def test_a_client_that_raises_or_diverges_is_a_failure(tmp_path: Path) -> None:
     assert records[2].accepted == [*NAMES]
 
 
+@pytest.mark.parametrize(("key", "factor"), [("fedalora", "A"), ("fedsa", "B"), ("local", "B")])
+def test_a_private_factor_that_is_not_finite_is_a_failure(
+    key: str, factor: str, tmp_path: Path
+) -> None:
+    inner = training()
+
+    def train(model: torch.nn.Module, client: str, round: int) -> Trained:
+        result = inner(model, client, round)
+        if (client, round) == ("b", 2):
+            with torch.no_grad():
+                named = dict(model.named_parameters())
+                next(p for n, p in named.items() if f"lora_{factor}" in n).view(-1)[0] = torch.nan
+        return result
+
+    made = federation(tmp_path, key, train=train, rounds=3)
+    _, second, third = run(made)
+    assert second.accepted == ["a", "c"]
+    assert "which stays on the client, has NaN" in second.failed["b"]
+    assert third.accepted == [*NAMES]  # from the private state of round 1
+    assert made.site._store("b").generations() == [1, 3]
+
+
 @pytest.mark.parametrize("claim", [10**12, -5, 0])
 def test_a_lying_number_of_examples(claim: int, tmp_path: Path) -> None:
     inner = training()
@@ -318,6 +341,21 @@ def test_quarantine_ends_the_asking(tmp_path: Path) -> None:
         [], ["non_finite"], ["non_finite"], ["quarantined"],
     ]  # fmt: skip
     assert "b" not in records[3].metrics
+
+
+def test_two_runs_of_one_secret_draw_noises_of_their_own(tmp_path: Path) -> None:
+    privacy = Privacy(clip=1e-2, noise=100.0, key="0123456789abcdef")
+    states = []
+    for folder, name in (("first", "one"), ("again", "one"), ("other", "two")):
+        made = federation(
+            tmp_path / folder, "ffa", run=name, rounds=1, privacy=privacy,
+            guard=GuardOptions(max_norm_ratio=torch.inf),
+        )  # fmt: skip
+        made.step()
+        states.append(torch.cat([x.flatten() for x in made.state.tensors.values()]))
+    assert torch.equal(states[0], states[1])
+    apart = 2**0.5 * 1e-2 * 100 / len(NAMES)  # of two independent noises; the clip allows .01
+    assert float((states[0] - states[2]).std()) == pytest.approx(apart, rel=0.2)
 
 
 def test_too_few_updates_are_loud_and_keep_the_state(tmp_path: Path) -> None:

@@ -237,7 +237,14 @@ class Site:
         with keyed_randomness(self.seed, "train", order.round, name):
             trained = self.train(model, name, order.round)
         local, declared = adapters.read(model), self.roster.clients[name]
-        kept = method.private(local, declared) | {f"{_TRUNK}{k}": x for k, x in trunk.items()}
+        private = method.private(local, declared)
+        for key, x in private.items():  # the server does not see them, and all rounds start there
+            if not torch.isfinite(x).all():
+                raise FloatingPointError(
+                    f"{key}, which stays on the client, has NaN or infinite values after training. "
+                    "Lower local.learning_rate, or look at the rows."
+                )
+        kept = private | {f"{_TRUNK}{k}": x for k, x in trunk.items()}
         self._store(name).save(order.round, kept)  # before the answer
         header = Header(
             method.key,

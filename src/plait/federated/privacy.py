@@ -91,7 +91,9 @@ class Privacy:
     """Options.
 
     clip: C. noise: z, the standard deviation of the noise in units of C. delta: below 1 / n.
-    key: secret of the noise, 16 characters or more.
+    key: secret of the noise, 16 characters or more. A `Server` joins it with the hash of its
+        config, so runs of one secret draw noises of their own. Two runs of one config draw the
+        same: give each its own secret where their data differ.
     """
 
     clip: float

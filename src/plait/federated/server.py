@@ -177,8 +177,6 @@ class Server:
         self.progress = progress or (lambda round, done, total, client: None)
         self._mean = self.options.guard.mean(self.method)
         first, self._frozen = roster.start()
-        if privacy is not None:
-            self._check_privacy(privacy)
         own = asdict(self.options)
         for name in ("rounds", "keep", "retries"):  # change no bit of a round
             del own[name]
@@ -187,6 +185,10 @@ class Server:
             {"method": [self.method.key, asdict(self.method)], "options": own}
             | {"clients": roster.described, "facts": dict(facts or {}), "privacy": hidden}
         )
+        if privacy is not None:
+            # Runs that draw the same noise have none in their difference.
+            self.privacy = replace(privacy, key=f"{privacy.key}/{self._config}")
+            self._check_privacy(self.privacy)
         self._checkpoints = Checkpoints(Path(folder), self.options.keep)
         self._spool = Spool(Path(folder) / "spool")  # of the round that runs
         found = self._checkpoints.latest(self._config)
