@@ -343,6 +343,16 @@ def test_quarantine_ends_the_asking(tmp_path: Path) -> None:
     assert "b" not in records[3].metrics
 
 
+def test_averaged_parameters_act_on_one_basis(tmp_path: Path) -> None:
+    configs = {
+        name: plait.NolaConfig(target_modules=TARGETS, num_basis_A=4, num_basis_B=4, seed=seed)
+        for name, seed in (("a", 0), ("b", 1))
+    }
+    with pytest.raises(ValueError, match=r"clients 'a' and 'b' have the adapter's seed = 0 and 1"):
+        Federation(tiny.llama(), configs, algorithm("fedavg"), training(), tmp_path)
+    Federation(tiny.llama(), configs, algorithm("local"), training(), tmp_path)
+
+
 def test_two_runs_of_one_secret_draw_noises_of_their_own(tmp_path: Path) -> None:
     privacy = Privacy(clip=1e-2, noise=100.0, key="0123456789abcdef")
     states = []
