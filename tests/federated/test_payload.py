@@ -215,6 +215,7 @@ def test_a_frame_without_tensors() -> None:
 def test_headers_that_are_not_sent() -> None:
     for change, text in (
         ({"n_examples": 0}, r"n_examples = 0 is below 1"),
+        ({"n_examples": 10**400}, r"n_examples is 2\*\*53 or more"),
         ({"client": "a/b"}, r"client = 'a/b' cannot be a name"),
         ({"dtype": "int8"}, r"dtype = 'int8' is none of fp32, bf16, fp16"),
         ({"rank": 2.0}, r"rank = 2\.0 is not of type int"),

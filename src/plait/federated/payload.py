@@ -33,6 +33,7 @@ SCHEMA = 1
 HEADER_BYTES = 64 * 1024  # longest header
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DIGEST, _LENGTH = 32, 4
+_HUGE = 2**53  # no number of a header reaches it
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
@@ -229,6 +230,8 @@ def _problem(values: Mapping[str, Any]) -> str | None:
     for name, least in (("round", 1), ("generation", 0), ("rank", 1), ("n_examples", 1)):
         if values[name] < least:
             return f"{name} = {values[name]} is below {least}"
+        if values[name] >= _HUGE:  # more digits than a float can take, maybe
+            return f"{name} is 2**53 or more"
     if values["dtype"] not in DTYPES:
         return f"dtype = {values['dtype']!r} is none of {', '.join(DTYPES)}"
     for name in ("run", "client"):
