@@ -27,6 +27,7 @@ from plait.core.bridge import PlaitLayer
 from plait.core.combine import WeightedSum
 from plait.core.config import DeltaConfig
 from plait.core.delta import Delta, LowRankDelta
+from plait.core.sharding import refuse_sharded
 from plait.core.trunk import Trunk, trunk_of
 
 
@@ -132,6 +133,7 @@ def to_lora(
         raise ValueError(f"rank = {rank}. Give 1 or more.")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy = {energy}. Give a share above 0 and up to 1.")
+    refuse_sharded(model, "to_lora")
     config: Any = model.peft_config[adapter]
     found = {
         name: (layer, update)
