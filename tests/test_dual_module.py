@@ -290,7 +290,7 @@ def test_exactly_the_budget_is_alive_after_each_screening() -> None:
 
 def test_ties_leave_exactly_the_budget() -> None:
     model = wrap(total_steps=20, tinit=2, tfinal=6, deltaT=1, orth_reg_weight=0.0)
-    optimizer = torch.optim.SGD(trained(model).values(), lr=1.0)
+    optimizer = torch.optim.SGD(trained(model).values(), lr=0.0)
     count = len(deltas(model))
     with torch.no_grad():
         for delta in deltas(model):

@@ -85,12 +85,12 @@ def _skipped(optimizer: Optimizer) -> bool:
     """Whether this step trains nothing.
 
     A gradient scaler makes one of a fused optimizer a no-op. torch.distributed.checkpoint takes one
-    of learning rate 0 on gradients of 0, so that there is a state to load into.
+    on gradients of 0, its learning rate put to 0 meanwhile, so that there is a state to load into.
     """
     found = getattr(optimizer, "found_inf", None)
     if found is not None and bool(found):
         return True
-    if any(group.get("lr", 1) for group in optimizer.param_groups):
+    if not optimizer.defaults.get("lr") or any(g.get("lr", 1) for g in optimizer.param_groups):
         return False
     params = [p for group in optimizer.param_groups for p in group["params"]]
     grads = [p.grad for p in params if p.grad is not None]
