@@ -222,7 +222,7 @@ def error_of(attempt: Callable[[Any], Any], model: Any) -> str:
 def main(folder: Path) -> None:
     """Train all cases in both ways; write what each process ends with."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(minutes=2))  # a hang is an error
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))  # a hang is an error
     rank, world = dist.get_rank(), dist.get_world_size()
     assert world == 2, f"{world} processes; start two: torchrun --nproc_per_node 2"
     for mode in ("ddp", "fsdp"):

@@ -287,6 +287,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             NotMergeable: the update depends on the input.
+            ValueError: the adapter is sharded (FSDP2).
         """
         delta: Any = self.plait_delta[adapter]
         weight = delta.weight(**choice)
@@ -309,7 +310,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             NotMergeable: the update depends on the input, or the base is quantised.
-            ValueError: safe_merge found values that are not finite.
+            ValueError: safe_merge found values that are not finite, or the model is sharded.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.plait_delta]
         if not names:
@@ -487,7 +488,8 @@ class PlaitModel(BaseTuner):
             `plait.to_lora(model, adapter_name)`.
 
         Raises:
-            ValueError: unknown adapters, numbers that differ, or a name that is taken.
+            ValueError: unknown adapters, numbers that differ, a name that is taken, or a model that
+                is sharded (FSDP2).
         """
         combine.check(adapters, weights, list(self.peft_config), adapter_name)
         refuse_sharded(self, "add_weighted_adapter")

@@ -187,7 +187,7 @@ class Delta(nn.Module):
         """Recompute what is derived from saved state."""
 
     def check_step(self) -> None:
-        """Refuse a training forward that the method cannot serve: here, what is shared parted."""
+        """Refuse a training forward that the method cannot serve, or with parted shared tensors."""
         for owner in self.owner:
             for name, p in self._parameters.items():
                 if name in self.shared and p is not owner._parameters[name]:

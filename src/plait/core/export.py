@@ -125,7 +125,8 @@ def to_lora(
 
     Raises:
         NotMergeable: the update depends on the input and neither task nor approx settles it.
-        ValueError: rank and energy together or out of range, or an update of zero everywhere.
+        ValueError: rank and energy together or out of range, an update of zero everywhere, or a
+            model that is sharded (FSDP2).
     """
     if rank is not None and energy is not None:
         raise ValueError(f"rank = {rank} and energy = {energy}: give one of them.")

@@ -34,7 +34,8 @@ def prune(model: PeftModel, adapter: str = "default") -> dict[str, int]:
         Layer name -> ranks kept.
 
     Raises:
-        ValueError: no such adapter, or one whose ranks do not reach zero or cannot go.
+        ValueError: no such adapter, or one whose ranks do not reach zero or cannot go, or a model
+            that is sharded (FSDP2).
     """
     layers = [m for m in model.modules() if isinstance(m, PlaitLayer) and adapter in m.plait_delta]
     if not layers:
