@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import plait
@@ -139,6 +140,22 @@ def test_steps_that_a_scaler_skips_do_not_count(fused: bool) -> None:
     assert seen(model) == seen(plain) == {3}
     for name, value in plain.state_dict().items():
         assert relative(model.state_dict()[name].float(), value.float()) < 1e-4, name
+
+
+def test_a_step_that_only_makes_a_state_does_not_count() -> None:
+    """torch's checkpointing takes one, of learning rate 0 on gradients of 0, before it loads."""
+    model = wrap(DMC)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    optimizer = adamw(model, 1e-2)
+    get_optimizer_state_dict(model, optimizer)
+    assert optimizer.state
+    assert seen(model) == {0}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # a warm-up starts there, with gradients
+    steps(model, optimizer, 1)
+    assert seen(model) == {1}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 3])

@@ -223,15 +223,6 @@ def test_shared_factor_is_refused() -> None:
         plait.create_lora_rite_optimizer(model)
 
 
-def test_shards_of_fsdp2_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = lora()
-    optimizer = plait.create_lora_rite_optimizer(model)
-    monkeypatch.setattr(optimizer.pairs[2].A, "full_tensor", None, raising=False)  # as a DTensor
-    text = r"1\.self_attn\.q_proj: a factor is sharded \(FSDP2\)\. Keep the adapter out of sharding"
-    with pytest.raises(ValueError, match=text):
-        optimizer.step()
-
-
 def test_flat_shards_are_refused() -> None:
     model = lora()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj

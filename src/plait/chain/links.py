@@ -20,6 +20,7 @@ from plait.core.delta import Delta, DenseDelta, LowRankDelta, TaskTable, TokenRo
 from plait.core.export import update_of
 from plait.core.init import kaiming, seeded
 from plait.core.registry import find
+from plait.core.sharding import refuse_sharded
 from plait.core.trunk import is_quantized
 
 # Upstream's methods: why no chain of them; "" where there is one.
@@ -96,6 +97,7 @@ class Link:
     def __init__(self, name: str, layer: Any, adapter: str) -> None:
         self.name, self.layer, self.adapter = name, layer, adapter
         base = layer.get_base_layer()
+        refuse_sharded(layer, f"chain: {name}", "Train in one process or with DDP.")
         self.quantized = is_quantized(base)
         self.half = not self.quantized and base.weight.dtype.itemsize < 4
         self.shape: tuple[int, int] = (layer.out_features, layer.in_features)

@@ -17,6 +17,7 @@ from plait.core.gate import Gate, gates, register_gate
 from plait.core.init import gaussian, kaiming, seeded, svd_start
 from plait.core.mix import TaskTable, TokenRouter
 from plait.core.registry import Method, find, methods, register
+from plait.core.sharding import put, whole
 
 __all__ = [
     "Delta",
@@ -41,9 +42,11 @@ __all__ = [
     "less_start",
     "methods",
     "option",
+    "put",
     "register",
     "register_gate",
     "screening",
     "seeded",
     "svd_start",
+    "whole",
 ]

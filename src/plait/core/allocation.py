@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from plait.core.events import PlaitWarning, adapters_of
 from plait.core.init import seeded
+from plait.core.sharding import reshard
 
 
 @dataclass
@@ -89,6 +90,7 @@ def importance(deltas: Sequence[Any], live_of: Callable[[Any], Tensor]) -> list[
         devices = sorted({live.device.index or 0 for live in lives if live.is_cuda})
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.callback(_restore, lives, kept, modes)
+        stack.callback(reshard, model)
         model.eval()
         for live, score in zip(lives, scores, strict=True):
             for k in live.nonzero()[:, 0].tolist():

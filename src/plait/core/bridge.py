@@ -32,6 +32,7 @@ from plait.core.delta import Delta, DenseDelta, FrozenLinear, LowRankDelta, NotM
 from plait.core.init import seeded
 from plait.core.mix import TaskTable, TokenRouter, task_index
 from plait.core.route import Route, Rows
+from plait.core.sharding import refuse_sharded
 
 BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
 
@@ -146,6 +147,8 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         own.lora_alpha = config.alpha_pattern.get(
             get_pattern_key(list(config.alpha_pattern), self.name), config.lora_alpha
         )
+        remedy = "Add adapters first, then call fully_shard."
+        refuse_sharded(self.get_base_layer(), f"adapter {adapter!r} on {self.name}", remedy)
         weight: Any = self.get_base_layer().weight
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         base = FrozenLinear(
@@ -284,6 +287,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             NotMergeable: the update depends on the input.
+            ValueError: the adapter is sharded (FSDP2).
         """
         delta: Any = self.plait_delta[adapter]
         weight = delta.weight(**choice)
@@ -306,7 +310,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             NotMergeable: the update depends on the input, or the base is quantised.
-            ValueError: safe_merge found values that are not finite.
+            ValueError: safe_merge found values that are not finite, or the model is sharded.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.plait_delta]
         if not names:
@@ -484,9 +488,11 @@ class PlaitModel(BaseTuner):
             `plait.to_lora(model, adapter_name)`.
 
         Raises:
-            ValueError: unknown adapters, numbers that differ, or a name that is taken.
+            ValueError: unknown adapters, numbers that differ, a name that is taken, or a model that
+                is sharded (FSDP2).
         """
         combine.check(adapters, weights, list(self.peft_config), adapter_name)
+        refuse_sharded(self, "add_weighted_adapter")
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapters[0]])
         for layer in self.plait_layers():
             here = [

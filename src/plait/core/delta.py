@@ -21,6 +21,7 @@ from plait.core.gate import Gate, gates_of
 from plait.core.init import kaiming, seeded, svd_start
 from plait.core.mix import TaskTable, TokenRouter
 from plait.core.route import Rows
+from plait.core.sharding import put, refuse_sharded, whole
 from plait.kernels.dense_tiles import DenseTiles, tile_rows
 from plait.kernels.low_rank import up
 
@@ -186,7 +187,15 @@ class Delta(nn.Module):
         """Recompute what is derived from saved state."""
 
     def check_step(self) -> None:
-        """Refuse a training forward that the method cannot serve."""
+        """Refuse a training forward that the method cannot serve, or with parted shared tensors."""
+        for owner in self.owner:
+            for name, p in self._parameters.items():
+                if name in self.shared and p is not owner._parameters[name]:
+                    raise ValueError(
+                        f"{self.adapter.key}: {name} of {self.base.name} is no longer that of "
+                        f"{owner.base.name}, which it shares. FSDP2 parts them in units of single "
+                        "blocks: shard the model as one unit, fully_shard(model), or use DDP."
+                    )
 
     def before_step(self) -> None:
         """Refuse an optimizer step whose gradients are not what the method needs."""
@@ -331,7 +340,7 @@ class Delta(nn.Module):
     def _check_alive(self) -> None:
         for group in self.alive:
             tensors = [p for p in map(self.get_parameter, group) if p.numel() and not p.is_meta]
-            if tensors and not any(bool(p.any()) for p in tensors):
+            if tensors and not any(bool(whole(p).any()) for p in tensors):
                 raise ValueError(
                     f"{self.adapter.key}: {' and '.join(group)} of {self.base.name} are all zero, "
                     "so no gradient can ever reach them. The file is not a trained adapter of this "
@@ -450,7 +459,7 @@ class LowRankDelta(Delta):
             p = self.get_parameter(name)
             axis = self.all_rank_axes[name] % p.ndim
             where = (*(slice(None) for _ in range(axis)), index)
-            p[where] = value.to(p)
+            put(p, where, value.to(p.device, p.dtype))
             events.forget(p, where)
 
     def start_of(self, index: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
@@ -514,6 +523,7 @@ class LowRankDelta(Delta):
         Raises:
             NotMergeable: a token router without approx, a task table without a task.
         """
+        refuse_sharded(self, f"dW of {self.base.name}")
         with mode(self, training=False):
             A, B = self.factors()
             gate, mix = self.gate(), self.mix()
@@ -610,6 +620,7 @@ class DenseDelta(Delta):
             raise ValueError(
                 f"{self.adapter.key} has no tasks; task = {choice['task']!r} was given."
             )
+        refuse_sharded(self, f"dW of {self.base.name}")
         first = next(self.parameters())
         height = self.tile or tile_rows(self.base.in_features, first.device)
         out = self.base.out_features

@@ -23,6 +23,8 @@ from torch.optim.optimizer import (
 )
 from transformers import TrainerCallback
 
+from plait.core.sharding import put, whole
+
 if TYPE_CHECKING:
     from plait.core.delta import Delta
 
@@ -80,9 +82,19 @@ def _install() -> None:
 
 
 def _skipped(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler made this step of a fused optimizer a no-op."""
+    """Whether this step trains nothing.
+
+    A gradient scaler makes one of a fused optimizer a no-op. torch.distributed.checkpoint takes one
+    on gradients of 0, its learning rate put to 0 meanwhile, so that there is a state to load into.
+    """
     found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
+    if found is not None and bool(found):
+        return True
+    if not optimizer.defaults.get("lr") or any(g.get("lr", 1) for g in optimizer.param_groups):
+        return False
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [p.grad for p in params if p.grad is not None]
+    return bool(grads) and not any(bool(whole(grad).any()) for grad in grads)
 
 
 def _ids(optimizer: Optimizer) -> set[int]:
@@ -260,7 +272,7 @@ def forget(p: nn.Parameter, index: Any = ...) -> None:
                 if value.dtype == torch.uint8 and codes is not None:
                     value[index] = int(codes.abs().argmin())
                 else:
-                    value[index] = 0
+                    put(value, index, 0)
 
 
 def before_step(deltas: list["Delta"]) -> torch.Tensor | float:

@@ -27,6 +27,7 @@ from plait.core.bridge import PlaitLayer
 from plait.core.combine import WeightedSum
 from plait.core.config import DeltaConfig
 from plait.core.delta import Delta, LowRankDelta
+from plait.core.sharding import refuse_sharded
 from plait.core.trunk import Trunk, trunk_of
 
 
@@ -124,7 +125,8 @@ def to_lora(
 
     Raises:
         NotMergeable: the update depends on the input and neither task nor approx settles it.
-        ValueError: rank and energy together or out of range, or an update of zero everywhere.
+        ValueError: rank and energy together or out of range, an update of zero everywhere, or a
+            model that is sharded (FSDP2).
     """
     if rank is not None and energy is not None:
         raise ValueError(f"rank = {rank} and energy = {energy}: give one of them.")
@@ -132,6 +134,7 @@ def to_lora(
         raise ValueError(f"rank = {rank}. Give 1 or more.")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy = {energy}. Give a share above 0 and up to 1.")
+    refuse_sharded(model, "to_lora")
     config: Any = model.peft_config[adapter]
     found = {
         name: (layer, update)

@@ -15,6 +15,7 @@ from torch import nn
 from plait.core.bridge import PlaitLayer
 from plait.core.delta import Delta, mode
 from plait.core.free import FreeDelta
+from plait.core.sharding import refuse_sharded
 
 
 @torch.no_grad()
@@ -33,7 +34,8 @@ def prune(model: PeftModel, adapter: str = "default") -> dict[str, int]:
         Layer name -> ranks kept.
 
     Raises:
-        ValueError: no such adapter, or one whose ranks do not reach zero or cannot go.
+        ValueError: no such adapter, or one whose ranks do not reach zero or cannot go, or a model
+            that is sharded (FSDP2).
     """
     layers = [m for m in model.modules() if isinstance(m, PlaitLayer) and adapter in m.plait_delta]
     if not layers:
@@ -43,6 +45,7 @@ def prune(model: PeftModel, adapter: str = "default") -> dict[str, int]:
         )
     for layer in layers:
         _check(layer.plait_delta[adapter], adapter)  # type: ignore[arg-type]
+    refuse_sharded(model, "prune")
     kept = {layer.name: _shrink(layer.plait_delta[adapter]) for layer in layers}
     config: Any = model.peft_config[adapter]
     own: dict[str, Any] = {layer.name: layer.plait_delta[adapter].config for layer in layers}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from plait.core.config import option
 from plait.core.gate import Gate
+from plait.core.sharding import put, whole
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Screening(ScreeningOptions, Gate):
         target = sum(self.target(len(s)) for s in scores)
         alive = budget(t, first, last, sum(map(len, scores)), target, power=2)
         for d, mask in zip(deltas, best(scores, alive), strict=True):
-            d.E.mul_(mask)
+            put(d.E, ..., whole(d.E) * mask)
             if t == last:
                 d.keep.copy_(mask)
                 for buffer in buffer_names(names_of(d)):
@@ -128,7 +129,7 @@ def observe(delta: Any, names: Sequence[str]) -> None:
                 f"{delta.base.name}.{name} has no gradient after the step, so its importance is "
                 "unknown. Clear gradients after optimizer.step() and its hooks, not before."
             )
-        importance = (p * p.grad).abs()
+        importance = whole((p * p.grad).abs())
         mean, deviation = (getattr(delta, b) for b in buffer_names([name]))
         mean = (1 - beta1) * importance + (0 if mean is None else beta1 * mean)
         deviation = (1 - beta2) * (importance - mean).abs() + (

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, option, register, screening
+from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, option, register, screening, whole
 from plait.core.delta import less_start
 from plait.core.init import gaussian
 
@@ -118,10 +118,11 @@ class DualModule(LowRankDelta):
         """orth_reg_weight * mean of the two norms; the host takes the mean over the layers."""
         if not self.config.orth_reg_weight or not len(self.E):
             return None
+        A, B = whole(self.A_e), whole(self.B_e)
         if self.config.orth == "cross":
-            gaps = self.A_s @ self.A_e.T, self.B_s.T @ self.B_e
+            gaps = whole(self.A_s) @ A.T, whole(self.B_s).T @ B
         else:
-            eye = torch.eye(len(self.E)).to(self.E)
-            gaps = self.A_e @ self.A_e.T - eye, self.B_e.T @ self.B_e - eye
+            eye = torch.eye(len(A)).to(A)
+            gaps = A @ A.T - eye, B.T @ B - eye
         norms = torch.stack([torch.linalg.norm(gap) for gap in gaps])
         return self.config.orth_reg_weight * norms.mean()

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from plait.core import FreeConfig, FreeDelta, Gate, option, register, register_gate
+from plait.core import FreeConfig, FreeDelta, Gate, option, register, register_gate, whole
 from plait.core.init import gaussian
 
 
@@ -85,7 +85,7 @@ class SoraGate(SoraOptions, Gate):
         """l1_weight times the mean |g| over all layers."""
         if not self.l1_weight:
             return None
-        return self.l1_weight * torch.cat([d.g for d in deltas]).abs().mean()
+        return self.l1_weight * torch.cat([whole(d.g) for d in deltas]).abs().mean()
 
     def threshold(self, delta: Any) -> float:
         """xi of the step just completed."""

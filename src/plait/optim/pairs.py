@@ -21,6 +21,7 @@ from torch.optim.adamw import adamw
 
 from plait.core import Pair
 from plait.core.bridge import PlaitLayer
+from plait.core.sharding import is_shard
 
 _FLAT = (
     "is not a matrix (FSDP1 and DeepSpeed ZeRO flatten parameters). Use DDP or one process, or "
@@ -270,7 +271,7 @@ class PairOptimizer(Optimizer):
             for p in (pair.A, pair.B):
                 if p not in groups:
                     raise ValueError(f"{pair.name}: the optimizer's parameter {_FLAT}")
-                if hasattr(p, "full_tensor"):
+                if is_shard(p):
                     raise ValueError(
                         f"{pair.name}: a factor is sharded (FSDP2). Keep the adapter out of "
                         "sharding and average its gradients, or train with AdamW."
