@@ -3,8 +3,9 @@
     SuperNode -> SuperExec -> fork server, which has imported flwr -> a client program per message
 
 flwr 1.40 and 1.41 start the command flwr-clientapp for every message, which imports flwr for longer
-than most of plait's messages take. This program takes the arguments of flower-superexec; it is
-started by `supernode.py`.
+than most of plait's messages take. A fork is often there before its message is, and asks again
+after 0.05 s and not after 1 s. This program takes the arguments of flower-superexec; it is started
+by `supernode.py`.
 """
 
 import multiprocessing
@@ -14,9 +15,13 @@ from multiprocessing import forkserver
 from typing import Any
 
 from flwr.supercore.constant import TaskType
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
 from flwr.supercore.superexec.executor import ExecutionSpec, LaunchResult, SubprocessExecutor
 from flwr.supercore.tls import validate_and_resolve_root_certificates
 from flwr.supernode.runtime.run_clientapp import run_clientapp
+
+_pull: Any = pull_and_inflate_object_from_tree
+_pull.__kwdefaults__["initial_backoff"] = 0.05  # seconds, doubled each time; in the forks too
 
 
 class ForkExecutor(SubprocessExecutor):
