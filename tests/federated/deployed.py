@@ -176,10 +176,11 @@ def cleaned(folder: Path) -> Iterator[list[Background]]:
     finally:
         for one in reversed(running):
             one.stop()
+        psutil.wait_procs(programs(folder), timeout=5)  # some are about to end
         left = programs(folder)
         for process in left:
             process.kill()
-    assert not left, [process.cmdline() for process in left]
+    assert not left, left
 
 
 def programs(folder: Path) -> list[psutil.Process]:
