@@ -109,7 +109,8 @@ def measure(folder: Path, clients: int, rounds: int, steps: int) -> dict[str, An
         running.append(Process(folder, "run", "run", str(file)))
         times, log = [], folder / "run" / "metrics.jsonl"
         while len(times) < rounds:
-            lines = log.read_text().splitlines() if log.is_file() else []
+            text = log.read_text() if log.is_file() else ""
+            lines = text[: text.rfind("\n") + 1].splitlines()  # not one that is being written
             done = [line for line in lines if json.loads(line)["kind"] == "round"]
             times += [time.monotonic()] * (len(done) - len(times))
             if running[-1].process.poll() is not None and len(times) < rounds:

@@ -56,7 +56,8 @@ client = ClientApp()
 @client.train()
 def train(message, context):
     said = f"{context.node_config['client']} at {context.node_config['trainer']}"
-    return Message(RecordDict({"said": ConfigRecord({"text": said})}), reply_to=message)
+    answer = {"text": said, "cpu": time.process_time()}
+    return Message(RecordDict({"said": ConfigRecord(answer)}), reply_to=message)
 
 
 @server.main()
@@ -78,6 +79,7 @@ def main(grid, context):
     ]
     for reply in grid.send_and_receive(sent, timeout=90):
         print("reply:", reply.content["said"]["text"])
+        print("cpu seconds:", reply.content["said"]["cpu"])
 """
 
 
@@ -174,18 +176,19 @@ def cleaned(folder: Path) -> Iterator[list[Background]]:
     finally:
         for one in reversed(running):
             one.stop()
+        psutil.wait_procs(programs(folder), timeout=5)  # some are about to end
         left = programs(folder)
         for process in left:
             process.kill()
-    assert not left, [process.cmdline() for process in left]
+    assert not left, left
 
 
 def programs(folder: Path) -> list[psutil.Process]:
-    """The programs that run with files of `folder`."""
+    """The programs that run with files of `folder`, or with its home in their environment."""
     found = []
     for process in psutil.process_iter():
         try:
-            words = process.cmdline()
+            words = [*process.cmdline(), process.environ().get("FLWR_HOME", "")]
             if process.pid != os.getpid() and any(str(folder) in word for word in words):
                 found.append(process)
         except psutil.Error:

@@ -67,6 +67,8 @@ def test_a_lost_node_comes_back_and_ctrl_c_stops_a_run(tmp_path: Path) -> None:
         said: list[str] = []
         assert submit(own, tmp_path / "toy", said.append) == 0
         assert any(f"reply: a at {tmp_path / 'socket'}" in text for text in said)
+        (cpu,) = [text for text in said if "cpu seconds:" in text]
+        assert float(cpu.rpartition(" ")[2]) < 0.6  # a fork; a new process imports for 1.3 s
         node.stop()
         assert node.shown.splitlines()[-1] == "returned None"
         # It left in order, so it may come back at once.

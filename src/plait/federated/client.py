@@ -305,28 +305,22 @@ def keyed_randomness(*key: object) -> Iterator[None]:
 # Local training ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LocalTraining:
-    """A client's local training: AdamW, new in each round, on the loss that the model returns.
+@dataclass(frozen=True, kw_only=True)
+class LocalOptions:
+    """Options of a client's local training.
 
     Attributes:
-        rows: client -> its examples.
-        collate: makes a batch, the model's keywords, from a list of examples.
         steps: optimizer steps in a round; or
         epochs: passes over the client's rows in a round.
         batch_size: in examples. learning_rate, weight_decay: AdamW's. max_grad_norm: 0: none.
-        seed: of the order of the rows, keyed by round and client.
     """
 
-    rows: Mapping[str, Sequence[Any]]
-    collate: Callable[[list[Any]], Mapping[str, Tensor]]
     steps: int | None = None
     epochs: int | None = None
     batch_size: int = 8
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -337,6 +331,21 @@ class LocalTraining:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"local.{name} = {value}. Give 1 or more.")
+
+
+@dataclass(frozen=True)
+class LocalTraining(LocalOptions):
+    """A client's local training: AdamW, new in each round, on the loss that the model returns.
+
+    Attributes:
+        rows: client -> its examples.
+        collate: makes a batch, the model's keywords, from a list of examples.
+        seed: of the order of the rows, keyed by round and client.
+    """
+
+    rows: Mapping[str, Sequence[Any]]
+    collate: Callable[[list[Any]], Mapping[str, Tensor]]
+    seed: int = 0
 
     def steps_of(self, client: str) -> int:
         """Optimizer steps of a client in a round."""

@@ -606,8 +606,11 @@ def _value(hint: Any, value: Any, key: str, source: _Source) -> Any:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         problems: dict[str, tuple[Any, list[str]]] = {}
-        unknown = []
+        unknown, own = [], []
         for detail in error.errors(include_url=False):
+            if detail["type"] == "value_error":  # of the dataclass itself, which names the key
+                own.append(f"{source.file}: {detail['msg'].removeprefix('Value error, ')}")
+                continue
             if detail["type"] == "unexpected_keyword_argument":
                 owner = _field_type(hint, detail["loc"][:-1])
                 dotted = ".".join([key, *(str(p) for p in detail["loc"])])
@@ -621,7 +624,7 @@ def _value(hint: Any, value: Any, key: str, source: _Source) -> Any:
             f"{source.at(dotted)} is {inner!r}. It should be {' or '.join(messages)}."
             for dotted, (inner, messages) in problems.items()
         ]
-        raise ValueError("\n".join(unknown + wrong)) from None
+        raise ValueError("\n".join(unknown + wrong + own)) from None
 
 
 def _field_type(hint: Any, path: Sequence[str | int]) -> Any:

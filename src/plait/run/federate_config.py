@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
 from plait.federated import algorithm
-from plait.federated.client import LocalTraining
+from plait.federated.client import LocalOptions, LocalTraining
 from plait.federated.guard import GuardOptions
 from plait.federated.methods import Algorithm, refusal
 from plait.federated.partition import names_of
@@ -77,8 +77,8 @@ class SamplingConfig:
     retries: int = 0
 
 
-@dataclass(kw_only=True)
-class LocalConfig:
+@dataclass(frozen=True, kw_only=True)
+class LocalConfig(LocalOptions):
     """Rounds, and a client's training in each of them: steps or epochs of AdamW.
 
     dtype: of the uploads.
@@ -86,27 +86,14 @@ class LocalConfig:
 
     __pydantic_config__: ClassVar[Any] = _FORBID
     rounds: int = 10
-    steps: int | None = None
-    epochs: int | None = None
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
-@dataclass(kw_only=True)
-class GuardConfig:
-    """The guard; see plait.federated.guard.GuardOptions."""
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig(GuardOptions):
+    """The guard."""
 
     __pydantic_config__: ClassVar[Any] = _FORBID
-    max_norm_ratio: float = 10.0
-    max_count_ratio: float = 10.0
-    aggregator: str = "mean"
-    trim: float = 0.2
-    faulty: int = 1
-    quarantine_after: int = 3
-    min_updates: int = 1
 
 
 @dataclass(kw_only=True)
@@ -235,14 +222,14 @@ class FederateConfig:
             fraction=1.0 if self.federated.method == "central" else self.sampling.fraction,
             seed=self.sampling.seed,
             dtype=self.local.dtype,
-            guard=GuardOptions(**vars(self.guard)),
+            guard=self.guard,
             keep=self.checkpoints.keep,
             retries=self.sampling.retries,
         )
 
     def training(self, rows: Any, collate: Any) -> LocalTraining:
         """Of a client. rows: client -> its examples. collate: makes a batch."""
-        given = {k: v for k, v in vars(self.local).items() if k not in ("rounds", "dtype")}
+        given = {f.name: getattr(self.local, f.name) for f in fields(LocalOptions)}
         return LocalTraining(rows, collate, seed=self.sampling.seed, **given)
 
     def run_config(self) -> RunConfig:
@@ -277,7 +264,6 @@ def _check(config: FederateConfig) -> None:
     """Refuse what can be refused before anything is loaded."""
     method, local = config.algorithm(), config.local
     config.server_options().guard.mean(method)
-    config.training({}, None)
     config.timeouts.deadlines()
     _check_engine(config)
     Deployment(config.deploy)
