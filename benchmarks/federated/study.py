@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from plait.run.federate import load_federate_config, simulate
-from plait.run.federate_report import read_rounds
+from plait.run.federate_report import Measurements, measurements, read_rounds
 from plait.run.folder import environment, write_atomic
 
 HERE = Path(__file__).parent
@@ -240,7 +240,11 @@ def config(
             "batch_size": setting.batch_size,
             "learning_rate": rate,
         },
-        "evaluation": {"every": rounds if short else 2, "batch_size": 64},
+        "evaluation": {
+            "every": rounds if short else 2,
+            "after_training": not short,
+            "batch_size": 64,
+        },
         "checkpoints": {"keep": 1},
         "output": {"dir": str(out)},
     }
@@ -266,25 +270,16 @@ def run(wanted: dict[str, Any]) -> dict[str, Any]:
 def figures(lines: Sequence[Mapping[str, Any]], cpu: float) -> dict[str, Any]:
     """What a run's metrics.jsonl says, and its CPU seconds.
 
-    up, down: bytes of tensors for one client in one round, the mean. frames: the same with headers,
+    curve, clients: held-out means over the rounds, and of each client at the end, as it would start
+    the next round. trained: both right after local training, {} where that was not measured. up,
+    down: bytes of tensors for one client in one round, the mean. frames: the same with headers,
     both ways together.
     """
     rounds = [row for row in lines if row["kind"] == "round"]
-    measured = [row for row in lines if row["kind"] == "evaluation"]
-    curve: dict[str, dict[str, float]] = {}
-    for row in measured:
-        own = row["clients"].values()
-        names = [name for name in ("accuracy", "loss") if all(name in c for c in own)]
-        curve[str(row["round"])] = {name: _mean([c[name] for c in own]) for name in names}
     traffic = [t for row in rounds for t in row["traffic"].values()]
     errors = [e for row in rounds for e in row["aggregation_error"].values()]
-    last = measured[-1]["clients"]
-    return {
-        "curve": curve,
-        "clients": {
-            name: {k: own[k] for k in ("accuracy", "loss") if k in own}
-            for name, own in last.items()
-        },
+    return _measures(measurements(lines)) | {
+        "trained": _measures(measurements(lines, after_training=True)),
         "up": _mean([t["up"] for t in traffic]),
         "down": _mean([t["down"] for t in traffic]),
         "frames": _mean([t["up_frame"] + t["down_frame"] for t in traffic]),
@@ -292,6 +287,22 @@ def figures(lines: Sequence[Mapping[str, Any]], cpu: float) -> dict[str, Any]:
         "rejected": sum(len(row["rejected"]) for row in rounds),
         "failed": sum(len(row["failed"]) for row in rounds),
         "cpu": round(cpu, 1),
+    }
+
+
+def _measures(measured: Measurements) -> dict[str, Any]:
+    """Means over the clients, round by round, and the clients in the last of them."""
+    if not measured:
+        return {}
+    keys, curve = ("accuracy", "loss"), {}
+    for number, clients in measured:
+        own = clients.values()
+        names = [name for name in keys if all(name in c for c in own)]
+        curve[str(number)] = {name: _mean([c[name] for c in own]) for name in names}
+    _, last = measured[-1]
+    return {
+        "curve": curve,
+        "clients": {name: {k: own[k] for k in keys if k in own} for name, own in last.items()},
     }
 
 

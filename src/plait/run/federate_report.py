@@ -31,6 +31,7 @@ _ROWS = 100  # clients in a table of report.md; metrics.jsonl has all
 _COLUMNS = 12  # labels of a table of rows
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, head, rows
+Measurements = list[tuple[int, Mapping[str, Mapping[str, Any]]]]  # (round, client -> metrics)
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def summary(folder: RunFolder, method: str, config: Mapping[str, Any] | None = N
         folder.path,
         rounds[-1]["round"],
         sorted({name for row in rounds for name in row["selected"]}),
-        _series(lines, _LOSSES),
-        _series(lines, (score,)),
+        _series(measurements(lines), _LOSSES),
+        _series(measurements(lines), (score,)),
         METRIC_NAMES.get(score, ""),
         total.get("up", 0),
         total.get("up_formula", 0),
@@ -140,12 +141,21 @@ def _rounds(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in lines if row["kind"] == "round"]
 
 
-def _series(lines: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> Series:
-    """The first of the metrics that an evaluation has, of each evaluation with one."""
-    measured = [
-        (r["round"], _values(r["clients"], keys)) for r in lines if r["kind"] == "evaluation"
-    ]
-    return [(number, values) for number, values in measured if values]
+def measurements(
+    lines: Iterable[Mapping[str, Any]], *, after_training: bool = False
+) -> Measurements:
+    """The clients' models on held-out rows: as they start the next round, each client's, or right
+    after their local training, those of the clients whose update was accepted.
+    """
+    if after_training:
+        return [(r["round"], r["held_out"]) for r in _rounds(lines) if r.get("held_out")]
+    return [(r["round"], r["clients"]) for r in lines if r["kind"] == "evaluation"]
+
+
+def _series(measured: Measurements, keys: Sequence[str]) -> Series:
+    """The first of the metrics that a measurement has, of each measurement with one."""
+    found = [(number, _values(clients, keys)) for number, clients in measured]
+    return [(number, values) for number, values in found if values]
 
 
 def _values(clients: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> dict[str, float]:
@@ -389,7 +399,7 @@ def write_report(folder: RunFolder, method: Algorithm, name: str) -> None:
     text += _sections(_row_tables(folder.path / "rows.json"))
     text += _list("Rejected and failed", fault_lines(s))
     for file, picture in pictures.draw(
-        lines, _series(lines, _LOSSES), s.scores, s.score, name
+        lines, _series(measurements(lines), _LOSSES), s.scores, s.score, name
     ).items():
         write_atomic(folder.path / file, picture)
         text += f"![{Path(file).stem}]({file})\n"
