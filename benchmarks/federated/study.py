@@ -357,7 +357,7 @@ def study(name: str, data: Path, work: Path, only: Sequence[str], seeds: Sequenc
         write_rows(setting, data, folder, seed)
         for label in only:
             runs = own["runs"].setdefault(label, {})
-            if str(seed) not in runs:
+            if not runs.get(str(seed), {}).get("trained"):  # {} of runs from before it was measured
                 variant = VARIANTS[label]
                 rate = variant.rate or chosen(own["rates"][variant.rate_of or label])
                 runs[str(seed)] = {"rate": rate} | go(variant, label, seed, rate, False)
@@ -450,7 +450,10 @@ def table(own: Mapping[str, Any]) -> str:
         trained = [last(run)[score] for run in measured(runs[label], STAGES[1]).values()]
         for other, stage in (("local", 0), ("central", 0), ("local", 1)):
             if stage:
-                cells.append(spread(trained) if trained else "-")
+                few = (
+                    "" if len(trained) == len(seeds) else f" ({len(trained)} of {len(seeds)} seeds)"
+                )
+                cells.append(spread(trained) + few if trained else "-")
             rates = [name for name in scores if name.partition(",")[0] == other]
             best = better(rates, key=scores.__getitem__) if rates else other
             gaps = paired(runs, label, best, score, STAGES[stage])

@@ -80,6 +80,10 @@ def test_table_pairs_only_the_seeds_that_both_have() -> None:
     rows = rows_of(study.table({"setting": SETTING, "runs": runs}))
     assert rows["ffa"]["accuracy - local"] == rows["ffa"]["after training - local"] == "+0.100"
     assert rows["ffa"]["accuracy"] == "0.600"
+    half = {"fedalora": {"0": made([0.6]), "1": made([0.8]) | {"trained": {}}}}
+    row = rows_of(study.table({"setting": SETTING, "runs": RUNS | half}))["fedalora"]
+    assert row["accuracy after training"] == "0.600 (1 of 2 seeds)"
+    assert row["after training - local"] == "+0.000"
     assert rows["fedsa"]["accuracy after training"] == "-"
     assert rows["fedsa"]["after training - local"] == "-"
 
