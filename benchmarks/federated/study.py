@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from plait.run.federate import load_federate_config, simulate
-from plait.run.federate_report import read_rounds
+from plait.run.federate_report import Measurements, measurements, read_rounds
 from plait.run.folder import environment, write_atomic
 
 HERE = Path(__file__).parent
@@ -41,6 +41,7 @@ RESULTS = HERE / "results"
 PICTURES = HERE.parent.parent / "docs" / "pictures"
 SEEDS = (0, 1, 2)
 DEV_SEED = 100
+STAGES = ("as a round starts", "after local training")  # when clients are measured
 UNEQUAL = [64, 64, 32, 32, 16, 16, 8, 8]  # of the clients in the order of their names
 
 Rows = dict[str, list[dict[str, str]]]  # "train", "dev", "test" -> rows with a `task`
@@ -240,7 +241,11 @@ def config(
             "batch_size": setting.batch_size,
             "learning_rate": rate,
         },
-        "evaluation": {"every": rounds if short else 2, "batch_size": 64},
+        "evaluation": {
+            "every": rounds if short else 2,
+            "after_training": not short,
+            "batch_size": 64,
+        },
         "checkpoints": {"keep": 1},
         "output": {"dir": str(out)},
     }
@@ -266,25 +271,16 @@ def run(wanted: dict[str, Any]) -> dict[str, Any]:
 def figures(lines: Sequence[Mapping[str, Any]], cpu: float) -> dict[str, Any]:
     """What a run's metrics.jsonl says, and its CPU seconds.
 
-    up, down: bytes of tensors for one client in one round, the mean. frames: the same with headers,
+    curve, clients: held-out means over the rounds, and of each client at the end, as it would start
+    the next round. trained: both right after local training, {} where that was not measured. up,
+    down: bytes of tensors for one client in one round, the mean. frames: the same with headers,
     both ways together.
     """
     rounds = [row for row in lines if row["kind"] == "round"]
-    measured = [row for row in lines if row["kind"] == "evaluation"]
-    curve: dict[str, dict[str, float]] = {}
-    for row in measured:
-        own = row["clients"].values()
-        names = [name for name in ("accuracy", "loss") if all(name in c for c in own)]
-        curve[str(row["round"])] = {name: _mean([c[name] for c in own]) for name in names}
     traffic = [t for row in rounds for t in row["traffic"].values()]
     errors = [e for row in rounds for e in row["aggregation_error"].values()]
-    last = measured[-1]["clients"]
-    return {
-        "curve": curve,
-        "clients": {
-            name: {k: own[k] for k in ("accuracy", "loss") if k in own}
-            for name, own in last.items()
-        },
+    return _measures(measurements(lines)) | {
+        "trained": _measures(measurements(lines, after_training=True)),
         "up": _mean([t["up"] for t in traffic]),
         "down": _mean([t["down"] for t in traffic]),
         "frames": _mean([t["up_frame"] + t["down_frame"] for t in traffic]),
@@ -292,6 +288,22 @@ def figures(lines: Sequence[Mapping[str, Any]], cpu: float) -> dict[str, Any]:
         "rejected": sum(len(row["rejected"]) for row in rounds),
         "failed": sum(len(row["failed"]) for row in rounds),
         "cpu": round(cpu, 1),
+    }
+
+
+def _measures(measured: Measurements) -> dict[str, Any]:
+    """Means over the clients, round by round, and the clients in the last of them."""
+    if not measured:
+        return {}
+    keys, curve = ("accuracy", "loss"), {}
+    for number, clients in measured:
+        own = clients.values()
+        names = [name for name in keys if all(name in c for c in own)]
+        curve[str(number)] = {name: _mean([c[name] for c in own]) for name in names}
+    _, last = measured[-1]
+    return {
+        "curve": curve,
+        "clients": {name: {k: own[k] for k in keys if k in own} for name, own in last.items()},
     }
 
 
@@ -345,7 +357,7 @@ def study(name: str, data: Path, work: Path, only: Sequence[str], seeds: Sequenc
         write_rows(setting, data, folder, seed)
         for label in only:
             runs = own["runs"].setdefault(label, {})
-            if str(seed) not in runs:
+            if not runs.get(str(seed), {}).get("trained"):  # {} of runs from before it was measured
                 variant = VARIANTS[label]
                 rate = variant.rate or chosen(own["rates"][variant.rate_of or label])
                 runs[str(seed)] = {"rate": rate} | go(variant, label, seed, rate, False)
@@ -386,10 +398,18 @@ def spread(values: Sequence[float], form: str = ".3f") -> str:
     return f"{text} ± {statistics.stdev(values):.3f}" if len(values) > 1 else text
 
 
-def paired(runs: Mapping[str, Any], label: str, other: str, key: str) -> list[float]:
+def paired(
+    runs: Mapping[str, Any], label: str, other: str, key: str, stage: str = STAGES[0]
+) -> list[float]:
     """Differences of the last mean over clients, seed by seed, of the seeds that both have."""
-    mine, theirs = runs.get(label, {}), runs.get(other, {})
+    mine, theirs = (measured(runs.get(name, {}), stage) for name in (label, other))
     return [last(mine[seed])[key] - last(theirs[seed])[key] for seed in mine if seed in theirs]
+
+
+def measured(seeds: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """Seed -> curve and clients of a stage, of the runs that have it."""
+    found = {seed: run if stage == STAGES[0] else run["trained"] for seed, run in seeds.items()}
+    return {seed: own for seed, own in found.items() if own}
 
 
 def last(run: Mapping[str, Any]) -> Mapping[str, float]:
@@ -410,7 +430,8 @@ def table(own: Mapping[str, Any]) -> str:
     }
     shown = ["accuracy", "loss"] if score == "accuracy" else ["loss"]
     head = ["method", "seeds", "rate", *shown, "worst client", "s.d. over clients"]
-    head += [f"{score} - local", f"{score} - central", "up KiB", "down KiB", "CPU s"]
+    head += [f"{score} - local", f"{score} - central"]
+    head += [f"{score} after training", "after training - local", "up KiB", "down KiB", "CPU s"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for label in sorted(scores, key=scores.__getitem__, reverse=better is max):
         seeds = list(runs[label].values())
@@ -426,10 +447,16 @@ def table(own: Mapping[str, Any]) -> str:
                 f"{_mean([statistics.stdev(c) for c in clients]):.3f}",
             ]
         )
-        for other in ("local", "central"):
+        trained = [last(run)[score] for run in measured(runs[label], STAGES[1]).values()]
+        for other, stage in (("local", 0), ("central", 0), ("local", 1)):
+            if stage:
+                few = (
+                    "" if len(trained) == len(seeds) else f" ({len(trained)} of {len(seeds)} seeds)"
+                )
+                cells.append(spread(trained) + few if trained else "-")
             rates = [name for name in scores if name.partition(",")[0] == other]
             best = better(rates, key=scores.__getitem__) if rates else other
-            gaps = paired(runs, label, best, score)
+            gaps = paired(runs, label, best, score, STAGES[stage])
             cells.append("-" if label in rates or not gaps else spread(gaps, "+.3f"))
         cells += [f"{_mean([run[way] for run in seeds]) / 1024:.0f}" for way in ("up", "down")]
         cells.append(f"{_mean([run['cpu'] for run in seeds]):.0f}")
@@ -461,7 +488,10 @@ _COLORS = [*colormaps["tab10"].colors, *colormaps["Dark2"].colors]
 
 
 def pictures(own: Mapping[str, Any]) -> dict[str, bytes]:
-    """Two PNG, `rounds` and `bytes`: the score over the rounds, and against bytes of a round."""
+    """Two PNG, `rounds` and `bytes`: the score over the rounds, and against bytes of a round.
+
+    Each has a panel for each stage.
+    """
     score, runs = own["setting"]["score"], own["runs"]
     order = sorted(
         runs,
@@ -473,52 +503,63 @@ def pictures(own: Mapping[str, Any]) -> dict[str, bytes]:
         for i, label in enumerate(runs)
     }
     found = {}
-    for kind in ("rounds", "bytes"):
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
+    for kind, draw in (("rounds", _over_rounds), ("bytes", _over_bytes)):
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        for label in order:
-            seeds = list(runs[label].values())
-            if kind == "rounds":
-                numbers = sorted(seeds[0]["curve"], key=int)
-                means = [_mean([run["curve"][n][score] for run in seeds]) for n in numbers]
-                dashed = "--" if label.partition(",")[0] in ("local", "central") else "-"
-                axes.plot(
-                    list(map(int, numbers)),
-                    means,
-                    dashed,
-                    label=label,
-                    ms=5,
-                    lw=1.3,
-                    **style[label],
-                )
-                continue
-            values = [last(run)[score] for run in seeds]
-            sent = _mean([run["up"] + run["down"] for run in seeds]) / 1024
-            if label.partition(",")[0] in ("local", "central"):
-                axes.axhline(_mean(values), ls="--", lw=1, color=style[label]["color"], label=label)
-                continue
-            error = statistics.stdev(values) if len(values) > 1 else 0.0
-            axes.errorbar(
-                sent, _mean(values), error, label=label, ls="", ms=7, capsize=3, **style[label]
-            )
-        if kind == "rounds":
-            axes.set_xlabel("round")
-            axes.set_title("mean over clients and seeds", fontsize=10)
-        else:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-            axes.xaxis.set_major_formatter("{x:,.0f}")
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.set_xlabel("KiB up and down, one client, one round")
-            axes.set_title("after the last round, mean and s.d. over seeds", fontsize=10)
-        axes.set_ylabel(f"held-out {score}")
-        axes.grid(alpha=0.3)
-        figure.legend(loc="outside right center", frameon=False, fontsize=8)
+        panels = figure.subplots(1, len(STAGES), sharey=True)
+        for axes, stage in zip(panels, STAGES, strict=True):
+            for label in order:
+                seeds = measured(runs[label], stage)
+                if seeds:
+                    both = [runs[label][seed] | own for seed, own in seeds.items()]
+                    draw(axes, label, both, score, style[label])
+            axes.set_title(stage, fontsize=10)
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel(f"held-out {score}, mean over clients and seeds")
+        figure.legend(
+            *panels[0].get_legend_handles_labels(),
+            loc="outside right center",
+            frameon=False,
+            fontsize=8,
+        )
         picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=130)
+        figure.savefig(picture, format="png", dpi=110)
         found[kind] = picture.getvalue()
     return found
+
+
+def _reference(label: str) -> bool:
+    return label.partition(",")[0] in ("local", "central")
+
+
+def _over_rounds(
+    axes: Any, label: str, seeds: Sequence[Mapping[str, Any]], score: str, look: dict[str, Any]
+) -> None:
+    """A line: means over clients and seeds, round by round."""
+    numbers = sorted(seeds[0]["curve"], key=int)
+    means = [_mean([run["curve"][n][score] for run in seeds]) for n in numbers]
+    ls = "--" if _reference(label) else "-"
+    axes.plot(list(map(int, numbers)), means, ls, label=label, ms=5, lw=1.3, **look)
+    axes.set_xlabel("round")
+    axes.set_xlim(left=-0.3)
+
+
+def _over_bytes(
+    axes: Any, label: str, seeds: Sequence[Mapping[str, Any]], score: str, look: dict[str, Any]
+) -> None:
+    """A point: mean and standard deviation over the seeds after the last round."""
+    values = [last(run)[score] for run in seeds]
+    sent = _mean([run["up"] + run["down"] for run in seeds]) / 1024
+    if _reference(label):
+        axes.axhline(_mean(values), ls="--", lw=1, color=look["color"], label=label)
+        return
+    error = statistics.stdev(values) if len(values) > 1 else 0.0
+    axes.errorbar(sent, _mean(values), error, label=label, ls="", ms=7, capsize=3, **look)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("KiB up and down, one client, one round")
 
 
 def show() -> None:

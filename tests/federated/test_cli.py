@@ -64,7 +64,7 @@ def test_simulate_fills_the_run_folder_and_report_reads_it(
     assert s.down == s.down_formula > 0
     assert s.frames > s.up + s.down
     assert s.error is not None
-    assert len(set(s.after.values())) == 1  # one common model
+    assert len(set(s.last.values())) == 1  # one common model
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "## Rejected and failed\n\nNone." in (run / "report.md").read_text()
     local = tmp_path / "local"
@@ -77,7 +77,11 @@ def test_simulate_fills_the_run_folder_and_report_reads_it(
 
 
 def test_resume_continues_to_the_same_lines(tmp_path: Path) -> None:
-    changes = {"local": {"rounds": 3}, "federated": {"method": "fedalora"}}
+    changes = {
+        "local": {"rounds": 3},
+        "federated": {"method": "fedalora"},
+        "evaluation": {"after_training": True},
+    }
     whole = simulate(config(tmp_path / "whole", changes))
 
     def stop(record: RoundRecord) -> None:
@@ -137,6 +141,33 @@ def test_central_is_measured_on_the_rows_of_each_client(tmp_path: Path) -> None:
     assert set(starts[0]) == {"next", "rotate", "shout", "swap"}
 
 
+@pytest.mark.parametrize("method", ["central", "local", "fedalora"])
+def test_clients_are_measured_after_training_in_the_rounds_that_are_due(
+    method: str, tmp_path: Path
+) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "partition": {"kind": "by_column", "by": "task", "clients": None},
+        "local": {"rounds": 3},
+        "federated": {"method": method},
+        "evaluation": {"every": 2, "after_training": True},
+    }
+    rows = read_rounds(simulate(config(tmp_path / "run", changes)).metrics)
+    starts = {row["round"]: row["clients"] for row in rows if row["kind"] == "evaluation"}
+    trained = {row["round"]: row["held_out"] for row in rows if row["kind"] == "round"}
+    assert trained[1] == {}
+    for number in (2, 3):
+        assert list(trained[number]) == ["next", "rotate", "shout", "swap"]
+        assert trained[number]["swap"].keys() == starts[number]["swap"].keys()
+        # Where nothing is averaged, the next round starts with what was trained.
+        assert (trained[number] == starts[number]) == (method != "fedalora")
+    changes["evaluation"] = {"every": 2}
+    plain = read_rounds(simulate(config(tmp_path / "plain", changes)).metrics)
+    for row, other in zip(rows, plain, strict=True):
+        assert other.get("held_out", {}) == {}
+        for key in ("metrics", "clients", "weights", "similarity"):
+            assert row.get(key) == other.get(key)
+
+
 def test_clients_by_column_have_their_own_held_out_rows_and_ranks(tmp_path: Path) -> None:
     changes = {
         "partition": {"kind": "by_column", "by": "task", "clients": None},
@@ -177,7 +208,7 @@ def test_a_method_with_a_schedule_gets_its_steps(tmp_path: Path) -> None:
     assert read_rounds(folder.metrics)[-1]["round"] == 2
     s = summary(folder, "fedavg")
     assert s.up == s.up_formula > 0
-    assert len(set(s.after.values())) == 3  # a model for each client
+    assert len(set(s.last.values())) == 3  # a model for each client
 
 
 def test_a_new_head_is_averaged_with_the_adapters(tmp_path: Path) -> None:
@@ -189,7 +220,7 @@ def test_a_new_head_is_averaged_with_the_adapters(tmp_path: Path) -> None:
     folder = simulate(config(tmp_path / "run", changes))
     s = summary(folder, "flora")
     assert (s.up, s.down) == (s.up_formula, s.down_formula)
-    assert len(set(s.after.values())) == 1  # one common model, head included
+    assert len(set(s.last.values())) == 1  # one common model, head included
     assert set(lines(folder)[-1]["clients"]) == {"client-0", "client-1", "client-2"}
     # The head is drawn by the sampling seed, so a second run is the same.
     again = simulate(config(tmp_path / "again", changes))

@@ -28,7 +28,11 @@ def equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
 
 
 def test_worker_processes_write_the_lines_of_one_process(tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"federated": {"method": "fedalora"}, "engine": {"threads": 1}}
+    changes: dict[str, Any] = {
+        "federated": {"method": "fedalora"},
+        "engine": {"threads": 1},
+        "evaluation": {"after_training": True},
+    }
     one = simulate(config(tmp_path / "one", changes))
     changes["engine"]["workers"] = 2
     two = simulate(config(tmp_path / "two", changes))
@@ -43,6 +47,11 @@ def test_worker_processes_write_the_lines_of_one_process(tmp_path: Path) -> None
         ({"engine": {"workers": -1}}, "engine.workers = -1. Give 0 or more."),
         ({"engine": {"threads": 0}}, "engine.threads = 0. Give 1 or more."),
         ({"timeouts": {"wait": 0.0}}, "timeouts.wait = 0.0. Give seconds above 0."),
+        ({"evaluation": {"every": -1}}, "evaluation.every = -1. Give 0 or more."),
+        (
+            {"evaluation": {"every": 0, "after_training": True}},
+            "evaluation.after_training is true and evaluation.every 0",
+        ),
         ({"sampling": {"retries": -1}}, "retries = -1. Give 0 or more."),
         ({"privacy": {"clip": 1.0}}, "privacy.noise is not set."),
         ({"privacy": {"clip": 0.0, "noise": 1.0}}, "privacy.clip = 0.0"),
@@ -107,6 +116,7 @@ def test_a_server_without_data_and_sites_with_their_own_rows(tmp_path: Path) -> 
         "federated": {"method": "fedalora"},
         "data": {"train": files, "validation": files[0]},
         "partition": {"kind": "files", "clients": None},
+        "evaluation": {"after_training": True},
     }
     together = simulate(config(tmp_path / "together", changes))
     own = {"kind": "own", "clients": names, "labels": ["l0", "l1", "l2"]}
@@ -213,7 +223,11 @@ def test_a_missing_secret_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_simulation_on_flower_writes_the_lines_of_one_process(tmp_path: Path) -> None:
     pytest.importorskip("flwr", reason="Flower needs plait[federated]")
-    changes: dict[str, Any] = {"federated": {"method": "fedalora"}, "engine": {"threads": 1}}
+    changes: dict[str, Any] = {
+        "federated": {"method": "fedalora"},
+        "engine": {"threads": 1},
+        "evaluation": {"after_training": True},
+    }
     one = simulate(config(tmp_path / "one", changes))
     two = simulate(
         config(tmp_path / "two", {**changes, "engine": {"threads": 1, "kind": "flower"}})

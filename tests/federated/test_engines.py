@@ -11,7 +11,7 @@ from plait.federated.client import Roster, Site
 from plait.federated.protocol import Answer, Exchange, Order
 from plait.federated.server import RoundRecord, Server, ServerOptions
 from plait.federated.workers import Workers
-from tests.federated.test_local import METHODS, NAMES, federation, parts, run
+from tests.federated.test_local import METHODS, NAMES, federation, loss_of, parts
 
 ROUNDS = 2
 
@@ -25,8 +25,10 @@ def alone(
     torch.set_num_threads(1)
     for index, (key, changes) in enumerate(METHODS):
         folder = tmp_path_factory.mktemp(f"alone{index}")
-        made = federation(folder, key, rounds=ROUNDS, run=f"run{index}", **changes)
-        found.append((made, run(made)))
+        made = federation(
+            folder, key, rounds=ROUNDS, run=f"run{index}", evaluate=loss_of, **changes
+        )
+        found.append((made, [made.step(measure=True) for _ in range(ROUNDS)]))
     torch.set_num_threads(threads)
     return found
 
@@ -36,7 +38,8 @@ def site(folder: Path, index: int) -> tuple[Roster, Site]:
     key, changes = METHODS[index]
     base, configs, method, train, _ = parts(key, dict(changes))
     roster = Roster(base, configs, method)
-    return roster, Site(roster, train, folder / "private", run=f"run{index}")
+    private = folder / "private"
+    return roster, Site(roster, train, private, run=f"run{index}", evaluate=loss_of)
 
 
 def answer_all(folder: Path) -> Answer:
@@ -59,7 +62,7 @@ def servers(folder: Path, exchange: Exchange) -> list[tuple[Server, list[RoundRe
         roster, clients = site(folder, index)
         options = ServerOptions(run=f"run{index}", rounds=ROUNDS)
         server = Server(roster, folder / f"server{index}", options, stored=clients.stored)
-        found.append((server, [server.step(exchange) for _ in range(ROUNDS)]))
+        found.append((server, [server.step(exchange, measure=True) for _ in range(ROUNDS)]))
     return found
 
 
@@ -67,6 +70,7 @@ def same(alone: list[tuple[Any, Any]], found: list[tuple[Server, Any]]) -> None:
     assert len(alone) == len(found) == len(METHODS)
     for (whole, records), (server, own), (key, _) in zip(alone, found, METHODS, strict=True):
         assert own == records, key
+        assert all(list(record.held_out) == [*NAMES] for record in own), key
         assert whole.state.tensors.keys() == server.state.tensors.keys()
         assert all(torch.equal(x, server.state.tensors[k]) for k, x in whole.state.tensors.items())
 

@@ -12,7 +12,7 @@ import torch
 from benchmarks.federated.faults import kill_runs, poison_runs, saved
 from plait.federated.protocol import Order, Reply
 from plait.run.federate import conduct, setting, simulate, site
-from tests.federated.test_cli import config
+from tests.federated.test_cli import config, lines
 from tests.federated.test_conduct import equal, states
 
 
@@ -143,15 +143,21 @@ def test_what_is_no_order_or_no_reply_is_a_failure_and_no_crash(tmp_path: Path) 
 
 
 def test_metrics_of_a_client_are_numbers_or_left_out(tmp_path: Path) -> None:
-    server = config(tmp_path / "server", {"evaluation": {"every": 0}, "local": {"rounds": 1}})
+    changes = {"evaluation": {"after_training": True}, "local": {"rounds": 1}}
+    server = config(tmp_path / "server", changes)
     loaded, records = setting(server), []
     answer = site(server, tmp_path / "private", loaded=loaded).answer
 
     def exchange(orders: Any) -> Any:
         for name in orders:
             reply = Reply.unpack(answer(orders[name]))
-            told = {"loss": float("inf"), "note": "<b>", "steps": 1}
-            yield name, replace(reply, metrics=told).pack()
+            told = {"loss": float("inf"), "note": "<b>", "rows": 10**400, "steps": 1}
+            own = {"failed": ["<b>"]} if name == "client-1" else told
+            yield name, replace(reply, metrics=told, held_out=own).pack()
 
-    conduct(server, exchange, loaded=loaded, done=records.append)
+    folder = conduct(server, exchange, loaded=loaded, done=records.append)
     assert records[0].metrics["client-0"] == {"steps": 1}
+    assert records[0].held_out["client-0"] == {"steps": 1}
+    assert records[0].held_out["client-1"] == {"failed": "['<b>']"}
+    measured = [row["clients"] for row in lines(folder) if row["kind"] == "evaluation"]
+    assert [row["client-0"] for row in measured] == [{"steps": 1}, {"steps": 1}]

@@ -469,3 +469,83 @@ def test_what_an_adapter_drops_in_training_stays_dropped(tmp_path: Path) -> None
     now = adapter.read(made.model_of("a"))
     assert any("/Ibar" in key for key in made.site.roster.first("a"))
     assert not any("/Ibar" in key for key in now)
+
+
+# Measuring after training ------------------------------------------------------------------------
+
+
+def loss_of(model: torch.nn.Module, client: str) -> dict[str, float]:
+    """The loss on a client's own rows, in the mode that the model is in."""
+    with torch.no_grad():
+        return {"loss": float(model(**collate(rows()[client][:4])).loss)}
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"), METHODS, ids=[f"{i}-{key}" for i, (key, _) in enumerate(METHODS)]
+)
+def test_measuring_after_training_changes_no_bit(
+    key: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    uploads: dict[str, list[bytes]] = {"plain": [], "measured": []}
+    runs = {}
+    for name, sent in uploads.items():
+
+        def deliver(client: str, round: int, data: bytes, sent: list[bytes] = sent) -> list[bytes]:
+            sent.append(data)
+            return [data]
+
+        made = federation(
+            tmp_path / name, key, rounds=3, evaluate=loss_of, deliver=deliver, **changes
+        )
+        runs[name] = made, [made.step(measure=name == "measured") for _ in range(3)]
+    (plain, before), (measured, after) = runs.values()
+    assert uploads["measured"] == uploads["plain"]
+    assert len(uploads["plain"]) == 9
+    same(plain, measured)
+    for a, b in zip(before, after, strict=True):
+        assert (a.held_out, list(b.held_out)) == ({}, [*NAMES])
+        assert (b.metrics, b.weights, b.similarity) == (a.metrics, a.weights, a.similarity)
+    starts = measured.server.evaluate(measured.exchange, NAMES)
+    if key == "local":  # nothing happens between a client's training and its next start
+        assert starts == after[-1].held_out
+    else:
+        assert starts != after[-1].held_out
+
+
+def test_what_is_measured_is_the_trained_model_without_dropout(tmp_path: Path) -> None:
+    inner, seen = training(), {}
+
+    def train(model: torch.nn.Module, client: str, round: int) -> Trained:
+        result = inner(model, client, round)
+        seen[client] = loss_of(model.eval(), client)
+        return result
+
+    made = federation(
+        tmp_path, "fedalora", train=train, evaluate=loss_of, config=lambda r: lora(r, dropout=0.5)
+    )
+    assert made.step(measure=True).held_out == seen
+    assert len({x["loss"] for x in seen.values()}) == 3
+
+
+def test_a_measurement_that_fails_loses_no_update(tmp_path: Path) -> None:
+    def evaluate(model: torch.nn.Module, client: str) -> dict[str, float]:
+        if client == "b":
+            raise MemoryError("too many rows")
+        return loss_of(model, client)
+
+    record = federation(tmp_path / "b", evaluate=evaluate).step(measure=True)
+    assert record.accepted == [*NAMES]
+    assert record.held_out["b"] == {"failed": "MemoryError: too many rows"}
+    assert set(record.held_out["a"]) == {"loss"}
+    none = federation(tmp_path / "none").step(measure=True)
+    assert none.accepted == [*NAMES]
+    assert "nothing to evaluate with" in none.held_out["a"]["failed"]
+
+
+@pytest.mark.parametrize("reason", ["bad_hash", "norm_outlier"])
+def test_a_rejected_update_takes_its_measurement_with_it(reason: str, tmp_path: Path) -> None:
+    made = federation(tmp_path, deliver=tampered("b", FAULTS[reason]), evaluate=loss_of)
+    first, second = made.step(measure=True), made.step(measure=True)
+    assert list(first.held_out) == [*NAMES]
+    assert [(c, r) for c, r, _ in second.rejected] == [("b", reason)]
+    assert list(second.held_out) == ["a", "c"]

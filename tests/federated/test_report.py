@@ -18,7 +18,6 @@ from plait.run.federate_report import (
     differences,
     fault_lines,
     labels,
-    result_rows,
     summary,
     tables,
     traffic_rows,
@@ -86,6 +85,11 @@ def made(path: Path, lines: list[dict[str, Any]] | None = None) -> RunFolder:
     return RunFolder(path)
 
 
+def loss_rows(summaries: list[Summary]) -> Any:
+    """The rows of the first table, that of the losses."""
+    return tables(summaries)[0][2]
+
+
 def ended(path: Path, method: str, losses: list[float], **config: Any) -> Summary:
     """A run of a method with these losses at the end, and scores 1 - loss / 10."""
     scores = [1 - x / 10 for x in losses]
@@ -103,7 +107,7 @@ def test_figures_by_hand(tmp_path: Path) -> None:
     (title, head, losses), (of_score, _, scores), (_, columns, traffic) = tables([s])
     assert title == "held-out loss, over the clients"
     assert of_score == "held-out accuracy, over the clients"
-    assert head[1:3] == ("loss before", "loss after")
+    assert head[1:3] == ("loss first", "loss last")
     assert losses == [("fedit", "4", "2", "eve 3", "2", "-", "-")]
     assert scores == [("fedit", "0.1", "0.6", "eve 0.3", "0.6", "-", "-")]
     assert len(columns) == len(traffic[0])
@@ -122,18 +126,18 @@ def test_gain_over_local_and_towards_central(tmp_path: Path) -> None:
         ended(tmp_path / "s", "fedsa", [6.0, 6.0]),
         ended(tmp_path / "o", "flora", [2.0, 2.0], data={"train": "other"}),
     ]
-    assert [row[-2:] for row in result_rows(runs)] == [
+    assert [row[-2:] for row in loss_rows(runs)] == [
         ("0", "0.00"), ("4", "1.00"), ("3", "0.75"), ("-1", "-0.25"), ("-", "-"),
     ]  # fmt: skip
     # Of scores the larger is the better: 0.5 of local, 0.9 of central.
     assert [row[-2:] for row in tables(runs)[1][2]] == [
         ("0", "0.00"), ("0.4", "1.00"), ("0.3", "0.75"), ("-0.1", "-0.25"), ("-", "-"),
     ]  # fmt: skip
-    assert result_rows(runs[1:3])[1][-2:] == ("-", "-")  # no local
-    assert result_rows([runs[0], runs[2]])[1][-2:] == ("3", "-")  # no central
+    assert loss_rows(runs[1:3])[1][-2:] == ("-", "-")  # no local
+    assert loss_rows([runs[0], runs[2]])[1][-2:] == ("3", "-")  # no central
     for name, loss in (("equal", 5.0), ("worse", 7.0)):  # central is no better than local
         other = ended(tmp_path / name, "central", [loss])
-        assert result_rows([runs[0], other, runs[2]])[2][-2:] == ("3", "-")
+        assert loss_rows([runs[0], other, runs[2]])[2][-2:] == ("3", "-")
 
 
 def test_runs_of_one_method_go_by_their_folders(tmp_path: Path) -> None:
@@ -158,9 +162,9 @@ def test_what_is_missing_is_a_dash(tmp_path: Path) -> None:
     lines = [round_line(1, traffic={}, aggregation_error={}, accepted=[])]
     s = summary(made(tmp_path / "run", lines), "fedit")
     assert (s.losses, s.scores, s.score, s.privacy) == ([], [], "", "")
-    assert result_rows([s]) == [("fedit", *["-"] * 6)]
+    assert [title for title, _, _ in tables([s])] == ["bytes, over all rounds and clients"]
+    assert loss_rows([ended(tmp_path / "l", "local", [4.0]), s])[1] == ("fedit", *["-"] * 6)
     assert traffic_rows([s]) == [("fedit", "0", "0", "0", "0", "0", "-")]
-    assert len(tables([s])) == 2
     with pytest.raises(ValueError, match=r"run: no round is complete\. Go on with --resume"):
         summary(made(tmp_path / "new" / "run", [evaluation(0, [1.0])]), "fedit")
 
@@ -176,15 +180,15 @@ def test_report_of_a_run(tmp_path: Path) -> None:
     for line in (
         "# fedit, 2 rounds, 3 clients",
         f"Privacy: {spent}",
-        "| round | loss | worst client | spread | accuracy | worst client | spread |",
-        "| 1 | 3 | eve 4 | 2 | 0.4667 | eve 0.2 | 0.5 |",
+        "| round | clients | loss | worst client | spread | accuracy | worst client | spread |",
+        "| 1 | 3 | 3 | eve 4 | 2 | 0.4667 | eve 0.2 | 0.5 |",
         "| 1 | 2 of 3 | 1 | 0 | 200 | 200 | 100 | 102 | 0.1 |",
         "| 2 | 2 of 3 | 0 | 1 | 400 | 400 | 100 | 102 | 0.2 |",
         "| round | A cosine | A overlap | A chance | B cosine | B overlap | B chance |",
         "| 1 | 0.500 | 0.250 | 0.125 | - | 0.750 | 0.125 |",
-        "| client | loss first | loss last | accuracy first | accuracy last |",
-        "| ann | 4 | - | 0.1 | - |",
-        "| bob | 4 | 1 | 0.1 | 0.9 |",
+        "| client | times | loss first | loss last | accuracy first | accuracy last |",
+        "| ann | 2 | 4 | 3 | 0.1 | 0.5 |",
+        "| bob | 3 | 4 | 1 | 0.1 | 0.9 |",
         "| ann | 2 of 2 | 0 | 1 | 300 | 300 | 100 | 102 | 1.5 |",
         "| eve | 0 of 2 | 1 | 1 | 0 | 0 | 0 | 0 | - |",
         "- eve: norm_outlier, 1 x, last in round 1: norm 9 | too large",
@@ -195,6 +199,70 @@ def test_report_of_a_run(tmp_path: Path) -> None:
     for name in ("loss", "score", "similarity", "bytes"):
         assert f"![{name}]({name}.png)" in text
         assert not blank(folder.path / f"{name}.png")
+
+
+TRAINED = [
+    *LINES[:3],
+    LINES[1] | {"held_out": {"ann": {"loss": 2.0, "accuracy": 0.6}, "eve": {"failed": "gone"}}},
+    LINES[3]
+    | {
+        "held_out": {
+            "ann": {"loss": 1.0, "accuracy": 0.8},
+            "bob": {"loss": 0.5, "accuracy": 0.9},
+        }
+    },
+    LINES[4],
+]
+
+
+def test_both_stages_are_told_apart(tmp_path: Path) -> None:
+    folder, plain = made(tmp_path / "run", TRAINED), made(tmp_path / "plain")
+    s = summary(folder, "fedit")
+    assert (s.losses, s.scores) == ((p := summary(plain, "fedit")).losses, p.scores)
+    assert s.trained_losses == [(1, {"ann": 2.0}), (2, {"ann": 1.0, "bob": 0.5})]
+    assert s.trained_scores == [(1, {"ann": 0.6}), (2, {"ann": 0.8, "bob": 0.9})]
+    assert (p.trained_losses, p.trained_scores) == ([], [])
+    assert "eve: failed in round 1: evaluation after local training: gone" in fault_lines(s)
+    assert [title for title, _, _ in tables([s, p])] == [
+        "held-out loss, over the clients",
+        "held-out accuracy, over the clients",
+        "held-out loss after local training, over the clients",
+        "held-out accuracy after local training, over the clients",
+        "bytes, over all rounds and clients",
+    ]
+    assert tables([s])[2][2] == [("fedit", "2", "0.75", "ann 1", "0.5", "-", "-")]
+    for run in (folder, plain):
+        write_report(run, algorithm("fedit"), "fedit")
+    text, other = ((run.path / "report.md").read_text() for run in (folder, plain))
+    rounds = text.partition("## By round: held out, after local training\n")[2]
+    assert "| 2 | 2 | 0.75 | ann 1 | 0.5 | 0.85 | ann 0.8 | 0.1 |\n" in rounds.partition("##")[0]
+    clients = text.partition("## By client: held out, after local training\n")[2].partition("##")[0]
+    assert "| ann | 2 | 2 | 1 | 0.6 | 0.8 |\n" in clients
+    assert "| bob | 1 | 0.5 | 0.5 | 0.9 | 0.9 |\n" in clients
+    assert "| eve | 0 | - | - | - | - |\n" in clients
+    assert "*After local training*: right after its own training" in text
+    assert "local training" not in other
+    for name in ("loss.png", "score.png"):  # a line more in each
+        assert (folder.path / name).read_bytes() != (plain.path / name).read_bytes()
+    rows = tables([summary(plain, "local", SETTING), summary(folder, "fedit", SETTING)])[2][2]
+    assert [row[1:3] for row in rows] == [("-", "-"), ("2", "0.75")]
+
+
+def test_gains_after_local_training_are_those_over_the_same_clients(tmp_path: Path) -> None:
+    def run(name: str, method: str, held_out: dict[str, float]) -> Summary:
+        measured = {"held_out": {c: {"loss": x} for c, x in held_out.items()}}
+        lines = [evaluation(0, [9.0, 9.0]), round_line(1, **measured), evaluation(1, [5.0, 5.0])]
+        return summary(made(tmp_path / name, lines), method, SETTING)
+
+    both = run("l", "local", {"ann": 4.0, "bob": 6.0})
+    runs = [both, run("c", "central", {"pooled": 1.0}), run("f", "fedit", {"ann": 2.0, "bob": 2.0})]
+    assert [row[-2:] for row in tables(runs)[1][2]] == [("0", "0.00"), ("4", "1.00"), ("3", "0.75")]
+    some = run("s", "fedsa", {"ann": 2.0})  # bob was not drawn, or its update was rejected
+    assert tables([*runs[:2], some])[1][2][-1][-2:] == ("-", "-")
+    assert loss_rows([*runs[:2], some])[-1][-2:] == ("0", "-")  # all are measured as a round starts
+    picture = write_comparison(tmp_path / "out", runs) / "comparison.png"
+    assert not blank(picture)
+    assert "after local training" in (tmp_path / "out" / "comparison.md").read_text()
 
 
 def test_a_report_without_numbers_draws_nothing(tmp_path: Path) -> None:

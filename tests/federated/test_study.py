@@ -14,14 +14,17 @@ from plait.run.federate import load_federate_config
 SETTING = {"score": "accuracy", "grid": [0.004, 0.01]}
 
 
-def made(accuracy: list[float], up: float = 2048.0, cpu: float = 10.0) -> dict[str, Any]:
-    """A run's figures: clients of these accuracies, loss 1 - accuracy."""
+def made(
+    accuracy: list[float], up: float = 2048.0, cpu: float = 10.0, gain: float = 0.0
+) -> dict[str, Any]:
+    """A run's figures: clients of these accuracies, loss 1 - accuracy; gain: by local training."""
     clients = {f"c{i}": {"accuracy": a, "loss": 1 - a} for i, a in enumerate(accuracy)}
     mean = sum(accuracy) / len(accuracy)
     return {
         "rate": 0.01,
         "curve": {"0": {"accuracy": 0.0, "loss": 1.0}, "10": {"accuracy": mean, "loss": 1 - mean}},
         "clients": clients,
+        "trained": {"curve": {"10": {"accuracy": mean + gain, "loss": 1 - mean - gain}}},
         "up": up,
         "down": 2 * up,
         "frames": 3 * up + 100,
@@ -35,7 +38,7 @@ def made(accuracy: list[float], up: float = 2048.0, cpu: float = 10.0) -> dict[s
 RUNS = {
     "local": {"0": made([0.5, 0.7], 0.0), "1": made([0.4, 0.6], 0.0)},
     "central": {"0": made([0.8], 0.0), "1": made([0.9], 0.0)},
-    "fedit": {"0": made([0.6, 0.8]), "1": made([0.7, 0.9], cpu=20.0)},
+    "fedit": {"0": made([0.6, 0.8], gain=0.1), "1": made([0.7, 0.9], cpu=20.0, gain=-0.1)},
 }
 
 
@@ -61,19 +64,28 @@ def test_table_shows_means_deviations_gaps_and_bytes() -> None:
         "s.d. over clients": "0.141",
         "accuracy - local": "+0.200 ± 0.141",
         "accuracy - central": "-0.100 ± 0.000",
+        "accuracy after training": "0.750 ± 0.071",
+        "after training - local": "+0.200 ± 0.000",
         "up KiB": "2",
         "down KiB": "4",
         "CPU s": "15",
     }
-    assert rows["local"]["accuracy - local"] == "-"
+    assert rows["local"]["accuracy - local"] == rows["local"]["after training - local"] == "-"
+    assert rows["local"]["accuracy after training"] == "0.550 ± 0.071"
     assert rows["central"]["worst client"] == rows["central"]["s.d. over clients"] == "-"
 
 
 def test_table_pairs_only_the_seeds_that_both_have() -> None:
-    runs = RUNS | {"ffa": {"1": made([0.6, 0.6])}}
-    row = rows_of(study.table({"setting": SETTING, "runs": runs}))["ffa"]
-    assert row["accuracy - local"] == "+0.100"
-    assert row["accuracy"] == "0.600"
+    runs = RUNS | {"ffa": {"1": made([0.6, 0.6])}, "fedsa": {"0": made([0.6]) | {"trained": {}}}}
+    rows = rows_of(study.table({"setting": SETTING, "runs": runs}))
+    assert rows["ffa"]["accuracy - local"] == rows["ffa"]["after training - local"] == "+0.100"
+    assert rows["ffa"]["accuracy"] == "0.600"
+    half = {"fedalora": {"0": made([0.6]), "1": made([0.8]) | {"trained": {}}}}
+    row = rows_of(study.table({"setting": SETTING, "runs": RUNS | half}))["fedalora"]
+    assert row["accuracy after training"] == "0.600 (1 of 2 seeds)"
+    assert row["after training - local"] == "+0.000"
+    assert rows["fedsa"]["accuracy after training"] == "-"
+    assert rows["fedsa"]["after training - local"] == "-"
 
 
 def test_table_by_loss_puts_the_lowest_first_and_the_largest_is_the_worst() -> None:
@@ -116,9 +128,17 @@ def test_figures_are_means_over_clients_and_rounds() -> None:
     found = study.figures(
         [
             evaluation(0, 0.0, 0.0),
-            {"kind": "round", "traffic": {"c0": traffic(4, 0), "c1": traffic(4, 0)}, **common},
             {
                 "kind": "round",
+                "round": 1,
+                "held_out": {},
+                "traffic": {"c0": traffic(4, 0), "c1": traffic(4, 0)},
+                **common,
+            },
+            {
+                "kind": "round",
+                "round": 2,
+                "held_out": {"c0": {"loss": 1.0, "rows": 3}, "c1": {"loss": 2.0}},
                 "traffic": {"c0": traffic(4, 8), "c1": traffic(8, 8)},
                 "rejected": [["c1", "norm_outlier", ""]],
                 "failed": {},
@@ -133,6 +153,10 @@ def test_figures_are_means_over_clients_and_rounds() -> None:
         "2": {"accuracy": 0.75, "loss": 1.5},
     }
     assert found["clients"]["c1"] == {"accuracy": 1.0, "loss": 2.0}
+    assert found["trained"] == {
+        "curve": {"2": {"loss": 1.5}},
+        "clients": {"c0": {"loss": 1.0}, "c1": {"loss": 2.0}},
+    }
     assert (found["up"], found["down"], found["frames"]) == (5.0, 4.0, 11.0)
     assert (found["rejected"], found["failed"], found["aggregation_error"]) == (1, 0, 0.5)
     assert found["cpu"] == 1.3
@@ -154,6 +178,7 @@ def test_every_config_is_one_that_the_runner_takes(tmp_path: Path, name: str, la
     config = load_federate_config(file)
     assert config.algorithm().seed == config.sampling.seed == 1
     assert config.local.learning_rate == 0.01
+    assert config.evaluation.after_training
 
 
 def test_a_variant_takes_its_learning_rate_from_one_that_has_its_own() -> None:

@@ -1,6 +1,7 @@
 """The clients' side: adapters on one base model, private states, local training, answers.
 
-    order  ->  put the round's start into the model  ->  train  ->  store what is private  ->  reply
+    order  ->  put the round's start into the model  ->  train  ->  store what is private
+           ->  measure, where the order asks for it  ->  reply
 
 A `Roster` holds the models: clients of one adapter config share a model, whose adapter is swapped,
 and models share the frozen weights of the base. A `Site` answers for all clients of a machine, or
@@ -152,7 +153,8 @@ class Site:
             raises is a failed reply of that client.
         folder: of the private states.
         run: the name of the run. seed: of what is random in training.
-        evaluate: measures a client's model; None: orders to evaluate fail.
+        evaluate: measures a client's model; it changes no weight and draws nothing. None: orders to
+            evaluate fail.
     """
 
     def __init__(
@@ -182,7 +184,7 @@ class Site:
             else:
                 reply = self._train(asked, down)
         except Exception as error:
-            reply = Reply(name, failed=f"{type(error).__name__}: {error}")
+            reply = Reply(name, failed=_told(error))
         return replace(reply, seconds=time.monotonic() - started).pack()
 
     def put(self, order: Order, down: StateDict) -> tuple[nn.Module, StateDict]:
@@ -232,10 +234,13 @@ class Site:
         return ClientStore(self.folder, self.run, client)
 
     def _evaluate(self, order: Order, down: StateDict) -> dict[str, Any]:
+        model, _ = self.put(order, down)
+        return self._measured(model, order.client)
+
+    def _measured(self, model: nn.Module, client: str) -> dict[str, Any]:
         if self.evaluate is None:
             raise ValueError("this site has nothing to evaluate with. Give Site(evaluate=..).")
-        model, _ = self.put(order, down)
-        return dict(self.evaluate(model.eval(), order.client))
+        return dict(self.evaluate(model.eval(), client))
 
     def _train(self, order: Order, down: StateDict) -> Reply:
         name, method = order.client, self.roster.method
@@ -265,7 +270,13 @@ class Site:
             method.fingerprint(local),
         )
         upload = pack(header, method.payload_up(local, declared))
-        return Reply(name, upload, dict(trained.metrics))
+        held_out: dict[str, Any] = {}
+        if order.measure:  # the upload is made: measuring neither changes nor loses it
+            try:
+                held_out = self._measured(model, name)
+            except Exception as error:
+                held_out = {"failed": _told(error)}
+        return Reply(name, upload, dict(trained.metrics), held_out)
 
 
 def stored(folder: str | Path, run: str, client: str, round: int) -> StateDict:
@@ -279,6 +290,10 @@ def stored(folder: str | Path, run: str, client: str, round: int) -> StateDict:
     """
     saved = ClientStore(folder, run, client).read(round)
     return {k: x for k, x in saved.items() if not k.startswith(_TRUNK)}
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _described(config: PeftConfig) -> str:

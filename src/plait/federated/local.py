@@ -39,7 +39,7 @@ class Federation:
         facts: what else decides the result, such as the data; a resumed run must have the same.
         resume: go on from the newest checkpoint; from the start where there is none.
         privacy: clip and noise the updates.
-        evaluate: measures a client's model, for `server.evaluate`.
+        evaluate: measures a client's model, for `server.evaluate` and `step(measure=True)`.
         deliver: what arrives of an upload; for tests of faults. None: the upload, once.
         progress: called after each client.
 
@@ -103,9 +103,11 @@ class Federation:
         while self.round < self.server.options.rounds:
             self.step(done)
 
-    def step(self, done: Callable[[RoundRecord], None] | None = None) -> RoundRecord:
+    def step(
+        self, done: Callable[[RoundRecord], None] | None = None, *, measure: bool = False
+    ) -> RoundRecord:
         """One round; see `Server.step`."""
-        return self.server.step(self.exchange, done)
+        return self.server.step(self.exchange, done, measure=measure)
 
     def exchange(self, orders: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
         """The `Exchange` of one process: client after client."""

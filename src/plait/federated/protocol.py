@@ -32,6 +32,7 @@ class Order:
     kind: "hello" asks for the client's name alone. run: its name. round: 1, 2, ... client: whom it
     is for. generation: the private state to start from, 0: the first one. dtype: of the upload.
     config: digest of the method and the client's adapter, which both sides must have alike.
+    measure: after training, take held-out metrics of the client's own model, too.
     """
 
     kind: Kind
@@ -41,6 +42,7 @@ class Order:
     generation: int = 0
     dtype: str = "fp32"
     config: str = ""
+    measure: bool = False
 
     def pack(self, tensors: StateDict | None = None) -> bytes:
         """The order as bytes, with what the client gets."""
@@ -65,12 +67,15 @@ class Reply:
     """What a client says.
 
     client: its name. upload: as `payload.pack` made it, b"" without one. metrics: of its training
-    or evaluation. seconds: that it took. failed: what went wrong, "" for nothing.
+    or evaluation. held_out: of its own model after training, where the order asks for them; their
+    `failed` says what went wrong with that alone. seconds: that it took. failed: what went wrong,
+    "" for nothing.
     """
 
     client: str
     upload: bytes = b""
     metrics: dict[str, Any] = field(default_factory=dict)
+    held_out: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     failed: str = ""
 
@@ -93,7 +98,9 @@ class Reply:
             reply = cls(upload=data[_LENGTH + length :], **json.loads(data[_LENGTH:][:length]))
         except (ValueError, TypeError, RecursionError) as error:
             raise CorruptFrame(f"no reply ({error})", False) from None
-        known = {"client": str, "metrics": dict, "seconds": float, "failed": str}
+        known = {
+            "client": str, "metrics": dict, "held_out": dict, "seconds": float, "failed": str,
+        }  # fmt: skip
         wrong = [name for name, kind in known.items() if type(getattr(reply, name)) is not kind]
         if wrong:
             raise CorruptFrame(f"no reply ({wrong[0]} has another type)", False)

@@ -14,7 +14,7 @@ Limits: downloads are fp32, whatever the dtype of the uploads.
 """
 
 import copy
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -106,17 +106,19 @@ class RoundRecord:
     """What happened in a round.
 
     round: 1, 2, ... selected, accepted: clients. metrics: client -> what its training returned.
-    weights: client -> w_i. capped: clients whose claimed examples were cut by the guard. rejected:
-    (client, reason, text), in the order of the clients. failed: client -> what went wrong there.
-    traffic: client -> bytes. aggregation_error: layer -> of fedit's mean, where A and B are sent
-    with one rank. similarity: of the clients' factors, see `factor_similarity`. seconds: client ->
-    of its reply, by its own clock.
+    held_out: accepted client -> metrics of its own model right after its training, where they were
+    asked for; `failed` -> why there are none. weights: client -> w_i. capped: clients whose claimed
+    examples were cut by the guard. rejected: (client, reason, text), in the order of the clients.
+    failed: client -> what went wrong there. traffic: client -> bytes. aggregation_error: layer ->
+    of fedit's mean, where A and B are sent with one rank. similarity: of the clients' factors, see
+    `factor_similarity`. seconds: client -> of its reply, by its own clock.
     """
 
     round: int
     selected: list[str]
     accepted: list[str] = field(default_factory=list)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    held_out: dict[str, dict[str, Any]] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     capped: list[str] = field(default_factory=list)
     rejected: list[tuple[str, str, str]] = field(default_factory=list)
@@ -234,8 +236,8 @@ class Server:
             return None
         return self.privacy.report(self.options.fraction, len(self.clients), self.round)
 
-    def order(self, kind: Kind, client: str) -> tuple[Order, StateDict]:
-        """What a client is to do next, and what it gets for that."""
+    def order(self, kind: Kind, client: str, measure: bool = False) -> tuple[Order, StateDict]:
+        """What a client is to do next, and what it gets for that; measure: see `step`."""
         last = self._last
         order = Order(
             kind,
@@ -245,6 +247,7 @@ class Server:
             last.last_accepted.get(client, 0),
             self.options.dtype,
             self.roster.digest(client),
+            measure,
         )
         held = last.trunks.get(client, 0)
         return order, self.method.payload_down(last.state, self.clients[client], held)
@@ -252,7 +255,11 @@ class Server:
     # A round ------------------------------------------------------------------------------------
 
     def step(
-        self, exchange: Exchange, done: Callable[[RoundRecord], None] | None = None
+        self,
+        exchange: Exchange,
+        done: Callable[[RoundRecord], None] | None = None,
+        *,
+        measure: bool = False,
     ) -> RoundRecord:
         """One round.
 
@@ -260,6 +267,8 @@ class Server:
             exchange: carries the orders.
             done: called with the record before the checkpoint is written: after a crash in between
                 the round is run again, to the same record.
+            measure: each client of the round also measures its own model on its held-out rows,
+                after its training. That changes no bit of the result.
 
         Raises:
             TooFewUpdates: fewer accepted updates than guard.min_updates in each try; the state
@@ -268,7 +277,7 @@ class Server:
         """
         for left in reversed(range(self.options.retries + 1)):
             try:
-                return self._round(exchange, done)
+                return self._round(exchange, done, measure)
             except TooFewUpdates:
                 if not left:
                     raise
@@ -283,7 +292,7 @@ class Server:
         found: dict[str, dict[str, Any]] = {}
         for number, (name, data) in enumerate(exchange(orders), 1):
             reply = _read(name, data)
-            found[name] = {"failed": reply.failed} if reply.failed else reply.metrics
+            found[name] = _held_out({"failed": reply.failed} if reply.failed else reply.metrics)
             self.progress(self.round, number, len(clients), name)
         return dict(sorted(found.items()))
 
@@ -298,16 +307,19 @@ class Server:
         names = list(self.clients)
         return select(names, self.options.fraction, seed, number, poisson=private is not None)
 
-    def _round(self, exchange: Exchange, done: Callable[[RoundRecord], None] | None) -> RoundRecord:
+    def _round(
+        self, exchange: Exchange, done: Callable[[RoundRecord], None] | None, measure: bool
+    ) -> RoundRecord:
         number, last = self.round + 1, self._last
         # From the checkpoint: a round that failed and is run again counts once.
         self.guard = Guard(self.options.guard, copy.deepcopy(last.rejections))
         names = self._selected(number)
         record, self._spool = RoundRecord(number, names), Spool(self._spool.folder)
-        claimed, digests, sizes = self._collect(exchange, record)
+        claimed, digests, sizes = self._collect(exchange, record, measure)
         for name, rejected in self.guard.screen(sizes).items():
             self._note(record, rejected)
             self._spool.drop(name)
+            record.held_out.pop(name, None)  # of a training that is taken back
             del claimed[name]
         _in_order(record)
         self._require(record)
@@ -348,7 +360,7 @@ class Server:
         return self.privacy.mean(self.options.fraction * len(self.clients), number)
 
     def _collect(
-        self, exchange: Exchange, record: RoundRecord
+        self, exchange: Exchange, record: RoundRecord, measure: bool
     ) -> tuple[dict[str, int], dict[str, str], dict[str, float]]:
         """Client -> claimed examples, digest and norm of each upload that passed its checks."""
         last, number, seen = self._last, record.round, set[str]()
@@ -361,7 +373,7 @@ class Server:
         sent: dict[str, tuple[int, int]] = {}
 
         def order(name: str) -> bytes:
-            header, down = self.order("train", name)
+            header, down = self.order("train", name, measure)
             data = header.pack(down)
             sent[name] = (_bytes(down), len(data))
             return data
@@ -404,6 +416,8 @@ class Server:
                     upload.tensors, self.clients[name], last.state.tensors
                 )
                 record.metrics[name] = _numbers(reply.metrics)
+                if measure and reply.held_out:
+                    record.held_out[name] = _held_out(reply.held_out)
                 record.seconds[name] = reply.seconds
                 up = _bytes(upload.tensors)
             if name in sent and name not in record.traffic:
@@ -461,14 +475,28 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: value
         for name, value in metrics.items()
-        if isinstance(value, int | float) and math.isfinite(value)
+        if isinstance(value, int | float) and abs(value) <= sys.float_info.max  # no NaN either
     }
+
+
+def _held_out(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a client says of its model: finite numbers, or why there are none.
+
+    One model that is measured on the rows of several clients has their numbers under `clients`.
+    """
+    if metrics.get("failed"):
+        return {"failed": str(metrics["failed"])}
+    apart = metrics.get("clients")
+    if isinstance(apart, Mapping):
+        own = {name: x for name, x in apart.items() if isinstance(x, Mapping)}
+        return {"clients": {name: _numbers(x) for name, x in own.items()}}
+    return _numbers(metrics)
 
 
 def _in_order(record: RoundRecord) -> None:
     """By the names of the clients, whatever the order the replies came in."""
     record.rejected.sort(key=lambda row: row[0])
-    for name in ("metrics", "failed", "traffic", "seconds"):
+    for name in ("metrics", "held_out", "failed", "traffic", "seconds"):
         setattr(record, name, dict(sorted(getattr(record, name).items())))
 
 

@@ -228,28 +228,33 @@ def conduct(
     write_atomic(folder.metrics, "".join(json.dumps(row) + "\n" for row in lines))
 
     def note(record: RoundRecord) -> None:
-        _append(folder.metrics, {"kind": "round", **record.to_dict()})
+        held_out = _by_rows(record.held_out)
+        _append(folder.metrics, {"kind": "round", **record.to_dict(), "held_out": held_out})
         if done is not None:
             done(record)
 
     held = [name for name in found.roster.clients if found.held.get(name) is not None]
     if found.data is None and (config.data.validation is not None or config.data.test is not None):
         held = list(found.roster.clients)
+    every = config.evaluation.every
+
+    def due(number: int) -> bool:
+        return bool(every) and (number % every == 0 or number >= config.local.rounds)
+
     while True:
-        number, every = server.round, config.evaluation.every
-        due = bool(every) and (number % every == 0 or number >= config.local.rounds)
+        number = server.round
         there = {row["kind"] for row in lines if row["round"] == number}
-        if due and held and "evaluation" not in there:
-            measured = server.evaluate(exchange, held)
-            measured = measured.get(POOLED, {}).get("clients", measured)
+        if due(number) and held and "evaluation" not in there:
+            measured = _by_rows(server.evaluate(exchange, held))
             _append(folder.metrics, {"kind": "evaluation", "round": number, "clients": measured})
         last = number >= config.local.rounds
-        spent = server.privacy_report() if due or last else None
+        spent = server.privacy_report() if due(number) or last else None
         if spent is not None and "privacy" not in there:
             _append(folder.metrics, {"kind": "privacy", **asdict(spent), "round": number})
         if last:
             break
-        server.step(exchange, note)
+        trained = config.evaluation.after_training and bool(held) and due(number + 1)
+        server.step(exchange, note, measure=trained)
     write_report(folder, server.method, config.federated.method)
     return folder
 
@@ -274,6 +279,11 @@ def _facts(config: FederateConfig, found: Setting) -> dict[str, Any]:
         "local": {k: v for k, v in vars(config.local).items() if k != "rounds"},
         "rows": {name: len(own) for name, own in found.training.rows.items()},
     }
+
+
+def _by_rows(measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Client -> metrics; of `central`, one model, those on the rows of each client."""
+    return measured.get(POOLED, {}).get("clients", measured)
 
 
 def _rows(found: Setting) -> dict[str, dict[str, int]]:

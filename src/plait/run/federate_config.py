@@ -98,10 +98,14 @@ class GuardConfig(GuardOptions):
 
 @dataclass(kw_only=True)
 class HeldOutConfig:
-    """When the clients' models are measured. every: rounds, and after the last one; 0: never."""
+    """When the clients' models are measured. every: rounds, and after the last one; 0: never.
+    after_training: in these rounds each client that takes part measures its own model right after
+    its training, too, before the server averages.
+    """
 
     __pydantic_config__: ClassVar[Any] = _FORBID
     every: int = 1
+    after_training: bool = False
     generate: bool = False
     max_new_tokens: int = 64
     batch_size: int = 32
@@ -234,7 +238,8 @@ class FederateConfig:
 
     def run_config(self) -> RunConfig:
         """What loading the data and evaluating takes."""
-        evaluation = {k: v for k, v in vars(self.evaluation).items() if k != "every"}
+        when = ("every", "after_training")
+        evaluation = {k: v for k, v in vars(self.evaluation).items() if k not in when}
         return RunConfig(
             model=self.model,
             method=self.method,
@@ -289,6 +294,11 @@ def _check(config: FederateConfig) -> None:
         )
     if config.evaluation.every < 0:
         raise ValueError(f"evaluation.every = {config.evaluation.every}. Give 0 or more.")
+    if config.evaluation.after_training and not config.evaluation.every:
+        raise ValueError(
+            "evaluation.after_training is true and evaluation.every 0, so nothing is measured. "
+            "Give evaluation.every = 1 or more."
+        )
     if config.checkpoints.keep < 1:
         raise ValueError(f"checkpoints.keep = {config.checkpoints.keep}. Give 1 or more.")
     part = config.partition

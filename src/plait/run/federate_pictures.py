@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 Series = list[tuple[int, dict[str, float]]]  # (round, client -> value)
+Stages = tuple[Series, Series]  # as the next round starts, and right after local training
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vP*X"
@@ -30,13 +31,17 @@ _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
 
 
 def draw(
-    lines: Sequence[Mapping[str, Any]], losses: Series, scores: Series, score: str, title: str
+    lines: Sequence[Mapping[str, Any]],
+    losses: Mapping[str, Series],
+    scores: Mapping[str, Series],
+    score: str,
+    title: str,
 ) -> dict[str, bytes]:
     """File name -> PNG of one run.
 
     Args:
-        lines: of metrics.jsonl. losses, scores: held out. score: the metric's name. title: the
-            method.
+        lines: of metrics.jsonl. losses, scores: a line's name -> held-out values. score: the
+            metric's name. title: the method.
     """
     rounds = [row for row in lines if row["kind"] == "round"]
     training = [
@@ -46,9 +51,9 @@ def draw(
     with matplotlib.rc_context(_STYLE):
         figures = {
             "loss.png": _curves(
-                [("training", [x for x in training if x[1]]), ("held out", losses)], "loss", title
+                {"training": [x for x in training if x[1]], **losses}, "loss", title
             ),
-            "score.png": _curves([("held out", scores)], score, title, first=1),
+            "score.png": _curves(scores, score, title, first=1),
             "similarity.png": _similarity(rounds, title),
             "bytes.png": _bytes(rounds, title),
         }
@@ -78,17 +83,15 @@ def _rounds_axis(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _curves(
-    parts: Sequence[tuple[str, Series]], what: str, title: str, first: int = 0
-) -> Figure | None:
+def _curves(parts: Mapping[str, Series], what: str, title: str, first: int = 0) -> Figure | None:
     """The mean over clients of each series, and the range."""
-    parts = [(name, series) for name, series in parts if series]
-    if not parts:
+    if not any(parts.values()):
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for k, (name, series) in enumerate(parts, first):
-        _band(axes, series, k, name)
+    for k, (name, series) in enumerate(parts.items(), first):
+        if series:
+            _band(axes, series, k, name)
     _rounds_axis(axes)
     axes.set_ylabel(f"{what}: mean and range over clients")
     axes.set_title(title, loc="left")
@@ -171,15 +174,15 @@ def _bytes(rounds: Sequence[Mapping[str, Any]], title: str) -> Figure | None:
     return figure
 
 
-def comparison(runs: Sequence[tuple[str, Series, Series]], score: str) -> bytes | None:
+def comparison(runs: Sequence[tuple[str, Stages, Stages]], score: str) -> bytes | None:
     """Several runs: means over the rounds, and at the end the mean and range over the clients.
 
     Args:
         runs: (name, held-out losses, held-out scores). score: the metric's name.
     """
-    parts: list[tuple[str, list[tuple[str, Series]]]] = [
-        ("loss", [(run, losses) for run, losses, _ in runs if losses]),
-        (score, [(run, scores) for run, _, scores in runs if scores]),
+    parts: list[tuple[str, list[tuple[str, Stages]]]] = [
+        ("loss", [(run, losses) for run, losses, _ in runs if losses[0]]),
+        (score, [(run, scores) for run, _, scores in runs if scores[0]]),
     ]
     what = [(name, found) for name, found in parts if found]
     if not what:
@@ -190,7 +193,7 @@ def comparison(runs: Sequence[tuple[str, Series, Series]], score: str) -> bytes 
         figure = Figure(figsize=(10, height * len(what)), layout="constrained")
         panels = figure.subplots(len(what), 2, squeeze=False, width_ratios=(1, 1))
         for (left, right), (name, found) in zip(panels, what, strict=True):
-            for run, series in found:
+            for run, (series, trained) in found:
                 look, rounds = _look(order[run], len(series)), [n for n, _ in series]
                 left.plot(rounds, [mean(v.values()) for _, v in series], **look)
                 values, place = (
@@ -199,9 +202,18 @@ def comparison(runs: Sequence[tuple[str, Series, Series]], score: str) -> bytes 
                 )
                 right.plot([min(values), max(values)], [place] * 2, color=look["color"], lw=1.5)
                 right.plot(mean(values), place, **(look | {"ls": "none", "ms": 7}))
+                if trained:  # below: where both are equal, the filled marker is seen
+                    hollow = look | {"mfc": "white", "zorder": 1.9}
+                    rounds, means = [n for n, _ in trained], [mean(v.values()) for _, v in trained]
+                    left.plot(rounds, means, **(hollow | {"ls": (0, (2, 2)), "lw": 0.9}))
+                    right.plot(means[-1], place, **(hollow | {"ls": "none", "ms": 7}))
             left.set_ylabel(f"held-out {name}, mean")
             _rounds_axis(left)
             right.set_yticks(range(len(found)), [run for run, _ in reversed(found)])
             right.set_ylim(-0.6, len(found) - 0.4)
             right.set_xlabel(f"{name} at the end: mean and range")
+        if any(trained for _, found in what for _, (_, trained) in found):
+            for text, face in (("as a round starts", "0.3"), ("after local training", "white")):
+                panels[0][0].plot([], [], "o", color="0.3", mfc=face, label=text)
+            figure.legend(loc="outside lower center", ncols=2, frameon=False)
         return _png(figure)

@@ -5,9 +5,11 @@
     gain over local     local - x of a loss, x - local of a score
     towards central     (local - x) / (local - central): 0 is local, 1 is central
 
-x: the mean over clients after the last evaluation, on held-out rows, each client with its own
-model. The two references are runs of the methods `local` and `central` with the same model, data
-and partition; without them, or where `central` is no better than `local`, there is "-".
+x: the mean over clients of the last measurement, on held-out rows, each client with its own model:
+as it would start the next round, and, in tables of their own where a run measures it, right after
+its local training. The two references are runs of the methods `local` and `central` with the same
+model, data and partition whose last measurement has the same clients, or one model for all rows;
+without them, or where `central` is no better than `local`, there is "-".
 """
 
 import json
@@ -29,8 +31,10 @@ _SCORES = ("exact_match", "accuracy", "token_accuracy", "pearson")  # the larger
 _SETTING = ("model", "data", "partition")  # of a config: what two runs need in common
 _ROWS = 100  # clients in a table of report.md; metrics.jsonl has all
 _COLUMNS = 12  # labels of a table of rows
+_TRAINED = " after local training"  # of measurements before the server averages
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, head, rows
+Measurements = list[tuple[int, Mapping[str, Mapping[str, Any]]]]  # (round, client -> metrics)
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,13 @@ class Summary:
     """A federated run in figures.
 
     method: its name. path: of the run folder. rounds: completed. clients: those that were selected
-    at least once. losses, scores: (round, client -> held-out value) of each evaluation; score: the
-    metric's name, "" without one. up, down: bytes of the tensors over all rounds and clients,
-    up_formula, down_formula: by formula, frames: with headers. error: largest aggregation error of
-    a layer, None where there is none. rejected: (client, reason) -> (round, text) of each. failed:
-    (round, client, what was raised) of training and evaluation. privacy: what the run guarantees,
-    "" for nothing. config: of the run, to compare runs; {}: not known.
+    at least once. losses, scores: (round, client -> held-out value) of each evaluation;
+    score: the metric's name, "" without one. up, down: bytes of the tensors over all rounds and
+    clients, up_formula, down_formula: by formula, frames: with headers. error: largest aggregation
+    error of a layer, None where there is none. rejected: (client, reason) -> (round, text) of each.
+    failed: (round, client, what was raised) of training and evaluation. privacy: what the run
+    guarantees, "" for nothing. config: of the run, to compare runs; {}: not known. trained_losses,
+    trained_scores: as losses and scores, of each round that measured right after local training.
     """
 
     method: str
@@ -63,14 +68,16 @@ class Summary:
     failed: list[tuple[int, str, str]]
     privacy: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    trained_losses: Series = field(default_factory=list)
+    trained_scores: Series = field(default_factory=list)
 
     @property
-    def before(self) -> dict[str, float]:
+    def first(self) -> dict[str, float]:
         """Client -> held-out loss at the first evaluation."""
         return self.losses[0][1] if self.losses else {}
 
     @property
-    def after(self) -> dict[str, float]:
+    def last(self) -> dict[str, float]:
         """Client -> held-out loss at the last evaluation."""
         return self.losses[-1][1] if self.losses else {}
 
@@ -114,14 +121,15 @@ def summary(folder: RunFolder, method: str, config: Mapping[str, Any] | None = N
         for client, reason, text in row["rejected"]:
             rejected.setdefault((client, reason), []).append((row["round"], text))
     errors = [x for row in rounds for x in row["aggregation_error"].values()]
-    score = _score(lines)
+    measured, trained = measurements(lines), measurements(lines, after_training=True)
+    score = _score([*measured, *trained])
     return Summary(
         method,
         folder.path,
         rounds[-1]["round"],
         sorted({name for row in rounds for name in row["selected"]}),
-        _series(lines, _LOSSES),
-        _series(lines, (score,)),
+        _series(measured, _LOSSES),
+        _series(measured, (score,)),
         METRIC_NAMES.get(score, ""),
         total.get("up", 0),
         total.get("up_formula", 0),
@@ -133,6 +141,8 @@ def summary(folder: RunFolder, method: str, config: Mapping[str, Any] | None = N
         _failed(lines),
         _privacy(lines),
         config or {},
+        _series(trained, _LOSSES),
+        _series(trained, (score,)),
     )
 
 
@@ -140,12 +150,21 @@ def _rounds(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in lines if row["kind"] == "round"]
 
 
-def _series(lines: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> Series:
-    """The first of the metrics that an evaluation has, of each evaluation with one."""
-    measured = [
-        (r["round"], _values(r["clients"], keys)) for r in lines if r["kind"] == "evaluation"
-    ]
-    return [(number, values) for number, values in measured if values]
+def measurements(
+    lines: Iterable[Mapping[str, Any]], *, after_training: bool = False
+) -> Measurements:
+    """The clients' models on held-out rows: as they start the next round, each client's, or right
+    after their local training, those of the clients whose update was accepted.
+    """
+    if after_training:
+        return [(r["round"], r["held_out"]) for r in _rounds(lines) if r.get("held_out")]
+    return [(r["round"], r["clients"]) for r in lines if r["kind"] == "evaluation"]
+
+
+def _series(measured: Measurements, keys: Sequence[str]) -> Series:
+    """The first of the metrics that a measurement has, of each measurement with one."""
+    found = [(number, _values(clients, keys)) for number, clients in measured]
+    return [(number, values) for number, values in found if values]
 
 
 def _values(clients: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> dict[str, float]:
@@ -157,13 +176,12 @@ def _values(clients: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> di
     return found
 
 
-def _score(lines: Iterable[Mapping[str, Any]]) -> str:
-    """The score that the evaluations have; "" for none."""
+def _score(measured: Measurements) -> str:
+    """The score that the measurements have; "" for none."""
     there = {
         key
-        for row in lines
-        if row["kind"] == "evaluation"
-        for metrics in row["clients"].values()
+        for _, clients in measured
+        for metrics in clients.values()
         for key in _SCORES
         if metrics.get(key) is not None
     }
@@ -171,13 +189,16 @@ def _score(lines: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _failed(lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, str, str]]:
+    """(round, client, text) of what clients raised in training, evaluation and between them."""
     found = []
     for row in lines:
-        if row["kind"] == "round":
-            found += [(row["round"], name, text) for name, text in row["failed"].items()]
-        if row["kind"] == "evaluation":
-            failed = {name: m["failed"] for name, m in row["clients"].items() if m.get("failed")}
-            found += [(row["round"], name, f"evaluation: {x}") for name, x in failed.items()]
+        number, training = row["round"], row["kind"] == "round"
+        if training:
+            found += [(number, name, text) for name, text in row["failed"].items()]
+        when = "evaluation" + training * _TRAINED
+        for _, clients in measurements([row], after_training=training):
+            failed = {name: m["failed"] for name, m in clients.items() if m.get("failed")}
+            found += [(number, name, f"{when}: {x}") for name, x in failed.items()]
     return found
 
 
@@ -193,19 +214,24 @@ def _privacy(lines: Iterable[Mapping[str, Any]]) -> str:
 
 def tables(summaries: Sequence[Summary]) -> list[Table]:
     """The tables of one run or of several side by side."""
-    found = [("held-out loss, over the clients", _results("loss"), result_rows(summaries))]
     scores = list(dict.fromkeys(s.score for s in summaries if s.score))
-    if scores:
-        shown = scores[0] if len(scores) == 1 else "score"
-        found.append(
-            (f"held-out {shown}, over the clients", _results(shown), _score_rows(summaries))
-        )
+    shown = scores[0] if len(scores) == 1 else "score"
+    found: list[Table] = []
+    for what, when, of, sign in (
+        ("loss", "", lambda s: s.losses, -1),
+        (shown, "", lambda s: s.scores, 1),
+        ("loss", _TRAINED, lambda s: s.trained_losses, -1),
+        (shown, _TRAINED, lambda s: s.trained_scores, 1),
+    ):
+        if any(map(of, summaries)):
+            title = f"held-out {what}{when}, over the clients"
+            found.append((title, _results(what), _compared(summaries, of, sign)))
     return [*found, ("bytes, over all rounds and clients", _TRAFFIC, traffic_rows(summaries))]
 
 
 def _results(value: str) -> Sequence[str]:
     return (
-        "method", f"{value} before", f"{value} after", "worst client", "spread",
+        "method", f"{value} first", f"{value} last", "worst client", "spread",
         "gain over local", "towards central",
     )  # fmt: skip
 
@@ -229,20 +255,13 @@ def labels(summaries: Sequence[Summary]) -> list[str]:
     ]
 
 
-def result_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
-    """(method, mean before, after, worst client, spread, gain, towards central) of the losses."""
-    return _compared(summaries, lambda s: s.losses, -1)
-
-
-def _score_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
-    """As result_rows, of the scores."""
-    return _compared(summaries, lambda s: s.scores, 1)
-
-
 def _compared(
     summaries: Sequence[Summary], of: Callable[[Summary], Series], sign: int
 ) -> list[tuple[str, ...]]:
-    """Rows of a table; sign: 1 where larger is better, else -1."""
+    """(method, mean first, last, worst client, spread, gain, towards central) of each run.
+
+    sign: 1 where larger is better, else -1.
+    """
     found = []
     for s, label in zip(summaries, labels(summaries), strict=True):
         series = of(s)
@@ -280,7 +299,11 @@ def _compared(
 def _refers(other: Summary, s: Summary, method: str, of: Callable[[Summary], Series]) -> bool:
     """Whether a run is a reference for another one: of the method, in the same setting."""
     same = all(other.config.get(key) == s.config.get(key) for key in _SETTING)
-    return other.method == method and same and other.score == s.score and bool(of(other))
+    if not (other.method == method and same and other.score == s.score and of(other)):
+        return False
+    mine, theirs = (of(x)[-1][1].keys() for x in (s, other))
+    pooled = any(x.method == "central" and len(of(x)[-1][1]) == 1 for x in (s, other))
+    return mine == theirs or pooled
 
 
 def _number(x: float) -> str:
@@ -350,15 +373,18 @@ def write_comparison(out: str | Path, summaries: Sequence[Summary]) -> Path:
     ]
     text = "# Federated runs side by side\n\n" + _sections(tables(summaries))
     text += (
-        "Means over the clients, each with its own model, on held-out rows. *Gain over local* and "
-        "*towards central* are measured against the runs of `local` and `central` with the same "
-        'model, data and partition; "-": there is none.\n\n'
+        f"Means over the clients, each with its own model, on held-out rows{_when(summaries)} "
+        "*Gain over local* and *towards central* are measured against the runs of `local` and "
+        '`central` with the same model, data, partition and clients; "-": there is none.\n\n'
     )
     text += _list("What differs from the first", differences(summaries)) if len(names) > 1 else ""
     text += _list("Privacy", private) if private else ""
     text += _list("Rejected and failed", faults)
     picture = pictures.comparison(
-        [(n, s.losses, s.scores) for n, s in zip(names, summaries, strict=True)],
+        [
+            (n, (s.losses, s.trained_losses), (s.scores, s.trained_scores))
+            for n, s in zip(names, summaries, strict=True)
+        ],
         next((s.score for s in summaries if s.score), ""),
     )
     if picture:
@@ -382,30 +408,39 @@ def write_report(folder: RunFolder, method: Algorithm, name: str) -> None:
     text = (
         f"# {name}, {s.rounds} rounds, {len(s.clients)} clients\n\n"
         f"Exact: {method.exact}. Private factors: {method.private_policy}. Losses are the means "
-        "over the clients, each with its own model, on held-out rows.\n\n"
+        f"over the clients, each with its own model, on held-out rows{_when([s])}\n\n"
         f"Privacy: {s.privacy or 'none.'}\n\n"
     )
     text += _sections([*tables([s]), *_round_tables(s, lines), *_client_tables(s, lines)])
     text += _sections(_row_tables(folder.path / "rows.json"))
     text += _list("Rejected and failed", fault_lines(s))
-    for file, picture in pictures.draw(
-        lines, _series(lines, _LOSSES), s.scores, s.score, name
-    ).items():
+    losses, scores = (
+        {"held out": x, f"held out,{_TRAINED}": trained}
+        for x, trained in ((s.losses, s.trained_losses), (s.scores, s.trained_scores))
+    )
+    for file, picture in pictures.draw(lines, losses, scores, s.score, name).items():
         write_atomic(folder.path / file, picture)
         text += f"![{Path(file).stem}]({file})\n"
     write_atomic(folder.path / "report.md", text)
 
 
+def _when(summaries: Sequence[Summary]) -> str:
+    """The end of a sentence on the held-out values: at what moment they are taken."""
+    if not any(s.trained_losses or s.trained_scores for s in summaries):
+        return "."
+    return (
+        ", as it would start the next round. *After local training*: right after its own training "
+        "in that round, before the server averages, of the clients whose update was accepted."
+    )
+
+
 def _round_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table]:
     """What happened round by round: held-out values, updates and bytes, similarity."""
     rounds = {row["round"]: row for row in _rounds(lines)}
-    losses, scores = dict(s.losses), dict(s.scores)
-    head = ["round", "loss", "worst client", "spread"]
-    head += [s.score, "worst client", "spread"] if scores else []
-    held = []
-    for n in sorted({*losses, *scores}):
-        row = [str(n), *_cells(losses.get(n, {}), -1)]
-        held.append(row + _cells(scores.get(n, {}), 1) if scores else row)
+    found = [
+        *_held_table("By round: held out", s.losses, s.scores, s.score),
+        *_held_table(f"By round: held out,{_TRAINED}", s.trained_losses, s.trained_scores, s.score),
+    ]
     traffic = []
     for n, row in rounds.items():
         total = row["traffic"].values()
@@ -421,7 +456,6 @@ def _round_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table]
                 f"{max(errors):.3g}" if errors else "-",
             )
         )
-    found: list[Table] = [("By round: held out", head, held)] if held else []
     found.append(
         (
             "By round: updates and bytes",
@@ -440,6 +474,19 @@ def _round_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table]
         title = "By round: similarity of the clients' factors"
         found.append((title, ("round", *(f"{k} {m}" for k, m in columns)), rows))
     return found
+
+
+def _held_table(title: str, losses: Series, scores: Series, score: str) -> list[Table]:
+    """Held-out values round by round; no table without any."""
+    loss_of, score_of = dict(losses), dict(scores)
+    head = ["round", "clients", "loss", "worst client", "spread"]
+    head += [score, "worst client", "spread"] if scores else []
+    rows = []
+    for n in sorted({*loss_of, *score_of}):
+        own, scored = loss_of.get(n, {}), score_of.get(n, {})
+        row = [str(n), str(len(own or scored)), *_cells(own, -1)]
+        rows.append(row + _cells(scored, 1) if scores else row)
+    return [(title, head, rows)] if rows else []
 
 
 def _row_tables(path: Path) -> list[Table]:
@@ -474,18 +521,11 @@ def _cell(x: float | None) -> str:
 def _client_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table]:
     """What each client had: held-out values first and last, updates, bytes."""
     rounds = _rounds(lines)
-    names = sorted({*s.clients, *s.before, *s.after})
-    last, shown = s.after, "By client"
+    names = sorted({*s.clients, *s.first, *s.last})
+    last, shown = s.last, "By client"
     if len(names) > _ROWS:
         names = sorted(names, key=lambda c: (-last.get(c, float("-inf")), c))[:_ROWS]
         shown = f"By client, the {_ROWS} of the largest loss"
-    series = [(x, name) for x, name in ((s.losses, "loss"), (s.scores, s.score)) if x]
-    measured = [
-        (name, *(_number(part[name]) if name in part else "-" for x, _ in series
-                 for part in (x[0][1], x[-1][1])))
-        for name in names
-    ]  # fmt: skip
-    head = [f"{name} {when}" for _, name in series for when in ("first", "last")]
     keys = ("up", "up_formula", "down", "down_formula")
     traffic = []
     for name in names:
@@ -502,9 +542,29 @@ def _client_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table
                 f"{sum(taken):.1f}" if taken else "-",
             )
         )
-    held: list[Table] = [(f"{shown}: held out", ("client", *head), measured)] if series else []
     titles = ("client", "accepted", "rejected", "failed", *_TRAFFIC[1:5], "seconds")
-    return [*held, (f"{shown}: updates and bytes", titles, traffic)]
+    trained = f"{shown}: held out,{_TRAINED}"
+    return [
+        *_measured_table(f"{shown}: held out", names, s.losses, s.scores, s.score),
+        *_measured_table(trained, names, s.trained_losses, s.trained_scores, s.score),
+        (f"{shown}: updates and bytes", titles, traffic),
+    ]
+
+
+def _measured_table(
+    title: str, names: Sequence[str], losses: Series, scores: Series, score: str
+) -> list[Table]:
+    """How often each client was measured, its first and last values; no table without any."""
+    parts = [(series, name) for series, name in ((losses, "loss"), (scores, score)) if series]
+    if not parts:
+        return []
+    head = [f"{name} {when}" for _, name in parts for when in ("first", "last")]
+    rows = []
+    for name in names:
+        own = [[values[name] for _, values in series if name in values] for series, _ in parts]
+        ends = [_number(x[i]) if x else "-" for x in own for i in (0, -1)]
+        rows.append((name, str(max(map(len, own))), *ends))
+    return [(title, ("client", "times", *head), rows)]
 
 
 # Markdown ---------------------------------------------------------------------------------------
