@@ -28,6 +28,8 @@ from typing import Any
 
 import yaml
 
+from plait.run.federate_report import read_rounds
+
 LIMIT = 600.0  # seconds for any one step
 
 
@@ -109,9 +111,7 @@ def measure(folder: Path, clients: int, rounds: int, steps: int) -> dict[str, An
         running.append(Process(folder, "run", "run", str(file)))
         times, log = [], folder / "run" / "metrics.jsonl"
         while len(times) < rounds:
-            text = log.read_text() if log.is_file() else ""
-            lines = text[: text.rfind("\n") + 1].splitlines()  # not one that is being written
-            done = [line for line in lines if json.loads(line)["kind"] == "round"]
+            done = [row for row in read_rounds(log) if row["kind"] == "round"]
             times += [time.monotonic()] * (len(done) - len(times))
             if running[-1].process.poll() is not None and len(times) < rounds:
                 raise RuntimeError(f"the run ended early:\n{running[-1].file.read_text()}")
@@ -123,7 +123,7 @@ def measure(folder: Path, clients: int, rounds: int, steps: int) -> dict[str, An
     finally:
         for process in reversed(running):
             process.stop()
-    rows = [row for row in map(json.loads, log.read_text().splitlines()) if row["kind"] == "round"]
+    rows = [row for row in read_rounds(log) if row["kind"] == "round"]
     slowest = [max(row["seconds"].values()) for row in rows]
     walls = [b - a for a, b in pairwise(times)]
     found["rounds"] = [round(wall, 2) for wall in walls]

@@ -428,6 +428,13 @@ def table(own: Mapping[str, Any]) -> str:
     scores = {
         label: _mean([last(run)[score] for run in seeds.values()]) for label, seeds in runs.items()
     }
+
+    def gap(label: str, other: str, stage: str) -> str:
+        rates = [name for name in scores if name.partition(",")[0] == other]
+        best = better(rates, key=scores.__getitem__) if rates else other
+        gaps = paired(runs, label, best, score, stage)
+        return "-" if label in rates or not gaps else spread(gaps, "+.3f")
+
     shown = ["accuracy", "loss"] if score == "accuracy" else ["loss"]
     head = ["method", "seeds", "rate", *shown, "worst client", "s.d. over clients"]
     head += [f"{score} - local", f"{score} - central"]
@@ -448,16 +455,9 @@ def table(own: Mapping[str, Any]) -> str:
             ]
         )
         trained = [last(run)[score] for run in measured(runs[label], STAGES[1]).values()]
-        for other, stage in (("local", 0), ("central", 0), ("local", 1)):
-            if stage:
-                few = (
-                    "" if len(trained) == len(seeds) else f" ({len(trained)} of {len(seeds)} seeds)"
-                )
-                cells.append(spread(trained) + few if trained else "-")
-            rates = [name for name in scores if name.partition(",")[0] == other]
-            best = better(rates, key=scores.__getitem__) if rates else other
-            gaps = paired(runs, label, best, score, STAGES[stage])
-            cells.append("-" if label in rates or not gaps else spread(gaps, "+.3f"))
+        few = "" if len(trained) == len(seeds) else f" ({len(trained)} of {len(seeds)} seeds)"
+        cells += [gap(label, "local", STAGES[0]), gap(label, "central", STAGES[0])]
+        cells += [spread(trained) + few if trained else "-", gap(label, "local", STAGES[1])]
         cells += [f"{_mean([run[way] for run in seeds]) / 1024:.0f}" for way in ("up", "down")]
         cells.append(f"{_mean([run['cpu'] for run in seeds]):.0f}")
         lines.append("| " + " | ".join(cells) + " |")

@@ -153,7 +153,7 @@ def test_missing_clients_are_named_after_a_bounded_wait() -> None:
     started = time.monotonic()
     with pytest.raises(TooFewNodes) as caught:
         exchanged(exchange(grid, wait=0.4), "a", "b", "c")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 10  # bounded; a busy machine may stall for seconds
     assert isinstance(caught.value, TooFewUpdates), "the command line's exit code 3"
     assert str(caught.value) == (
         "federated: 2 of 3 clients are not online after 0.4 s: b, c. Online: a (node 1); node 3 "

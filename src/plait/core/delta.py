@@ -187,7 +187,11 @@ class Delta(nn.Module):
         """Recompute what is derived from saved state."""
 
     def check_step(self) -> None:
-        """Refuse a training forward that the method cannot serve, or with parted shared tensors."""
+        """Refuse a training forward that the method cannot serve."""
+
+    def _check_training(self) -> None:
+        """Refuse a training forward: for the method, or where what is shared has parted."""
+        self.check_step()
         for owner in self.owner:
             for name, p in self._parameters.items():
                 if name in self.shared and p is not owner._parameters[name]:
@@ -487,7 +491,7 @@ class LowRankDelta(Delta):
             rows: what else is known of the rows, for balance losses.
         """
         if self.training:
-            self.check_step()
+            self._check_training()
         A, B = self.factors()
         mix = self.mix()
         if isinstance(mix, TokenRouter):
@@ -598,7 +602,7 @@ class DenseDelta(Delta):
             bias: (out,), with weight.
         """
         if self.training:
-            self.check_step()
+            self._check_training()
         x = F.dropout(x, self.dropout, self.training)
         height = self.tile or tile_rows(self.base.in_features, x.device)
         x = x.to(self.autocast() or x.dtype)

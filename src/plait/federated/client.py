@@ -86,13 +86,7 @@ class Roster:
                 self._kinds[text] = self._kind(base, configs[name])
             self._of[name] = self._kinds[text]
             self.clients[name] = replace(self._of[name].client, id=name)
-        seeds = {getattr(configs[name], "seed", None): name for name in self.clients}
-        if method.key == "fedavg" and len(seeds) > 1:  # of bases that are drawn and never sent
-            raise ValueError(
-                f"fedavg: clients {' and '.join(map(repr, seeds.values()))} have the adapter's "
-                f"seed = {' and '.join(map(str, seeds))}, so their parameters may act on unlike "
-                "bases. Give all one seed; init = 'per_client' draws the private factors apart."
-            )
+        method.check_configs(configs)
 
     def _kind(self, base: nn.Module, config: PeftConfig) -> _Kind:
         # The copy has its own modules and the base's own parameters: W0 is in memory once.

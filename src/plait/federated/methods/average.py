@@ -101,6 +101,16 @@ class FedAvg(Algorithm):
     shared_names: tuple[str, ...] = ()
     private_names: tuple[str, ...] = ()
 
+    def check_configs(self, configs: Mapping[str, Any]) -> None:
+        """One seed, for some adapters act on bases that are drawn from it and never sent."""
+        seeds = {getattr(configs[name], "seed", None): name for name in sorted(configs)}
+        if len(seeds) > 1:
+            raise ValueError(
+                f"fedavg: clients {' and '.join(map(repr, seeds.values()))} have the adapter's "
+                f"seed = {' and '.join(map(str, seeds))}, so their parameters may act on unlike "
+                "bases. Give all one seed; init = 'per_client' draws the private factors apart."
+            )
+
     def share(self, client: Client) -> dict[str, tuple[int, ...]]:
         """By the patterns."""
         keys = [k for k in client.shapes if k not in client.head or self.head == "shared"]

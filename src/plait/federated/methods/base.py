@@ -196,6 +196,13 @@ class Algorithm:
         if reason:
             raise ValueError(reason)
 
+    def check_configs(self, configs: Mapping[str, Any]) -> None:
+        """Refuse clients whose adapters the method cannot serve together, by client -> peft config.
+
+        Raises:
+            ValueError: with the reason.
+        """
+
     def heads(self, client: Client) -> dict[str, tuple[int, ...]]:
         """Key -> shape of what is averaged outside the adapted layers."""
         keys = client.head if self.head == "shared" else ()
