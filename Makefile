@@ -30,7 +30,7 @@ test: $(VENV)/dev.stamp
 
 # Servers and clients that are killed, and whole runs of them: some minutes. Needs plait[federated].
 test-deploy: $(VENV)/dev.stamp
-	PLAIT_DEPLOY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/federated/test_deploy_long.py
+	PLAIT_DEPLOY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/run/deploy/test_deploy_long.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check src tests examples docs benchmarks

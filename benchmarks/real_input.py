@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from plait.run.card import read_environment, read_evaluation
 from plait.run.config import load_config
 from plait.run.export import export_run
 from plait.run.folder import environment, write_atomic
-from plait.run.report import read_environment, read_evaluation
 from plait.run.train import train
 
 HERE = Path(__file__).parent

@@ -30,7 +30,6 @@ from plait.core.delta import planned
 from plait.core.gate import gates_of
 from plait.federated import ALGORITHMS
 from plait.federated.adapter import Layer
-from plait.run.baselines import BASELINES
 from plait.run.config import (
     _PEFT_INTERNAL,
     TRAINING_DEFAULTS,
@@ -46,6 +45,7 @@ from plait.run.config import (
 )
 from plait.run.optimizers import OPTIMIZERS, optimizer_support
 from plait.run.support import tables
+from plait.upstream.table import BASELINES
 from plait_cli.methods import _type_name
 
 MARK = re.compile(r"^<!-- generated: (.+?) -->$", re.MULTILINE)

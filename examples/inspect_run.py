@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.run.config import config_from_dict
-from plait.run.inspect import inspect_runs
+from plait.run.inspect.runs import inspect_runs
 from plait.run.train import train
 
 folder = Path(tempfile.mkdtemp())

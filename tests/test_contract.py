@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import plait
 from plait.core import registry
-from tests import contract
-from tests.contract import CHECKS, Case
+from tests.support import contract
+from tests.support.contract import CHECKS, Case
 
 # B0 / 3 three times is not B0 to the last bit.
 ROUNDED = {"start_error": 1e-6}

@@ -13,8 +13,8 @@ import plait
 from plait.core import DeltaConfig, LowRankDelta, registry
 from plait.core.init import gaussian, kaiming
 from plait.core.mix import TokenRouter
-from tests import contract
-from tests.contract import CHECKS, Case
+from tests.support import contract
+from tests.support.contract import CHECKS, Case
 
 Control = tuple[type[LowRankDelta], Callable[[Case], None], str, type[BaseException]]
 CONTROLS: list[Control] = []

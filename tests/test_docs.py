@@ -19,7 +19,7 @@ from peft import PeftConfig
 
 import plait
 from plait.core import DeltaConfig
-from plait.run.baselines import BASELINES
+from plait.upstream.table import BASELINES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

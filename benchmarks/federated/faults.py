@@ -34,8 +34,8 @@ from torch import Tensor
 
 from plait.federated.payload import pack_tensors, unpack_tensors
 from plait.federated.protocol import Order, Reply
-from plait.run.federate import conduct, load_federate_config, setting, simulate, site
-from plait.run.federate_report import read_rounds
+from plait.run.federated.conduct import conduct, load_federate_config, setting, simulate, site
+from plait.run.federated.report import read_rounds
 from plait.run.folder import environment, write_atomic
 
 RESULTS = Path(__file__).parent / "results"

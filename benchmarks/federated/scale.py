@@ -33,7 +33,7 @@ from plait.core.init import seeded
 from plait.federated import Algorithm, Client, State, algorithm, weights_of
 from plait.federated.adapter import Layer, StateDict
 from plait.federated.client import LocalTraining
-from plait.federated.local import Federation
+from plait.federated.engines.local import Federation
 from plait.federated.payload import Header, pack
 from plait.federated.server import ServerOptions
 from plait.federated.state import Spool

@@ -32,8 +32,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from plait.run.federate import load_federate_config, simulate
-from plait.run.federate_report import Measurements, measurements, read_rounds
+from plait.run.federated.conduct import load_federate_config, simulate
+from plait.run.federated.report import Measurements, measurements, read_rounds
 from plait.run.folder import environment, write_atomic
 
 HERE = Path(__file__).parent

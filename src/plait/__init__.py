@@ -23,7 +23,6 @@ from plait.core import (
     find,
     register,
 )
-from plait.core.allocation import set_development_batch
 from plait.core.events import (
     PlaitCallback,
     after_step,
@@ -32,7 +31,8 @@ from plait.core.events import (
     set_micro_batches,
 )
 from plait.core.export import LoraExport, to_lora
-from plait.core.prune import prune
+from plait.gates.alloc import set_development_batch
+from plait.gates.prune import prune
 from plait.methods.alloc import AllocLoraConfig
 from plait.methods.cola import ColaConfig
 from plait.methods.droplora import DropLoraConfig

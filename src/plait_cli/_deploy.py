@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from plait.run.deploy import Deployment
-    from plait.run.federate import FederateConfig
+    from plait.run.deploy.deployment import Deployment
+    from plait.run.federated.conduct import FederateConfig
 
 _FILE = "the config file; the same for the server and all clients, see examples/federated/"
 _MORE = """\
@@ -147,7 +147,7 @@ def _say(text: str) -> None:
 
 def _config(args: argparse.Namespace) -> "FederateConfig":
     """The config of a file or of a run folder, whose file it then stands for."""
-    from plait.run.federate import load_federate_config
+    from plait.run.federated.conduct import load_federate_config
     from plait.run.folder import RunFolder
 
     if Path(args.file).is_dir():
@@ -156,7 +156,7 @@ def _config(args: argparse.Namespace) -> "FederateConfig":
 
 
 def _certs(args: argparse.Namespace) -> int:
-    from plait.federated.certs import make_certs
+    from plait.run.deploy.certs import make_certs
 
     clients = [name.strip() for name in args.clients.split(",") if name.strip()]
     made = make_certs(args.folder, args.host, clients, args.days)
@@ -169,16 +169,16 @@ def _certs(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from plait.run.deploy import Deployment, serve
+    from plait.run.deploy.deployment import Deployment, serve
 
     serve(Deployment(_config(args).deploy), _say, args.bind)
     return 0
 
 
 def _join(args: argparse.Namespace) -> int:
-    from plait.federated.resident import Resident
-    from plait.run.deploy import PATIENCE, Deployment, join
-    from plait.run.federate import trainer
+    from plait.run.deploy.deployment import PATIENCE, Deployment, join
+    from plait.run.deploy.resident import Resident
+    from plait.run.federated.conduct import trainer
     from plait_cli._show import quiet
 
     config = _config(args)
@@ -199,7 +199,7 @@ def _join(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, resume: bool = False) -> int:
-    from plait.run.deploy import Deployment
+    from plait.run.deploy.deployment import Deployment
 
     config = _config(args)
     return _submit(config, Deployment(config.deploy), resume)
@@ -207,8 +207,8 @@ def _run(args: argparse.Namespace, resume: bool = False) -> int:
 
 def _submit(config: "FederateConfig", deployment: "Deployment", resume: bool) -> int:
     from plait.core.files import write_atomic
-    from plait.federated.flower import write_app
-    from plait.run.deploy import submit
+    from plait.federated.engines.flower import write_app
+    from plait.run.deploy.deployment import submit
 
     deployment.prepare()
     file = deployment.home / "run.yaml"
@@ -220,8 +220,8 @@ def _submit(config: "FederateConfig", deployment: "Deployment", resume: bool) ->
 def _status(args: argparse.Namespace) -> int:
     from rich.table import Table
 
-    from plait.run.deploy import Deployment, client_rows, runs
-    from plait.run.federate_report import read_rounds
+    from plait.run.deploy.deployment import Deployment, client_rows, runs
+    from plait.run.federated.report import read_rounds
     from plait.run.folder import RunFolder
     from plait_cli import console
 
@@ -266,7 +266,7 @@ def _resume(args: argparse.Namespace) -> int:
 
 def _guarded(act: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run an action; 1 where Flower fails."""
-    from plait.run.deploy import DeployError
+    from plait.run.deploy.deployment import DeployError
 
     try:
         return act(args)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from plait_cli import _deploy
 
 if TYPE_CHECKING:
-    from plait.run.federate_report import Summary
+    from plait.run.federated.report import Summary
 
 TOO_FEW = 3  # exit code of a round with too few updates
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 def simulate(args: argparse.Namespace, resume: bool) -> int:
     """Run all rounds on this machine; 3 where a round had too few updates, 130 after Ctrl-C."""
     from plait.federated.guard import TooFewUpdates
-    from plait.run import federate
+    from plait.run.federated import conduct as federate
     from plait_cli import console
     from plait_cli._show import Status, quiet
 
@@ -91,7 +91,7 @@ def simulate(args: argparse.Namespace, resume: bool) -> int:
 def _report(args: argparse.Namespace) -> int:
     found = _show(args.runs)
     if args.out:
-        from plait.run.federate_report import write_comparison
+        from plait.run.federated.report import write_comparison
         from plait_cli import console
 
         out = write_comparison(args.out, found)
@@ -100,7 +100,7 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from plait.run.federate_export import ClientExport, export_clients
+    from plait.run.federated.export import ClientExport, export_clients
     from plait_cli._show import quiet
 
     def show(x: ClientExport) -> None:
@@ -125,8 +125,8 @@ def _show(runs: list[str]) -> "list[Summary]":
 
     from rich.table import Table
 
-    from plait.run.federate import load_federate_config
-    from plait.run.federate_report import fault_lines, summary, tables
+    from plait.run.federated.conduct import load_federate_config
+    from plait.run.federated.report import fault_lines, summary, tables
     from plait.run.folder import RunFolder
     from plait_cli import console
 

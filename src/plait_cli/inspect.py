@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from plait.run.findings import InspectReport, SimilarityReport
+    from plait.run.inspect.findings import InspectReport, SimilarityReport
 
 _MOST_PAIRS = 12  # of one kind in the terminal, else the ends; all are in inspect.json
 _END = 4
@@ -53,7 +53,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write, print the means."""
-    from plait.run.inspect import inspect_runs
+    from plait.run.inspect.runs import inspect_runs
     from plait_cli import console
     from plait_cli._show import Status, quiet
 
@@ -128,7 +128,7 @@ def _number(value: float | None) -> str:
 
 def _modules(report: "InspectReport", run: str) -> "list[Table]":
     """Means over layers; columns without any number are left out."""
-    from plait.run.findings import short_names
+    from plait.run.inspect.findings import short_names
 
     rows = [m for m in report.modules if m.run == run]
     names = short_names(m.module for m in report.modules)

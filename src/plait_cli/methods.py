@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from plait.core import Method
-    from plait.run.baselines import Baseline
     from plait.run.config import Option
+    from plait.upstream.table import Baseline
 
 # What a name of the literature can mean besides the methods here that carry it.
 _ELSEWHERE = {
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _entries() -> "list[Method | Baseline]":
     import plait
-    from plait.run.baselines import BASELINES
+    from plait.upstream.table import BASELINES
 
     return [*plait.methods(), *BASELINES.values()]
 

@@ -23,8 +23,8 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 def run(args: argparse.Namespace) -> int:
     """Train; 130 after Ctrl-C, 1 where training had to stop by itself."""
     from plait.run.callbacks import ProgressBar
+    from plait.run.card import comparison_rows, read_environment, read_evaluation
     from plait.run.config import dump_config, load_config
-    from plait.run.report import comparison_rows, read_environment, read_evaluation
     from plait.run.train import train
     from plait_cli import console
     from plait_cli._show import Status, comparison, quiet

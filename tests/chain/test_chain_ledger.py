@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import plait
 from plait import ChainPlan
 from plait.chain import Ledger, chain_of, start
-from tests.chain import toys
+from tests.support import chains as toys
 
 PLANS = {
     "chain": ChainPlan.chain(3, ranks=[2, 1, 2]),

@@ -15,17 +15,17 @@ import plait
 from plait import ChainPlan, EventNeverFired
 from plait.chain import Ledger, chain_of
 from plait.run import train as train_module
+from plait.run.card import read_evaluation
 from plait.run.check import check
 from plait.run.config import config_from_dict, config_to_dict, load_config
 from plait.run.evaluate import evaluate_run, generate_run
 from plait.run.export import export_run
 from plait.run.folder import RunFolder
-from plait.run.report import read_evaluation
 from plait.run.train import train
 from plait_cli.check import _facts
-from tests import tiny
-from tests.chain import toys
-from tests.tiny_runs import assert_same, copy_rows, interrupt, run_config, save_model, write_rows
+from tests.support import chains as toys
+from tests.support import tiny
+from tests.support.runs import assert_same, copy_rows, interrupt, run_config, save_model, write_rows
 
 ROWS = [{"input_ids": row, "labels": row} for row in tiny.tokens(40, 8)]
 

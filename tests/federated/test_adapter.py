@@ -10,8 +10,8 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_mode
 import plait
 from plait.federated import Client, adapter, algorithm, fedavg_for, refusal, weights_of
 from plait.federated.methods import Algorithm
-from tests import tiny
-from tests.contract import Case, adamw, deltas, relative, wrap
+from tests.support import tiny
+from tests.support.contract import Case, adamw, deltas, relative, wrap
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -23,12 +23,12 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from plait.federated import flower
-from plait.federated.flower import GridExchange, TooFewNodes, simulate, write_app
+from plait.federated.engines import flower
+from plait.federated.engines.flower import GridExchange, TooFewNodes, simulate, write_app
+from plait.federated.engines.workers import Deadlines
 from plait.federated.guard import TooFewUpdates
 from plait.federated.protocol import Answer, Exchange, Order, Reply
-from plait.federated.workers import Deadlines
-from tests.contract import ROOT
+from tests.support.contract import ROOT
 
 EXAMPLE = ROOT / "examples" / "federated" / "fedalora_het.yaml"
 Act = Callable[[str, bytes], Any]  # (message type, order) -> what the node does with it
@@ -337,9 +337,9 @@ def test_the_check_ends_an_exchange() -> None:
 
 def test_without_flower_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flwr.app", None)
-    monkeypatch.delitem(sys.modules, "plait.federated.flower")
+    monkeypatch.delitem(sys.modules, "plait.federated.engines.flower")
     with pytest.raises(ImportError, match=r'Run pip install "plait\[federated\]"\.'):
-        importlib.import_module("plait.federated.flower")
+        importlib.import_module("plait.federated.engines.flower")
 
 
 # The app ----------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ def test_the_app_holds_its_programs_and_the_config_and_nothing_else(tmp_path: Pa
 def test_the_server_program_conducts_and_its_errors_name_their_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import plait.run.federate as federate
+    import plait.run.federated.conduct as federate
 
     called: list[tuple[str, int, bool]] = []
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from plait.federated import algorithm, weighted_mean, weights_of
 from plait.federated.guard import Guard, GuardOptions, TooFewUpdates, krum, median, trimmed_mean
 from plait.federated.payload import Reason, Rejected
-from tests.federated.made import begun, clients_of, het_clients, states_of, uploads_of
+from tests.support.clients import begun, clients_of, het_clients, states_of, uploads_of
 
 FAULT = Rejected(Reason.NON_FINITE, "bad", "x has NaN")
 

@@ -11,12 +11,12 @@ from torch import Tensor
 import plait
 from plait.federated import adapter, algorithm
 from plait.federated.client import LocalTraining, Trained
+from plait.federated.engines.local import Federation
 from plait.federated.guard import GuardOptions, TooFewUpdates
-from plait.federated.local import Federation
 from plait.federated.payload import Header, pack, unpack_tensors
 from plait.federated.privacy import Privacy
 from plait.federated.server import RoundRecord, ServerOptions
-from tests import tiny
+from tests.support import tiny
 
 TARGETS = ["q_proj", "v_proj"]
 NAMES = ("a", "b", "c")

@@ -21,7 +21,7 @@ from plait.federated.methods import (
     product_norm,
     updates,
 )
-from tests.federated.made import (
+from tests.support.clients import (
     SHAPES,
     begun,
     clients_of,

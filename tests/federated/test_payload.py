@@ -27,7 +27,7 @@ from plait.federated.payload import (
     unpack,
     unpack_tensors,
 )
-from tests.federated.made import clients_of, states_of
+from tests.support.clients import clients_of, states_of
 
 CLIENTS = clients_of([6, 3], shapes={"sq": (6, 6), "x": (7, 5)})
 METHOD = algorithm("flora")

@@ -11,7 +11,7 @@ from plait.federated import State, algorithm, weights_of
 from plait.federated.guard import GuardOptions
 from plait.federated.methods import norm
 from plait.federated.privacy import Privacy, clip, gaussian_noise
-from tests.federated.made import clients_of, het_clients, states_of, uploads_of
+from tests.support.clients import clients_of, het_clients, states_of, uploads_of
 
 KEY = "0123456789abcdef"
 OPEN = GuardOptions(max_norm_ratio=math.inf)

@@ -11,7 +11,7 @@ from torch import Tensor
 from plait.federated import Client, algorithm
 from plait.federated.adapter import Layer, StateDict
 from plait.federated.similarity import factor_similarity
-from tests.federated.made import clients_of, het_clients, states_of, uploads_of
+from tests.support.clients import clients_of, het_clients, states_of, uploads_of
 
 
 def naive(matrices: list[list[Tensor]]) -> dict[str, float]:

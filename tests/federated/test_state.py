@@ -20,7 +20,7 @@ from plait.federated.state import (
     StateError,
     config_hash,
 )
-from tests.federated.made import clients_of, states_of, uploads_of
+from tests.support.clients import clients_of, states_of, uploads_of
 
 CONFIG = config_hash({"method": "fedit", "rounds": 3})
 

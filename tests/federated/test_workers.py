@@ -13,12 +13,12 @@ import torch
 
 from plait.federated import algorithm
 from plait.federated.client import LocalTraining, Roster, Site, Trained
+from plait.federated.engines.workers import Deadlines, Workers
 from plait.federated.guard import GuardOptions, TooFewUpdates
 from plait.federated.protocol import Answer, Order, Reply, failure
 from plait.federated.server import Server, ServerOptions
-from plait.federated.workers import Deadlines, Workers
-from tests import tiny
 from tests.federated.test_local import NAMES, federation, lora, run, training
+from tests.support import tiny
 
 FAST = Deadlines(first=60.0, floor=6.0)
 

@@ -29,10 +29,10 @@ from plait import LowRankDelta
 from plait.core import Pair, gaussian, seeded
 from plait.optim.lorsum import JITTER, lorsum, squared_norm, strength
 from plait.optim.svd_lora import svd_lora, truncated
-from tests import tiny
-from tests.contract import ROOT, Case, layers, wrap
-from tests.optim import ddp
 from tests.optim.test_pairs import lora, train, values
+from tests.support import optim_ddp as ddp
+from tests.support import tiny
+from tests.support.contract import ROOT, Case, layers, wrap
 
 F64, F32 = torch.float64, torch.float32
 

@@ -16,8 +16,8 @@ from plait.core import Pair
 from plait.core.events import check_clipping
 from plait.optim import collect_pairs
 from plait.optim.pairs import join, part
-from tests import tiny
-from tests.contract import Case, batch, deltas, steps, wrap
+from tests.support import tiny
+from tests.support.contract import Case, batch, deltas, steps, wrap
 
 TARGETS = ["q_proj", "v_proj"]
 FACTORIES = [plait.create_lora_rite_optimizer, plait.create_lorsum_optimizer]

@@ -11,7 +11,6 @@ import plait
 from plait import PlaitWarning
 from plait.optim import LoraRite, LorSum
 from plait.run import train as train_module
-from plait.run.baselines import BASELINES
 from plait.run.check import check
 from plait.run.config import (
     OptimizerConfig,
@@ -24,9 +23,10 @@ from plait.run.config import (
 from plait.run.folder import RunFolder
 from plait.run.optimizers import OPTIMIZERS, make_optimizer, optimizer_support
 from plait.run.train import train, training_arguments
-from tests import tiny
+from plait.upstream.table import BASELINES
 from tests.optim.test_pairs import lora
-from tests.tiny_runs import assert_same, copy_rows, interrupt, run_config, save_model, write_rows
+from tests.support import tiny
+from tests.support.runs import assert_same, copy_rows, interrupt, run_config, save_model, write_rows
 
 PLAIN = {"name": "lora", "r": 2}
 
@@ -71,7 +71,7 @@ def test_support_is_what_building_says(name: str) -> None:
     """Every method that can be trained builds an optimizer; the others of plait's do not."""
     options = {"loraplus": {"loraplus_lr_ratio": 4.0}}.get(name, {})
     for method in plait.methods():
-        from tests.contract import Case, wrap
+        from tests.support.contract import Case, wrap
 
         model = wrap(Case(method.key))
         if optimizer_support(name, method.key) is None:

@@ -1,6 +1,5 @@
 """The host of every method: what a Delta is, and everything derived from it."""
 
-from plait.core import screening
 from plait.core.config import DeltaConfig, option
 from plait.core.delta import (
     Delta,
@@ -45,7 +44,6 @@ __all__ = [
     "put",
     "register",
     "register_gate",
-    "screening",
     "seeded",
     "svd_start",
     "whole",

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.core import FreeConfig, FreeDelta, Gate, PlaitWarning, option, register, register_gate
-from plait.core.allocation import allocate, development, importance
+from plait.gates.alloc import allocate, development, importance
 
 
 @dataclass

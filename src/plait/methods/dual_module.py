@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, option, register, screening, whole
+from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, option, register, whole
 from plait.core.delta import less_start
 from plait.core.init import gaussian
+from plait.gates import screening
 
 
 @dataclass

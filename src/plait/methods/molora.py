@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from plait.core import FreeConfig, FreeDelta, FrozenLinear, TokenRouter, option, register
-from plait.core.balance import Balance, loramoe, switch
 from plait.core.events import PlaitWarning
 from plait.core.init import kaiming
 from plait.core.route import Rows
+from plait.methods._balance import Balance, loramoe, switch
 
 
 @dataclass

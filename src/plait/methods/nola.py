@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, option, register
-from plait.core.bases import basis, first_values, mixture, values
 from plait.core.init import gaussian
+from plait.methods._bases import basis, first_values, mixture, values
 
 
 @dataclass

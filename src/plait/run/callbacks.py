@@ -20,8 +20,8 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from plait.run.card import read_metrics
 from plait.run.folder import write_atomic
-from plait.run.report import read_metrics
 
 _SILENT_LINES = 20  # lines in all that a run prints where there is no terminal
 

@@ -23,7 +23,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from plait.core.config import DeltaConfig, did_you_mean
-from plait.run.baselines import BASELINES
+from plait.upstream.table import BASELINES
 
 if typing.TYPE_CHECKING:
     from peft import PeftConfig

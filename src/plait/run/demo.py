@@ -13,10 +13,10 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from plait.run.card import read_evaluation
 from plait.run.config import RunConfig, config_from_dict
 from plait.run.evaluate import Progress
 from plait.run.folder import RunFolder, write_atomic
-from plait.run.report import read_evaluation
 from plait.run.train import train
 
 METHODS: dict[str, dict[str, Any]] = {

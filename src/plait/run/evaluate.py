@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from plait import chain
 from plait.run.adapter import load_adapter
+from plait.run.card import read_environment, read_evaluation, write_evaluation
 from plait.run.config import RunConfig, did_you_mean, load_config, peft_config
 from plait.run.data import (
     IGNORED,
@@ -35,7 +36,6 @@ from plait.run.data import (
 )
 from plait.run.folder import RunFolder
 from plait.run.model import load_base, load_tokenizer
-from plait.run.report import read_environment, read_evaluation, write_evaluation
 
 Split = Literal["train", "validation", "test"]
 Progress = Callable[[int, int], None]  # rows done, rows in all

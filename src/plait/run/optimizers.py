@@ -26,7 +26,7 @@ from transformers import TrainingArguments
 from plait.core import FrozenLinear, LowRankDelta, Pair, find, seeded
 from plait.core.delta import vars_of
 from plait.optim import create_lora_rite_optimizer, create_lorsum_optimizer
-from plait.run.baselines import BASELINES
+from plait.upstream.table import BASELINES
 
 DEFAULT = "default"
 _PLAIN = ("lora", "rslora", "pissa")  # upstream methods that are one free pair a layer

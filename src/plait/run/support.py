@@ -12,10 +12,10 @@ from typing import Any
 from plait.chain import chain_support
 from plait.core import gates
 from plait.core.registry import find
-from plait.run.baselines import BASELINES
 from plait.run.config import method_names, method_options
 from plait.run.model import quantised_reason
 from plait.run.optimizers import OPTIMIZERS, optimizer_support
+from plait.upstream.table import BASELINES
 
 PLANS = ("chain", "rac", "xgb")
 

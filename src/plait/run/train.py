@@ -21,23 +21,23 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from plait.chain import ChainCallback, chain_of
-from plait.core.allocation import set_development_batch
 from plait.core.events import PlaitCallback, PlaitWarning, check_events, drive_adalora
+from plait.gates.alloc import set_development_batch
 from plait.run.adapter import stored_numbers, upstream_noise
 from plait.run.callbacks import MetricsFile, StopOnSignal
-from plait.run.config import RunConfig, allocates, config_to_dict, dump_config, load_config
-from plait.run.data import DataBundle, load_data
-from plait.run.evaluate import Progress, evaluate_model, held_out_split, to_device
-from plait.run.folder import RunFolder, diff_configs, environment, replace_dir, write_atomic
-from plait.run.model import build_model, load_tokenizer
-from plait.run.optimizers import OPTIMIZERS
-from plait.run.report import (
+from plait.run.card import (
     read_environment,
     read_evaluation,
     write_card,
     write_evaluation,
     write_loss_curve,
 )
+from plait.run.config import RunConfig, allocates, config_to_dict, dump_config, load_config
+from plait.run.data import DataBundle, load_data
+from plait.run.evaluate import Progress, evaluate_model, held_out_split, to_device
+from plait.run.folder import RunFolder, diff_configs, environment, replace_dir, write_atomic
+from plait.run.model import build_model, load_tokenizer
+from plait.run.optimizers import OPTIMIZERS
 from plait.run.trainer import RunTrainer, adalora_of, latest_checkpoint, writable
 
 # What a resumed run may change: nothing of this reaches a weight.

@@ -1,0 +1,1 @@
+"""Where clients run: this process, worker processes, Flower."""

@@ -1,0 +1,1 @@
+"""Gates: what multiplies the rank axis, one file a gate."""

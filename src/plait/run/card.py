@@ -1,0 +1,185 @@
+"""Pictures and texts about one run: the loss curve, the table before / after, the model card."""
+
+import io
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from plait.run.config import RunConfig, dump_config
+from plait.run.folder import RunFolder, write_atomic
+from plait.upstream.table import BASELINES
+
+# What each metric is called in tables, in the order of a table.
+METRIC_NAMES = {
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "token_accuracy": "token accuracy",
+    "exact_match": "exact match",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "matthews": "Matthews correlation",
+    "mse": "mean squared error",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+}
+_HEADLINES = ("exact_match", "accuracy", "mse", "loss")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; a last line that a killed process left unfinished is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}: line {number} is not JSON: {error.msg}. Remove that line."
+                ) from None
+    return rows
+
+
+def write_loss_curve(folder: RunFolder, title: str) -> None:
+    """Draw training loss, held-out loss and learning rate over the steps as loss.png."""
+    rows = read_metrics(folder.metrics)
+    train = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
+    held_out = [(r["step"], r["eval_loss"]) for r in rows if r.get("eval_loss") is not None]
+    evaluation = read_evaluation(folder)
+    total = max((r["step"] for r in rows), default=0)
+    if evaluation.get("split") == "validation":
+        for name, step in (("before", 0), ("after", total)):
+            measured = evaluation.get(name, {})
+            loss = measured.get("loss", measured.get("mse"))
+            if loss is not None and step not in [s for s, _ in held_out]:
+                held_out.append((step, loss))
+    rate = [(r["step"], r["learning_rate"]) for r in rows if r.get("learning_rate") is not None]
+
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    marker = "." if len(train) < 40 else ""
+    if train:
+        top.plot(*zip(*train, strict=True), marker=marker, color="C0", label="training")
+    if held_out:
+        top.plot(
+            *zip(*sorted(held_out), strict=True),
+            marker="o",
+            ls="--",
+            color="C1",
+            label="validation",
+        )
+    if train or held_out:
+        top.legend(frameon=False)
+    top.set_ylabel("loss")
+    top.set_title(title, fontsize=10)
+    top.grid(alpha=0.3)
+    if rate:
+        bottom.plot(*zip(*rate, strict=True), color="C2", marker=marker)
+    bottom.set_ylim(bottom=0)
+    bottom.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    bottom.set_ylabel("learning rate", fontsize=8)
+    bottom.set_xlabel("optimizer step")
+    bottom.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomic(folder.loss_curve, picture.getvalue())
+
+
+def read_evaluation(folder: RunFolder) -> dict[str, Any]:
+    """Return eval.json, {} before the first evaluation."""
+    return _read_json(folder.evaluation, "Remove it and evaluate again.")
+
+
+def read_environment(folder: RunFolder) -> dict[str, Any]:
+    """Return environment.json, {} before training; its `run` holds what training measured."""
+    return _read_json(folder.environment, "Train again.")
+
+
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: line {error.lineno} is not JSON ({error.msg}). {remedy}"
+        ) from None
+
+
+def write_evaluation(folder: RunFolder, **parts: Any) -> dict[str, Any]:
+    """Set some keys of eval.json and keep the others; return the whole."""
+    evaluation = read_evaluation(folder) | parts
+    write_atomic(folder.evaluation, json.dumps(evaluation, indent=1) + "\n")
+    return evaluation
+
+
+def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (name, value) for each metric of one evaluation.
+
+    Of the single tasks and of the mean over tasks only the metric that says most.
+    """
+    rows = [
+        (METRIC_NAMES[key], f"{metrics[key]:.4g}")
+        for key in METRIC_NAMES
+        if metrics.get(key) is not None
+    ]
+    parts = {"mean over tasks": metrics.get("task_mean", {}), **metrics.get("tasks", {})}
+    for part, values in parts.items():
+        key = next((name for name in _HEADLINES if values.get(name) is not None), None)
+        if key is not None:
+            rows.append((f"{part}: {METRIC_NAMES[key]}", f"{values[key]:.4g}"))
+    return rows
+
+
+def comparison_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return (metric, before, after) for eval.json; "-" where one side has no value."""
+    before = dict(metric_rows(evaluation.get("before", {})))
+    after = dict(metric_rows(evaluation.get("after", {})))
+    names = [*before, *(name for name in after if name not in before)]
+    return [(name, before.get(name, "-"), after.get(name, "-")) for name in names]
+
+
+def write_card(folder: RunFolder, cfg: RunConfig) -> str:
+    """Write the model card README.md from the run's other files; return its text."""
+    if cfg.method.name in BASELINES:
+        method = BASELINES[cfg.method.name]
+    else:
+        from plait.core.registry import find
+
+        method = find(cfg.method.name)
+    causal = cfg.model.task == "causal_lm"
+    source = files("plait.run").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
+    # Markdown, not HTML: nothing is escaped.
+    template = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    ).from_string(source)
+    environment, evaluation = read_environment(folder), read_evaluation(folder)
+    run, builtin = environment["run"], cfg.model.name.startswith("builtin:")
+    text = template.render(
+        cfg=cfg,
+        config=dump_config(cfg),
+        sources=[cfg.data.train] if isinstance(cfg.data.train, str) else cfg.data.train,
+        method=method,
+        own=cfg.method.name not in BASELINES,
+        full=cfg.method.name == "full",
+        auto_class="AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification",
+        builtin=builtin,
+        base_path="tiny_model_dir()" if builtin else repr(cfg.model.name),
+        num_labels=len(run["labels"] or ()) if causal or run["labels"] else 1,
+        environment=environment,
+        run=run,
+        split=evaluation.get("split"),
+        rows=evaluation.get("after", {}).get("rows"),
+        comparison=comparison_rows(evaluation),
+    )
+    write_atomic(folder.card, text)
+    return text

@@ -1,0 +1,1 @@
+"""A federated run from one config file."""

@@ -1,0 +1,217 @@
+"""Export of a federated run: each client's adapter as a plain LoRA that stock peft loads.
+
+    OUT/<client>/adapter_config.json, adapter_model.safetensors      OUT/README.md
+
+What is exported is the model that the client would start the next round with, the one that the last
+evaluation measured: with `private_policy` "reset" or "redraw" its private part is started anew. A
+trunk (flora, fedex) is stacked in front of the adapter, fedalora_het folds into (M A, B_bar), gates
+and mixes into the factors, so the update is exact. Each export is read back by peft on a fresh base
+model, and its logits are compared, before anything is put in place.
+
+The run folder is only read: the server's newest checkpoint and each client's state of its last
+accepted round. A server whose clients keep private factors on their own machines lacks these; there
+the client's folder has to be brought to RUN/clients first.
+"""
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from plait.core.export import to_lora
+from plait.core.init import seeded
+from plait.federated.client import Site
+from plait.federated.methods import Algorithm
+from plait.federated.protocol import Order
+from plait.federated.state import Checkpoint, Checkpoints, ClientStore
+from plait.run.config import did_you_mean
+from plait.run.export import TOLERANCE
+from plait.run.federated.conduct import load_federate_config, setting
+from plait.run.federated.config import FederateConfig
+from plait.run.folder import RunFolder, replace_dir, write_atomic
+from plait.run.model import load_base
+
+_PROBE = (4, 16)  # rows and tokens that logits are compared on
+
+
+@dataclass(frozen=True)
+class ClientExport:
+    """What became of a client's adapter.
+
+    client: its name. ranks: smallest and largest of a layer. layers: how many. error: largest part
+    of a layer's dW that is left out (relative Frobenius norm), 0 for exact. logit_error: largest
+    difference of logits, read back by peft; logit_shift: largest difference to the base model's,
+    for scale. refused: why nothing was written; "" where it was.
+    """
+
+    client: str
+    ranks: tuple[int, int] = (0, 0)
+    layers: int = 0
+    error: float = 0.0
+    logit_error: float = 0.0
+    logit_shift: float = 0.0
+    refused: str = ""
+
+
+def export_clients(
+    run: str | Path,
+    out: str | Path,
+    client: str | None = None,
+    *,
+    done: Callable[[ClientExport], None] = lambda found: None,
+) -> list[ClientExport]:
+    """Export the adapters of a run into a new folder.
+
+    Args:
+        run: the run folder. out: the folder to write. client: one client's name; None: all.
+        done: called after each client.
+
+    Returns:
+        One entry for each client. A client whose update is zero everywhere, since it never took
+        part, or depends on the input, is refused with the reason.
+
+    Raises:
+        FileExistsError: something is at `out`.
+        ValueError: no round is complete, an unknown client, nothing that can be exported, or an
+            export that peft reads differently.
+        StateError: a saved state is missing or damaged.
+    """
+    out, folder = Path(out), RunFolder.open(run)
+    if out.exists():
+        raise FileExistsError(f"{out}: exists. Give a new folder, or remove it.")
+    config = load_federate_config(folder.config)
+    checkpoint = Checkpoints(folder.path / "server").newest()
+    if checkpoint is None or not checkpoint.state.round:
+        raise ValueError(f"{folder.path}: no round is complete, so there is nothing to export.")
+    roster = setting(config).roster
+    if client is not None and client not in roster.clients:
+        raise ValueError(
+            f"client {client!r} is none of the run's. {did_you_mean(client, roster.clients)} The "
+            f"clients are {', '.join(roster.clients)}."
+        )
+    names = list(roster.clients) if client is None else [client]
+    found: list[ClientExport] = []
+
+    def write(place: Path) -> None:
+        check = _Check(config)
+        for name in names:
+            with tempfile.TemporaryDirectory() as scratch:
+                site = Site(roster, _no_training, scratch, run=checkpoint.run)
+                model = _model_of(site, checkpoint, folder.path / "clients", name)
+                entry = _export(model, name, place / name, check)
+            found.append(entry)
+            done(entry)
+        if all(entry.refused for entry in found):
+            raise ValueError(f"client {found[0].client!r}: {found[0].refused}")
+        card = _card(config, roster.method, checkpoint.state.round, found)
+        write_atomic(place / "README.md", card)
+
+    replace_dir(out, write)
+    return found
+
+
+def _no_training(model: nn.Module, client: str, round: int) -> Any:
+    raise AssertionError("nothing is trained here")
+
+
+def _model_of(site: Site, checkpoint: Checkpoint, states: Path, client: str) -> PeftModel:
+    """The client's model at the start of the next round; `site` works on a copy of its state.
+
+    A site removes the generations that are not asked for, which may be those of a run at work.
+    """
+    roster, state = site.roster, checkpoint.state
+    method, declared = roster.method, roster.clients[client]
+    generation, held = checkpoint.last_accepted.get(client, 0), checkpoint.trunks.get(client, 0)
+    store = ClientStore(states, checkpoint.run, client)
+    if generation:
+        keeps = bool(method.private(roster.first(client), declared))
+        if store.path(generation).is_file() or keeps:
+            store.read(generation)  # says what is wrong with it
+            kept = ClientStore(site.folder, checkpoint.run, client).path(generation)
+            kept.parent.mkdir(parents=True)
+            shutil.copyfile(store.path(generation), kept)
+        else:  # all that it needs comes from the server
+            generation, held = 0, 0
+    down = method.payload_down(state, declared, held)
+    config = site.roster.digest(client)
+    order = Order("evaluate", checkpoint.run, state.round + 1, client, generation, config=config)
+    model, _ = site.put(order, down)
+    assert isinstance(model, PeftModel)
+    return model.eval()
+
+
+def _export(model: PeftModel, client: str, place: Path, check: "_Check") -> ClientExport:
+    try:
+        lora = to_lora(model)
+    except ValueError as error:  # NotMergeable is one
+        return ClientExport(client, refused=str(error))
+    lora.write(place)
+    ranks = [layer.rank for layer in lora.layers if layer.rank]
+    error, shift = check(model, place)
+    return ClientExport(client, (min(ranks), max(ranks)), len(ranks), lora.error, error, shift)
+
+
+class _Check:
+    """Logits of an export, read by peft on a fresh base model, beside those of the run's model."""
+
+    def __init__(self, config: FederateConfig) -> None:
+        self.config = config
+        self.base: Any = None
+
+    def __call__(self, model: PeftModel, place: Path) -> tuple[float, float]:
+        """Largest difference of the logits, and the adapter's largest effect on them.
+
+        Raises:
+            ValueError: an fp32 export is off by more than rounding.
+        """
+        if self.base is None:  # no labels: the head, where there is one, comes with the adapter
+            labels = None if self.config.model.task == "causal_lm" else model.config.num_labels
+            self.base = load_base(self.config.model, labels).to(model.device).eval()
+        # The copy has its own modules and the base's own weights.
+        own = copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})
+        stock = PeftModel.from_pretrained(own, str(place)).eval()
+        ids = torch.randint(model.config.vocab_size, _PROBE, generator=seeded("export"))
+        wanted = _logits(model, ids)
+        with model.disable_adapter():
+            shift = float((_logits(model, ids) - wanted).abs().max())
+        error = float((_logits(stock, ids) - wanted).abs().max())
+        exact = self.config.model.dtype == "float32"
+        if exact and error > TOLERANCE * max(float(wanted.abs().max()), 1.0):
+            raise ValueError(
+                f"{place.name}: peft reads the export with logits off by {error:.2e}. Nothing was "
+                "written; please report this with the run's config."
+            )
+        return error, shift
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    return model(input_ids=ids.to(model.device)).logits.float().cpu()
+
+
+def _card(config: FederateConfig, method: Algorithm, rounds: int, found: list[ClientExport]) -> str:
+    rows = "".join(
+        f"| {x.client} | {x.layers} | {_ranks(x)} | {x.error:.2%} | {x.logit_error:.2e} | "
+        f"{x.logit_shift:.2e} |\n"
+        if not x.refused
+        else f"| {x.client} | not exported: {x.refused} | | | | |\n"
+        for x in found
+    )
+    return (
+        f"# Plain LoRAs of the clients\n\nThe clients' adapters after {rounds} rounds of "
+        f"{method.key}. Load a folder with stock peft on {config.model.name}, without plait.\n\n"
+        "| client | layers | rank | part of dW left out | logits off by | logits moved by |\n"
+        f"|---|---|---|---|---|---|\n{rows}"
+    )
+
+
+def _ranks(x: ClientExport) -> str:
+    least, most = x.ranks
+    return str(most) if least == most else f"{least} to {most}"

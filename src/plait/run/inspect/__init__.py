@@ -1,0 +1,1 @@
+"""`plait inspect`: what trained adapters have learned, as tables, JSON and pictures."""

@@ -1,0 +1,1 @@
+"""What plait knows of peft's own methods."""

@@ -1,0 +1,63 @@
+"""The worked example: a method outside the package, through the whole contract."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import plait
+from plait.core import registry
+from tests.support import contract
+from tests.support.contract import CHECKS, ROOT, Case
+
+FILE = ROOT / "examples" / "custom_method.py"
+CASE = Case("gated", module=FILE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> Iterator[Any]:
+    """The example's method, for this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_methods", dict(registry._methods))
+        yield contract.load(FILE)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract(check: Any) -> None:
+    check(CASE)
+
+
+def test_fresh_process(tmp_path: Path) -> None:
+    assert contract.fresh_process([CASE], tmp_path) == {}
+
+
+def test_is_listed() -> None:
+    method = plait.find("gated")
+    assert method in plait.methods()
+    assert method.summary.startswith("Gated LoRA: ")
+    assert (method.title, method.parameters) == ("Gated LoRA", "r (in + out + 1)")
+    assert method.mergeable
+    assert method.exact_export
+
+
+def test_length() -> None:
+    assert len(FILE.read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_runs_as_a_script() -> None:
+    done = subprocess.run([sys.executable, FILE], capture_output=True, text=True, check=True)
+    assert "trainable params: 124" in done.stdout
+
+
+def test_names_are_taken_once(registered: Any) -> None:
+    with pytest.raises(ValueError, match="the key 'gated' is taken"):
+        plait.register("gated", registered.GatedLoraConfig, paper="none")(registered.GatedLora)
+    with pytest.raises(ValueError, match="GatedLoraConfig belongs to 'gated'"):
+        plait.register("gated_too", registered.GatedLoraConfig, paper="none")(registered.GatedLora)
+    with pytest.raises(ValueError, match="key 'Gated-LoRA' is not a lower-case identifier"):
+        plait.register("Gated-LoRA", registered.GatedLoraConfig, paper="none")(registered.GatedLora)
+    with pytest.raises(ValueError, match=r"Method 'gatd' is not known. Did you mean gated\?"):
+        plait.find("gatd")
