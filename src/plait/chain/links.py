@@ -14,9 +14,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from plait.chain.plan import ChainPlan
+from plait.core import DenseDelta, LowRankDelta
 from plait.core.bridge import PlaitLayer
 from plait.core.config import DeltaConfig
-from plait.core.delta import Delta, DenseDelta, LowRankDelta, TaskTable, TokenRouter
+from plait.core.delta import Delta
 from plait.core.export import update_of
 from plait.core.init import kaiming, seeded
 from plait.core.registry import find
@@ -300,7 +301,7 @@ def _check_delta(name: str, delta: Delta) -> None:
     key = delta.adapter.key
     if not isinstance(delta, LowRankDelta) or delta.no_restart:
         raise ValueError(f"chain: {name} has no factors that a finished link of {key} could keep.")
-    if isinstance(delta.mix(), TokenRouter | TaskTable):
+    if delta.depends_on is not None:
         raise ValueError(f"chain: the update of {key} depends on the input. Use another method.")
 
 

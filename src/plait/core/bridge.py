@@ -9,6 +9,7 @@ import functools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -28,9 +29,9 @@ from transformers.pytorch_utils import Conv1D
 
 from plait.core import combine, events
 from plait.core.config import DeltaConfig
-from plait.core.delta import Delta, DenseDelta, FrozenLinear, LowRankDelta, NotMergeable
+from plait.core.delta import Delta, FrozenLinear, NotMergeable
 from plait.core.init import seeded
-from plait.core.mix import TaskTable, TokenRouter, task_index
+from plait.core.mix import task_index
 from plait.core.route import Route, Rows
 from plait.core.sharding import refuse_sharded
 
@@ -82,8 +83,8 @@ def _watch_peft_model(parent: nn.Module, name: str, child: nn.Module | None) -> 
     tuner is made before its PeftModel, so torch's public registration hook is the way to meet it.
     """
     if isinstance(child, PlaitModel) and isinstance(parent, PeftModel):
-        parent.register_forward_pre_hook(child.plait_route.take, with_kwargs=True)
-        parent.register_forward_hook(child.plait_route.give, always_call=True)
+        parent.register_forward_pre_hook(child.plait_route.capture_args, with_kwargs=True)
+        parent.register_forward_hook(child.plait_route.clear_args, always_call=True)
 
 
 register_module_module_registration_hook(_watch_peft_model)
@@ -201,33 +202,34 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        rows = self.route.now(x.shape[0]) if self.route.used else None
-        if rows is not None and rows.names is not None:
+        rows = self.route.current_rows(x.shape[0])
+        if rows.names is not None:
             return self._mixed(x, rows, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         active = [self.plait_delta[a] for a in self.active_adapters if a in self.plait_delta]
-        if len(active) == 1 and isinstance(active[0], DenseDelta) and self._joint(active[0]):
-            self._enter(active[0])
-            return active[0](x, self.base_layer.weight, self.base_layer.bias)
+        if len(active) == 1 and self._can_join(active[0]):
+            self._begin(active[0])
+            return active[0].joint(x, self.base_layer.weight, self.base_layer.bias)
         y = self.base_layer(x, *args, **kwargs)
         for delta in active:
             y = y + self._update(delta, x, rows).to(y.dtype)
         return y
 
-    def _update(self, delta: nn.Module, x: Tensor, rows: Rows | None) -> Tensor:
+    def _update(self, delta: Any, x: Tensor, rows: Rows) -> Tensor:
         """The update (.., out) of one Delta on its rows of the batch."""
-        self._enter(delta)
+        self._begin(delta)
         if not torch.is_floating_point(x):
             raise TypeError(
                 f"{self.name}: the input has dtype {x.dtype}; plait needs a floating one."
             )
-        if isinstance(delta, DenseDelta) or not self.route.used:
-            return delta(x)
-        return delta(x, self._task_ids(delta, x, rows), rows)
+        if self.route.default_task is not None and rows.task_ids is None and not delta.training:
+            ids = torch.full(x.shape[:1], self.route.default_task, device=x.device)
+            rows = replace(rows, task_ids=ids)
+        return delta(x, rows)
 
-    def _enter(self, delta: Any) -> None:
-        """Count a training forward for the guard; refuse weights that never came."""
+    def _begin(self, delta: Any) -> None:
+        """Count a training forward for the guard; refuse a Delta whose weights were not loaded."""
         if delta.awaits_weights:
             raise RuntimeError(
                 f"{self.name}: this adapter was made from a saved config and its weights were not "
@@ -236,15 +238,8 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         if delta.needs_events and delta.training and torch.is_grad_enabled():
             delta.forwards += 1
 
-    def _task_ids(self, delta: nn.Module, x: Tensor, rows: Rows | None) -> Tensor | None:
-        if rows is not None and rows.task_ids is not None:
-            return rows.task_ids
-        if self.route.default_task is None or delta.training:
-            return None  # the Delta's error names the remedy
-        return torch.full(x.shape[:1], self.route.default_task, device=x.device)
-
     def _mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
-        """One batch, an adapter for each row; rows of BASE keep the base layer's output."""
+        """A batch with an adapter for each row; rows of BASE keep the base layer's output."""
         names = rows.names or ()
         if self.plait_trunk is not None:
             self.plait_trunk.refuse_mixed()
@@ -262,19 +257,21 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(names):
             if name not in self.plait_delta:  # BASE, or an adapter that leaves this layer alone
                 continue
-            own = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-            update = self._update(self.plait_delta[name], x[own], rows.of(own))
-            y = y.index_add(0, own, update.to(y.dtype))
+            index = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
+            update = self._update(self.plait_delta[name], x[index], rows.of(index))
+            y = y.index_add(0, index, update.to(y.dtype))
         return y
 
-    def _joint(self, delta: DenseDelta) -> bool:
-        """Whether W + dW can be used at once: a plain, unwrapped nn.Linear and no dropout."""
+    def _can_join(self, delta: Any) -> bool:
+        """Whether the joint form applies: a plain, unwrapped nn.Linear and no dropout."""
         base = self.base_layer
         return (
-            type(base) is nn.Linear
+            delta.joins
+            and type(base) is nn.Linear
             and type(base.weight) is nn.Parameter
             and not (delta.training and delta.dropout)
-            and (delta.training or not delta.fresh)  # apart, a zero update leaves the base's bits
+            # Computed apart, a zero update leaves the base's output bit for bit.
+            and (delta.training or not delta.fresh)
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
         )
 
@@ -436,20 +433,16 @@ class PlaitModel(BaseTuner):
         return (m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls))  # type: ignore[misc]
 
     def set_task(self, task: str | None) -> None:
-        """The task of evaluation forwards that come without task_ids; None: none.
+        """Choose the task of evaluation forwards that have no task_ids; None: no task.
 
         Raises:
-            ValueError: no adapter has tasks, or none of that name.
+            ValueError: no adapter has tasks, or none has a task of this name.
         """
-        tables = [
-            mix
-            for layer in self.plait_layers()
-            for delta in layer.plait_delta.values()
-            if isinstance(delta, LowRankDelta) and isinstance(mix := delta.mix(), TaskTable)
-        ]
-        if not tables:
+        deltas: Any = (d for layer in self.plait_layers() for d in layer.plait_delta.values())
+        tasks = next((delta.tasks for delta in deltas if delta.tasks), None)
+        if tasks is None:
             raise ValueError(f"set_task({task!r}): no adapter of this model has tasks.")
-        self.plait_route.default_task = None if task is None else task_index(tables[0].tasks, task)
+        self.plait_route.default_task = None if task is None else task_index(tasks, task)
         self.plait_route.used = True
 
     @contextmanager
@@ -471,7 +464,7 @@ class PlaitModel(BaseTuner):
         if generates:  # generate() refuses arguments that the base model's forward does not name
             model.generate = functools.partial(_generate, type(model).generate, model)  # type: ignore
         try:
-            with self.plait_route.over(tuple(names) if names is not None else None, ids):
+            with self.plait_route.routing(tuple(names) if names is not None else None, ids):
                 yield
         finally:
             if generates:
@@ -548,13 +541,11 @@ class PlaitModel(BaseTuner):
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _check(self, adapter_names: Sequence[str] | None, choice: dict[str, Any]) -> None:
-        """Raise before the first weight changes where a merge is not possible."""
+        """Raise NotMergeable before the first weight changes."""
         for layer in self.plait_layers():
             for name in adapter_names or layer.active_adapters:
-                delta = dict(layer.plait_delta.items()).get(name)
-                if isinstance(delta, LowRankDelta) and isinstance(
-                    delta.mix(), TokenRouter | TaskTable
-                ):
+                delta: Any = dict(layer.plait_delta.items()).get(name)
+                if delta is not None and delta.depends_on is not None:
                     delta.folded(**choice)
                     return
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plait.core.delta import Delta, LowRankDelta
-from plait.core.route import Rows
+from plait.core.delta import Delta
+from plait.core.route import NOWHERE, Rows
 
 
 class WeightedSum(Delta):
@@ -26,15 +26,10 @@ class WeightedSum(Delta):
         self.weights = list(weights)
         self.scaling = 1.0
 
-    def forward(
-        self, x: Tensor, task_ids: Tensor | None = None, rows: Rows | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows = NOWHERE) -> Tensor:
         """sum_i w_i dW_i x, (.., in) to (.., out)."""
-        sums = [
-            w * part(x, *([task_ids, rows] if isinstance(part, LowRankDelta) else []))
-            for w, part in zip(self.weights, self.parts, strict=True)
-        ]
-        return torch.stack(sums).sum(0)
+        parts = zip(self.weights, self.parts, strict=True)
+        return torch.stack([w * part(x, rows) for w, part in parts]).sum(0)
 
     @torch.no_grad()
     def weight(self, **choice: Any) -> Tensor:
@@ -45,14 +40,15 @@ class WeightedSum(Delta):
     @torch.no_grad()
     def folded(self, **choice: Any) -> tuple[Tensor, Tensor] | None:
         """Stacked factors A (k, in), B (out, k) with dW = B A, or None with a dense part."""
-        rows, columns = [], []
-        for w, part in zip(self.weights, self.parts, strict=True):
-            if not isinstance(part, LowRankDelta):
-                return None
-            A, B = part.folded(**choice)
-            rows.append(A)
-            columns.append(w * part.scaling * B)
-        return torch.cat(rows), torch.cat(columns, dim=1)
+        parts: Any = self.parts
+        factors = [part.folded(**choice) for part in parts]
+        if None in factors:
+            return None
+        scaled = zip(self.weights, parts, factors, strict=True)
+        return (
+            torch.cat([A for A, _ in factors]),
+            torch.cat([w * part.scaling * B for w, part, (_, B) in scaled], dim=1),
+        )
 
     def rank(self) -> int:
         """Attainable rank: the sum of those of the parts, at most min(in, out)."""

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait.core.config import DeltaConfig, option
-from plait.core.delta import FrozenLinear, LowRankDelta, Pair
+from plait.core.delta import FrozenLinear, Pair
 from plait.core.init import kaiming
+from plait.core.low_rank import LowRankDelta
 
 
 @dataclass

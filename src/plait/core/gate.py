@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from plait.core.config import check_option, did_you_mean
+from plait.core.rates import Rates
 
 if TYPE_CHECKING:
-    from plait.core.delta import LowRankDelta
+    from plait.core.low_rank import LowRankDelta
 
 
 @dataclass
@@ -85,8 +86,8 @@ class Gate:
         """Start values of some ranks (k,) by parameter, for ranks that start anew."""
         return {}
 
-    def own_rates(self, delta: "LowRankDelta") -> dict[str, float | None]:
-        """Parameters without weight decay -> their own base learning rate, or None."""
+    def own_rates(self, delta: "LowRankDelta") -> Rates:
+        """The parameters that weight decay skips, with their own base learning rates."""
         return {}
 
     def penalty(self, deltas: "Sequence[LowRankDelta]") -> Tensor | None:

@@ -19,7 +19,8 @@ from peft.tuners.adalora import AdaLoraConfig
 from torch import Tensor, nn
 
 from plait.core.config import DeltaConfig
-from plait.core.delta import Delta, DenseDelta
+from plait.core.delta import Delta
+from plait.core.dense import DenseDelta
 from plait.core.export import update_of
 from plait.core.init import kaiming, seeded
 from plait.core.trunk import Trunk, trunk_of

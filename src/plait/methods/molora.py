@@ -115,7 +115,7 @@ class MoLora(FreeDelta):
         """(.., N r) to (.., N r)."""
         return TokenRouter(self.G, "pair", self.config.top_k, self.tap)
 
-    def tap(self, w: Tensor, rows: Rows | None) -> Tensor:
+    def tap(self, w: Tensor, rows: Rows) -> Tensor:
         """The weights; in training their gradient gets that of the balance loss."""
         if self.balance is None or not (self.training and w.requires_grad and self.G.requires_grad):
             return w
