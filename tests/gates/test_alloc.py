@@ -400,7 +400,7 @@ def test_rounds_fire_when_due_and_keep_the_budget() -> None:
 
 
 def test_default_moves_a_rank_for_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    from plait.methods import alloc
+    from plait.gates import alloc
 
     seen = []
     monkeypatch.setattr(alloc, "allocate", lambda *a: seen.append(a[-1]))

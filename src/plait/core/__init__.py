@@ -1,4 +1,4 @@
-"""The host of every method: what a Delta is, and everything derived from it."""
+"""What a Delta is, and everything that all methods derive from it."""
 
 from plait.core.config import DeltaConfig, option
 from plait.core.delta import Delta, FrozenLinear, NotMergeable, Pair

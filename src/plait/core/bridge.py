@@ -1,7 +1,9 @@
-"""The one file that knows peft's insides: a tuner model and a tuner layer that host any Delta.
+"""The bridge to peft: a tuner model and a tuner layer that host any Delta.
 
 `host` gives a method its own peft type (`PLAIT_<KEY>`), parameter prefix and layer class, so that
-checkpoints describe themselves. The base weight is never edited except by merge.
+checkpoints describe themselves. The base weight is edited by merge alone. This file knows how peft
+hosts a method, `plait/upstream` what peft's own methods look like; nothing else uses what is
+private to peft.
 """
 
 import copy
@@ -41,8 +43,8 @@ BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
 def add_peft_type(name: str) -> PeftType:
     """Add a member to peft's closed enum of methods; idempotent.
 
-    The single exception to "no patching": `register_peft_method` refuses a name that the enum
-    lacks, and there are no entry points. Guarded by a test against the installed peft.
+    `register_peft_method` refuses a name that the enum lacks, and peft has no entry points. This is
+    all that plait changes in peft, and a test checks it against the installed version.
     """
     if name in PeftType.__members__:
         return PeftType[name]
@@ -59,7 +61,14 @@ def add_peft_type(name: str) -> PeftType:
 
 
 def host(key: str, config: type[DeltaConfig], delta: type[Delta]) -> None:
-    """Register a method with peft: its type, prefix, layer class and tuner class."""
+    """Register a method with peft: its type, prefix, layer class and tuner class.
+
+    Args:
+        key: of the registry. config, delta: the method's classes.
+
+    Raises:
+        ValueError: peft has a method of this type already.
+    """
     name = f"plait_{key}"
     peft_type = add_peft_type(name.upper())
     if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -77,10 +86,10 @@ def host(key: str, config: type[DeltaConfig], delta: type[Delta]) -> None:
 
 
 def _watch_peft_model(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """When a PeftModel takes a PlaitModel as its base_model, watch its forward for task_ids.
+    """Capture task_ids from the forward of a PeftModel that takes a PlaitModel as its base_model.
 
-    PeftModelFor* name `task_ids` in their forward and drop it for every method but Poly, and the
-    tuner is made before its PeftModel, so torch's public registration hook is the way to meet it.
+    The forward of PeftModelFor* names `task_ids` and drops it for every method but Poly. The tuner
+    is made before its PeftModel, so torch's public registration hook is the first chance to see it.
     """
     if isinstance(child, PlaitModel) and isinstance(parent, PeftModel):
         parent.register_forward_pre_hook(child.plait_route.capture_args, with_kwargs=True)
@@ -93,7 +102,7 @@ register_module_module_registration_hook(_watch_peft_model)
 class PlaitLayer(nn.Module, BaseTunerLayer):
     """A frozen linear layer with its Deltas, one for each adapter.
 
-    `plait_delta[adapter]` is the Delta; the state dict shows it under the method's own prefix.
+    `plait_delta[adapter]` is the Delta; in the state dict it has the prefix of its method.
     """
 
     prefix: str
@@ -140,12 +149,15 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             adapter: its name.
             config: its config.
             siblings: Deltas of the same adapter that were made before, for shared tensors.
+
+        Raises:
+            ValueError: the layer is sharded (FSDP2).
         """
-        own = copy.copy(config)
-        own.r = config.rank_pattern.get(
+        resolved = copy.copy(config)
+        resolved.r = config.rank_pattern.get(
             get_pattern_key(list(config.rank_pattern), self.name), config.r
         )
-        own.lora_alpha = config.alpha_pattern.get(
+        resolved.lora_alpha = config.alpha_pattern.get(
             get_pattern_key(list(config.alpha_pattern), self.name), config.lora_alpha
         )
         remedy = "Add adapters first, then call fully_shard."
@@ -160,12 +172,12 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             read=self.base_weight,
             blank=config.awaits_weights or not config.init_weights,
         )
-        delta = self.delta_cls(base, own, seeded(config.seed, self.name))
+        delta = self.delta_cls(base, resolved, seeded(config.seed, self.name))
         if not config.init_weights:
             delta.randomize(seeded(config.seed, self.name, adapter))
         delta.adapter = config
         delta.awaits_weights = config.awaits_weights
-        alike = (own.r, self.in_features, self.out_features)
+        alike = (resolved.r, self.in_features, self.out_features)
         owner = next((d for d in siblings if d.alike == alike and not d.owner), None)
         empty = any(p.is_meta for p in delta.parameters())  # low_cpu_mem_usage: filled on load
         if weight.is_meta or not empty:
@@ -185,7 +197,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             self.plait_delta[adapter_name].to(device or base.weight.device)
 
     def cast(self, adapter: str, keep_wide: bool) -> None:
-        """Factors in fp32 (fp64 on an fp64 base), or in the base weight's dtype."""
+        """Cast the factors to fp32 (fp64 on an fp64 base), or to the base weight's dtype."""
         base: Any = self.get_base_layer()
         dtype = base.weight.dtype
         if keep_wide or not dtype.is_floating_point:
@@ -300,14 +312,14 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         """Add the updates to the base weight; a copy of it is kept for unmerge.
 
         Args:
-            safe_merge: refuse a result that is not finite, the weight stays as it was.
+            safe_merge: raise and leave the weight unchanged if the result is not finite.
             adapter_names: None: the active ones.
             task: which task of a task table.
             approx: "mean" for a token router.
 
         Raises:
             NotMergeable: the update depends on the input, or the base is quantised.
-            ValueError: safe_merge found values that are not finite, or the model is sharded.
+            ValueError: with safe_merge, the result is not finite; or the model is sharded.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.plait_delta]
         if not names:
@@ -335,7 +347,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put the kept base weight back, bit for bit."""
+        """Restore the base weight bit for bit."""
         if self.unmerged is None:
             return
         base: Any = self.get_base_layer()
@@ -346,11 +358,11 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether dW exists without an input."""
+        """Whether dW does not depend on the input."""
         return self.delta_cls.mergeable
 
     def __repr__(self) -> str:
-        """Marked, as peft's own layers are."""
+        """Prefix the name, as peft's own layers do."""
         return "plait." + super().__repr__()
 
 
@@ -364,9 +376,7 @@ class PlaitModel(BaseTuner):
     ) -> None:
         inner = dict(model.peft_config) if isinstance(model, PeftModel) else None
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-        if (
-            inner is not None
-        ):  # upstream puts our config into the inner model's: none could be saved
+        if inner is not None:  # upstream adds our config to the inner model's, which breaks saving
             single = isinstance(peft_config, DeltaConfig)
             self.peft_config = {adapter_name: peft_config} if single else dict(peft_config)
             model.peft_config = inner
@@ -374,23 +384,23 @@ class PlaitModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         keep_trainable_on_cpu(model)
         layers = (m for m in model.modules() if isinstance(m, PlaitLayer))
-        found = next(layers, None)  # adapters added without a tuner object share the first route
-        self.plait_route = found.route if found is not None else Route()
-        if found is None:
+        first = next(layers, None)  # adapters added without a tuner object share the first route
+        self.plait_route = first.route if first is not None else Route()
+        if first is None:
             self.plait_route.install(model)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """As upstream; a target that matches nothing is answered with what could be targeted."""
+        """As upstream; if no target matches, the error lists the model's linear layers."""
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
             if type(error).__name__ != "NoMatchingPeftModuleError":
                 raise
-            found = {n.rpartition(".")[2] for n, m in model.named_modules() if _linear(m)}
+            linear = {n.rpartition(".")[2] for n, m in model.named_modules() if _linear(m)}
             raise type(error)(
-                f"{error} Linear layers of this model: {', '.join(sorted(found))}."
+                f"{error} Linear layers of this model: {', '.join(sorted(linear))}."
             ) from None
 
     def _create_and_replace(
@@ -423,7 +433,7 @@ class PlaitModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """fp32 factors, or on request (`autocast_adapter_dtype=False`) of the base's dtype."""
+        """Cast to fp32, or with `autocast_adapter_dtype=False` to the base's dtype."""
         for layer in self.plait_layers():
             if adapter_name in layer.plait_delta:
                 layer.cast(adapter_name, keep_wide=autocast_adapter_dtype)
@@ -447,7 +457,7 @@ class PlaitModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Route the rows of this call; upstream calls it around forward and generate."""
+        """Route the rows of this call; upstream enters it around forward and generate."""
         names, ids = kwargs.get("adapter_names"), kwargs.get("task_ids")
         if names is None and ids is None:
             yield
@@ -473,16 +483,17 @@ class PlaitModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str
     ) -> None:
-        """Add the adapter sum_i w_i dW_i, frozen, exact for every method; see core/combine.py.
+        """Add the frozen adapter sum_i w_i dW_i, exact for every method; see core/combine.py.
 
         Args:
-            adapters: names. weights: one for each.
-            adapter_name: of the new adapter. Activate it with set_adapter; keep it by exporting it,
-            `plait.to_lora(model, adapter_name)`.
+            adapters: names of the adapters to add up.
+            weights: one for each.
+            adapter_name: of the new adapter. Activate it with set_adapter; save it by exporting it,
+                `plait.to_lora(model, adapter_name)`.
 
         Raises:
-            ValueError: unknown adapters, numbers that differ, a name that is taken, or a model that
-                is sharded (FSDP2).
+            ValueError: an unknown adapter, not one weight for each, a name that is taken, or a
+                sharded model (FSDP2).
         """
         combine.check(adapters, weights, list(self.peft_config), adapter_name)
         refuse_sharded(self, "add_weighted_adapter")
@@ -501,7 +512,7 @@ class PlaitModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """As upstream; a weighted sum has no file format of its own."""
+        """As upstream; raise ValueError for a weighted sum, which has no file format."""
         name = kwargs.get("adapter_name", "default")
         for layer in model.modules():
             if isinstance(layer, PlaitLayer) and name in layer.plait_delta:
@@ -519,7 +530,10 @@ class PlaitModel(BaseTuner):
         safe_merge: bool = False,
         **choice: Any,
     ) -> None:
-        """Merge into the base weights; `task=`, `approx=` as in PlaitLayer.merge."""
+        """Merge into the base weights.
+
+        Args and errors are those of PlaitLayer.merge, `task=` and `approx=` included.
+        """
         self._check(adapter_names, choice)
         self._check_merge_allowed()
         for layer in self.plait_layers():
@@ -532,7 +546,10 @@ class PlaitModel(BaseTuner):
         adapter_names: list[str] | None = None,
         **choice: Any,
     ) -> nn.Module:
-        """Merge and return the base model; `task=`, `approx=` as in PlaitLayer.merge."""
+        """Merge and return the base model.
+
+        Args and errors are those of PlaitLayer.merge, `task=` and `approx=` included.
+        """
         self._check(adapter_names, choice)
         if choice:
             for layer in self.plait_layers():
@@ -550,15 +567,16 @@ class PlaitModel(BaseTuner):
                     return
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether dW exists without an input."""
+        """Whether dW does not depend on the input."""
         return all(layer.supports_lora_conversion(adapter_name) for layer in self.plait_layers())
 
 
 def keep_trainable_on_cpu(model: nn.Module) -> None:
-    """Let gradients pass 4-bit layers on a CPU after an evaluation, too.
+    """Keep gradients flowing through 4-bit layers on a CPU after an evaluation.
 
-    bitsandbytes 0.50 packs them anew for inference at the first evaluation on a CPU with AVX512
-    bf16 and never back: from then on no gradient passes, silently. Its own switch turns that off.
+    On a CPU with AVX512 bf16, bitsandbytes 0.50 repacks these layers for inference at the first
+    evaluation and never undoes it: from then on gradients silently stop. Its own switch prevents
+    that.
     """
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):

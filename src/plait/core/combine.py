@@ -1,8 +1,8 @@
 """A weighted sum of adapters: sum_i w_i dW_i, exact for every kind of Delta.
 
-Upstream's `add_weighted_adapter` exists for LoRA only and is wrong for its variants. Here the sum
-is taken of the updates, never of the factors. The result runs, merges and exports like any adapter;
-it is frozen, and it is kept by exporting it.
+Upstream's `add_weighted_adapter` exists for LoRA only and is wrong for its variants. Here updates
+are added, never factors. The result runs, merges and exports like any adapter. It is frozen and has
+no file format of its own: export it to keep it.
 """
 
 import copy
@@ -60,10 +60,13 @@ class WeightedSum(Delta):
 def check(
     adapters: Sequence[str], weights: Sequence[float], known: Sequence[str], name: str
 ) -> None:
-    """Refuse a sum that cannot be meant.
+    """Check the arguments of `add_weighted_adapter`.
+
+    Args:
+        adapters, weights: to add up. known: adapters of the model. name: of the sum.
 
     Raises:
-        ValueError: unknown adapters, numbers that differ, or a name that is taken.
+        ValueError: an unknown adapter, not one weight for each, or a name that is taken.
     """
     missing = sorted(set(adapters) - set(known))
     if missing or not adapters:

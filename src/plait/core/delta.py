@@ -92,7 +92,7 @@ class Delta(nn.Module):
         adapter: the adapter's config, one object for all its layers; holds `total_steps`.
         base: facts of the frozen layer.
         scaling: s.
-        t: completed optimizer steps (int64 buffer), where the method counts them, else None.
+        t: completed optimizer steps (int64 buffer), or None if the method does not count them.
     """
 
     mergeable: ClassVar[bool] = True

@@ -25,15 +25,15 @@ from plait.kernels.low_rank import up
 class LowRankDelta(Delta):
     """dW = s B_cat mix(gate A_cat): a sum of products, mixed in rank space.
 
-    The rank axis is groups of `ranks` ranks, one after the other; a gate acts on rank k of each.
+    The rank axis is a row of groups of `ranks` ranks; a gate acts on rank k of every group.
 
     Attributes:
-        gates: what acts on the rank axis.
-        ranks: ranks that gates act on, slots without a live rank included.
+        gates: the gates of the method and those that the config adds.
+        ranks: ranks of a group, slots without a live rank included.
     """
 
-    own_gates: ClassVar[tuple[type[Gate], ...]] = ()  # that make the method
-    # Parameters and buffers with a rank axis -> that axis; what gates that start ranks anew need.
+    own_gates: ClassVar[tuple[type[Gate], ...]] = ()  # gates that are part of the method
+    # Parameters and buffers with a rank axis -> that axis; needed by gates that restart ranks.
     rank_axes: ClassVar[dict[str, int]] = {}
 
     def __init__(self, base: FrozenLinear, config: DeltaConfig, gen: torch.Generator) -> None:
@@ -45,7 +45,7 @@ class LowRankDelta(Delta):
 
     @classmethod
     def check_gates(cls, config: Any) -> None:
-        """Refuse unknown gates and options, and gates that cannot act on the method."""
+        """Raise ValueError for unknown gates or options and gates that cannot act on the method."""
         gates_of(config, cls)
 
     @classmethod
@@ -57,7 +57,7 @@ class LowRankDelta(Delta):
 
     @classmethod
     def allocates(cls, config: Any) -> bool:
-        """Whether one of its gates does."""
+        """Whether one of its gates moves ranks."""
         return any(gate.allocates for gate in gates_of(config, cls))
 
     @classmethod
@@ -67,13 +67,13 @@ class LowRankDelta(Delta):
 
     @classmethod
     def slots_of(cls, config: Any) -> int:
-        """Ranks that the factors have room for: `gated`, or more where a gate wants spare ones."""
+        """Ranks that the factors have room for: `gated`, or more if a gate needs spare ones."""
         ranks = cls.gated(config)
         return max([ranks, *(gate.slots(ranks) for gate in gates_of(config, cls))])
 
     @property
     def all_rank_axes(self) -> dict[str, int]:
-        """rank_axes with those of the gates."""
+        """rank_axes, those of the gates included."""
         return {**self.rank_axes, **{n: a for g in self.gates for n, a in g.rank_axes.items()}}
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ class LowRankDelta(Delta):
         raise NotImplementedError
 
     def pairs(self) -> list[Pair]:
-        """As in Delta; a gate belongs to single ranks, so with one no basis is free."""
+        """As in Delta; a gate ties the basis to single ranks, so with one there are no pairs."""
         if self.gates:
             keys = ", ".join(gate.key or "its own" for gate in self.gates)
             raise self.pairless(f"a gate ({keys}) belongs to single ranks")
@@ -98,11 +98,11 @@ class LowRankDelta(Delta):
 
     @property
     def rank_groups(self) -> int:
-        """Groups of `ranks` ranks on the rank axis; overridden where factors cost something."""
+        """Number of groups on the rank axis; overridden if computing the factors is expensive."""
         return len(self.factors()[0]) // self.ranks
 
     def spread(self, g: Tensor) -> Tensor:
-        """A gate (.., ranks) on the whole rank axis, (.., R_in)."""
+        """Repeat a gate (.., ranks) over the whole rank axis, (.., R_in)."""
         return g.repeat(*[1] * (g.ndim - 1), self.rank_groups)
 
     def gate(self) -> Tensor | None:
@@ -135,11 +135,11 @@ class LowRankDelta(Delta):
 
     @torch.no_grad()
     def revive(self, index: Tensor, gen: torch.Generator) -> None:
-        """Start ranks anew, with an update of zero and no memory in the stepping optimizer.
+        """Restart ranks with an update of zero and no state in the stepping optimizer.
 
         Args:
             index: of the ranks (k,).
-            gen: of the draws.
+            gen: generator of the draws.
         """
         fresh = self.start_of(index, gen)
         for gate in self.gates:
@@ -147,9 +147,9 @@ class LowRankDelta(Delta):
         for name, value in fresh.items():
             p = self.get_parameter(name)
             axis = self.all_rank_axes[name] % p.ndim
-            where = (*(slice(None) for _ in range(axis)), index)
-            put(p, where, value.to(p.device, p.dtype))
-            events.forget(p, where)
+            entries = (*(slice(None) for _ in range(axis)), index)
+            put(p, entries, value.to(p.device, p.dtype))
+            events.forget(p, entries)
 
     def start_of(self, index: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
         """Start values of some ranks by parameter: LoRA's, or those that are subtracted."""
@@ -240,11 +240,11 @@ def less_start(
     share_a: Tensor | float = 1.0,
     share_b: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Delta mode: sum_a b_a a_a less its start, as stacked factors.
+    """sum_i b_i a_i minus its start, as stacked factors.
 
-    The start of term a is (share_b B0)(share_a A0), of one block for all terms or a block for each.
-    b a - b0 a0 = b (a - a0) + (b - b0) a0: both parts are exactly zero at the start, so a bf16
-    forward sees the small difference and not the rounding of two large products.
+    The start of term i is (share_b B0)(share_a A0), from one block for all terms or a block for
+    each. It is computed as b (a - a0) + (b - b0) a0: both parts are exactly zero at the start, so a
+    bf16 forward sees the small difference and not the rounding of two large products.
 
     Args:
         a: (k, r, in). b: (k, out, r).

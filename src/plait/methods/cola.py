@@ -101,7 +101,7 @@ class Cola(LowRankDelta):
 
     @property
     def needs_events(self) -> bool:
-        """Only where pairings are drawn, or a gate has a schedule."""
+        """Only if pairings are drawn or a gate has a schedule."""
         return self.t is not None
 
     def loaded(self) -> None:
