@@ -219,7 +219,9 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             return self._mixed(x, rows, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        active = [self.plait_delta[a] for a in self.active_adapters if a in self.plait_delta]
+        active: list[Any] = [
+            self.plait_delta[a] for a in self.active_adapters if a in self.plait_delta
+        ]
         if len(active) == 1 and self._can_join(active[0]):
             self._begin(active[0])
             return active[0].joint(x, self.base_layer.weight, self.base_layer.bias)

@@ -10,9 +10,9 @@ and no global generator is touched (the released code reseeds it in every forwar
 their first values is saved in the config and compared at load. arXiv 2310.02556; the 1 / sqrt(k)
 is that of the released GPT and LLaMA code.
 
-The file holds a and b: ka + kb numbers per layer, whatever in, out and r are. dW has rank r but lies
-on a curve of dimension ka + kb: read the count with that in mind. `keep_bases=False` saves memory
-and costs time: bases are then generated in each forward, a few at a time.
+The file holds a and b: ka + kb numbers per layer, whatever in, out and r are. dW has rank r but
+lies on a curve of dimension ka + kb: read the count with that in mind. With `keep_bases=False`
+each forward generates the bases, a few at a time: less memory, more time.
 """
 
 from dataclasses import dataclass, field
