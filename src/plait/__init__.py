@@ -30,7 +30,6 @@ from plait.core.events import (
     penalty,
     set_micro_batches,
 )
-from plait.core.export import LoraExport, to_lora
 from plait.gates.alloc import set_development_batch
 from plait.gates.prune import prune
 from plait.methods.alloc import AllocLoraConfig
@@ -46,6 +45,7 @@ from plait.methods.shared_b import SharedBLoraConfig
 from plait.methods.sora import SoraConfig
 from plait.methods.tied import TiedLoraConfig
 from plait.optim import create_lora_rite_optimizer, create_lorsum_optimizer
+from plait.upstream.export import LoraExport, to_lora
 
 # The function, bound after the package of the same name was imported above.
 from plait.core.registry import methods  # isort: skip

@@ -22,8 +22,8 @@ from plait.chain.links import Link, find_links
 from plait.chain.plan import ChainPlan
 from plait.core import events
 from plait.core.events import EventNeverFired, PlaitWarning
-from plait.core.export import to_lora
 from plait.core.trunk import Trunk, trunk_of
+from plait.upstream.export import to_lora
 
 WIDE = 256  # a trunk of more ranks costs more than merging would
 

@@ -17,11 +17,11 @@ from plait.chain.plan import ChainPlan
 from plait.core.bridge import PlaitLayer
 from plait.core.config import DeltaConfig
 from plait.core.delta import Delta, DenseDelta, LowRankDelta, TaskTable, TokenRouter
-from plait.core.export import update_of
 from plait.core.init import kaiming, seeded
 from plait.core.registry import find
 from plait.core.sharding import refuse_sharded
 from plait.core.trunk import is_quantized
+from plait.upstream.export import update_of
 
 # Upstream's methods: why no chain of them; "" where there is one.
 UPSTREAM = {

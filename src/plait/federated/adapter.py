@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from plait.core.config import DeltaConfig
 from plait.core.delta import Delta, DenseDelta
-from plait.core.export import update_of
 from plait.core.init import kaiming, seeded
 from plait.core.trunk import Trunk, trunk_of
 from plait.gates.screening import Screening, names_of
+from plait.upstream.export import update_of
 
 StateDict = dict[str, Tensor]
 

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plait.core.config import DeltaConfig
-from plait.core.export import LayerExport, LoraExport, plain_parts, to_lora
 from plait.run import stock_check
 from plait.run.config import RunConfig
 from plait.run.data import load_data
 from plait.run.evaluate import held_out_split, load_run
 from plait.run.folder import replace_dir, write_atomic
 from plait.run.model import load_base, source_of
+from plait.upstream.export import LayerExport, LoraExport, plain_parts, to_lora
 
 PROBE_ROWS = 8
 TOLERANCE = 1e-3  # of the largest logit: what an exact fp32 export may differ by
