@@ -14,7 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import plait
 from plait.core import events
-from plait.core.events import check_events, drive_adalora
+from plait.core.events import check_events
+from plait.upstream.adalora import drive_adalora
 from tests.support import tiny
 from tests.support.contract import (
     Case,

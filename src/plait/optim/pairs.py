@@ -178,7 +178,7 @@ class PairOptimizer(Optimizer):
     """
 
     key: ClassVar[str]
-    # It clips, or must not be clipped: Trainer's max_grad_norm has to be 0. See core.events.
+    # It clips, or must not be clipped: Trainer's max_grad_norm has to be 0. See plait.callback.
     own_clipping: ClassVar[bool] = True
 
     def __init__(

@@ -421,7 +421,7 @@ def method_names() -> list[str]:
     """Return every name that `method.name` can be: plait's methods, then the baselines."""
     import plait
 
-    return [m.key for m in plait.methods()] + list(BASELINES)
+    return [m.key for m in plait.list_methods()] + list(BASELINES)
 
 
 def peft_config(

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from plait.callback import PlaitCallback
 from plait.chain import ChainCallback, chain_of
-from plait.core.events import PlaitCallback, PlaitWarning, check_events, drive_adalora
+from plait.core.events import PlaitWarning, check_events
 from plait.gates.alloc import set_development_batch
 from plait.run.adapter import stored_numbers, upstream_noise
 from plait.run.callbacks import MetricsFile, StopOnSignal
@@ -39,6 +40,7 @@ from plait.run.folder import RunFolder, diff_configs, environment, replace_dir, 
 from plait.run.model import build_model, load_tokenizer
 from plait.run.optimizers import OPTIMIZERS
 from plait.run.trainer import RunTrainer, adalora_of, latest_checkpoint, writable
+from plait.upstream.adalora import drive_adalora
 
 # What a resumed run may change: nothing of this reaches a weight.
 _FREE = (
