@@ -24,6 +24,7 @@ from plait.upstream.export import update_of
 from plait.upstream.layers import factors_of, set_scaling
 from plait.upstream.table import BASELINES, baseline_of, start_kind
 
+
 def chain_support(plan: str, method_key: str) -> str | None:
     """Why a plan does not work with a method; None where it does.
 
@@ -226,7 +227,7 @@ def find_links(model: nn.Module, plan: ChainPlan, adapter: str) -> list[Link]:
             raise ValueError(reason)
         if plan.ranks is not None:
             raise ValueError(
-                f"chain: ranks = {plan.ranks} needs upstream's lora or rslora; {config.key} keeps "
+                f"chain: ranks = {plan.ranks} needs upstream's lora; {config.key} keeps "
                 "its own r. Leave ranks out."
             )
     elif config is not None:

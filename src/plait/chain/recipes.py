@@ -69,8 +69,7 @@ RECIPES: dict[str, Recipe] = {
             "2410.08305",
             length={"links": 12},
             options={"freeze": "A", "sketch": "orthonormal", "sketch_std": 1.0},
-            no_delta="{key} has no single pair of which one side could be frozen. Use lora or "
-            "rslora",
+            no_delta="{key} has no single pair of which one side could be frozen. Use lora",
         ),
         Recipe(
             "xgb",
@@ -78,8 +77,7 @@ RECIPES: dict[str, Recipe] = {
             "2410.19694",
             length={"steps_per_link": 10},
             options={"blocks_per_link": 1 / 3, "rank": 1, "lr": "global"},
-            no_delta="{key} has no rank-1 form that can be switched off by block. Use lora or "
-            "rslora",
+            no_delta="{key} has no rank-1 form that can be switched off by block. Use lora",
         ),
     )
 }

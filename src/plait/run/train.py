@@ -24,7 +24,7 @@ from plait.callback import PlaitCallback
 from plait.chain import ChainCallback, chain_of
 from plait.core.events import PlaitWarning, check_events
 from plait.gates.alloc import set_development_batch
-from plait.run.adapter import stored_numbers, upstream_noise
+from plait.run.adapter import stored_numbers
 from plait.run.callbacks import MetricsFile, StopOnSignal
 from plait.run.card import (
     read_environment,
@@ -40,8 +40,9 @@ from plait.run.folder import RunFolder, diff_configs, environment, replace_dir, 
 from plait.run.model import parameter_counts, to_device
 from plait.run.optimizers import OPTIMIZERS
 from plait.run.prepare import prepare
-from plait.run.trainer import RunTrainer, adalora_of, latest_checkpoint, writable
-from plait.upstream.adalora import drive_adalora
+from plait.run.trainer import RunTrainer, latest_checkpoint, writable
+from plait.upstream.adalora import adalora_of, check_total_step, drive_adalora, upstream_noise
+from plait.upstream.table import BASELINES, start_kind
 
 # What a resumed run may change: nothing of this reaches a weight.
 _FREE = (
@@ -60,7 +61,7 @@ _FREE = (
 
 DEVELOPMENT_ROWS = 32  # validation rows that an allocation scores ranks on
 
-_INITIAL = "initial"  # PiSSA's start, below checkpoints/
+_INITIAL = "initial"  # the start of an adapter that edits the base, below checkpoints/
 
 
 def train(
@@ -112,7 +113,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
-    _check_adalora(cfg, model, steps)
+    check_total_step(model, steps)
     seconds = _fit(folder, trainer, stop, checkpoint, steps)
 
     check_events(model)
@@ -142,10 +143,11 @@ def training_arguments(cfg: RunConfig, folder: RunFolder) -> TrainingArguments:
             "training.push_to_hub is true, but would upload without the model card. Upload the "
             "finished adapter/ with: hf upload REPO RUN/adapter"
         )
-    if given.get("load_best_model_at_end") and cfg.method.name == "adalora":
+    baseline = BASELINES.get(cfg.method.name)
+    if given.get("load_best_model_at_end") and baseline and baseline.no_best_checkpoint:
         raise ValueError(
-            "training.load_best_model_at_end does not work with adalora: peft 0.21.2 cannot load "
-            "an adapter of other ranks into the one in training. Set it to false."
+            f"training.load_best_model_at_end does not work with {baseline.key}: "
+            f"{baseline.no_best_checkpoint}. Set it to false."
         )
     own = OPTIMIZERS.get(cfg.optimizer.name)
     if own is not None and not own.clips:
@@ -277,26 +279,9 @@ def _give_development(data: DataBundle, model: PeftModel | PreTrainedModel) -> N
     set_development_batch(model, {k: v.to(model.device) for k, v in batch.items()})
 
 
-def _check_adalora(cfg: RunConfig, model: nn.Module, steps: int) -> None:
-    """AdaLoRA prunes on a schedule that has to have the true length."""
-    tuner = adalora_of(model)
-    if tuner is None:
-        return
-    planned = tuner.peft_config[tuner.trainable_adapter_name].total_step
-    if planned != steps:
-        raise ValueError(
-            f"method.total_step is {planned}, but training has {steps} optimizer steps, so "
-            f"adalora's schedule would not end where training does. Set it to {steps}, or leave "
-            "it out."
-        )
-
-
 def _edits_base(model: nn.Module) -> bool:
-    """Whether upstream put a part of the base weight into the adapter (PiSSA and its like)."""
-    if not isinstance(model, PeftModel):
-        return False
-    start = model.active_peft_config.to_dict().get("init_lora_weights")
-    return isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "lora_ga"))
+    """Whether upstream put a part of the base weight into the adapter at its start."""
+    return isinstance(model, PeftModel) and start_kind(model.active_peft_config) == "residual"
 
 
 def _save_trained(folder: RunFolder, model: PeftModel | PreTrainedModel, tokenizer: Any) -> int:

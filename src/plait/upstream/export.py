@@ -249,7 +249,9 @@ def upstream_to_lora(
             for name, A in tensors.items()
             if end in name
         ]
-        return LoraExport(config, {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, layers)
+        return LoraExport(
+            config, {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, layers
+        )
     lora, tensors = convert_to_lora(model, size or getattr(config, "r", 8))
     return LoraExport(lora, dict(tensors), _converted(model, tensors))
 
