@@ -1,7 +1,7 @@
-"""The recipes of a chain as data: what each one may be told, and what it does when told nothing.
+"""The recipes of a chain as data: the options that each one takes, and their defaults.
 
-A new recipe is a new row here. `ChainPlan.of`, the section `chain` of a run file, `plait methods
---matrix` and the docs read this table, which imports neither torch nor peft.
+To add a recipe, add a row here and nothing else: `ChainPlan.of`, the section `chain` of a run file,
+`plait methods --matrix` and the docs read this table. It imports neither torch nor peft.
 """
 
 from collections.abc import Mapping

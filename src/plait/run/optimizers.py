@@ -1,4 +1,4 @@
-"""The optimizers that a run file can name: options of each, methods it trains, how it is made.
+"""The optimizers that a run file can name: the options of each, and the methods it trains.
 
 `default` is what transformers makes from `training.optim`. lora_rite and lorsum are plait's own;
 loraplus, lorafa and riemannian are upstream peft's. Learning rate and weight decay come from
@@ -71,7 +71,7 @@ def _one_pair(method: str) -> str | None:
 
 
 def _pairs_of(method: str) -> Any:
-    """The pairs of a small layer of a method, or why there are none."""
+    """The pairs of a small layer of a method, or the reason why there are none."""
     if method in BASELINES:
         factor = nn.Parameter(torch.zeros(1, 1))
         return BASELINES[method].no_pairs or [Pair("layer", factor, factor, 1.0)]
@@ -134,7 +134,7 @@ def _loraplus(
     Args:
         model: with upstream LoRA.
         args: of training.
-        loraplus_lr_ratio: learning rate of B and of vectors, in that of A; 1 or more.
+        loraplus_lr_ratio: learning rate of B and of vectors divided by that of A; 1 or more.
         loraplus_lr_embedding: learning rate of factors of embeddings.
     """
     if loraplus_lr_ratio < 1:

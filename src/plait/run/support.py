@@ -1,6 +1,6 @@
-"""What works with what: a row for each method, a column for each feature, from the registry.
+"""The support matrix: a row for each method, a column for each feature.
 
-Nothing is written down twice: a cell asks the code that would refuse the combination. A test tries
+A cell asks the code that refuses the combination in a run, so nothing is stated twice. A test tries
 every cell, the refused ones too.
 """
 
@@ -21,7 +21,7 @@ from plait.upstream.table import BASELINES
 
 @dataclass(frozen=True)
 class Feature:
-    """One column: its name, its group, and what a method lacks for it (None: nothing)."""
+    """One column: its name, its group, and why a method does not have it (None: it has)."""
 
     key: str
     group: str
