@@ -26,7 +26,6 @@ from plait.core import (
     register,
 )
 from plait.core.events import after_step, penalty
-from plait.core.export import LoraExport, to_lora
 from plait.gates.alloc import set_development_batch
 from plait.gates.prune import prune
 from plait.methods.alloc import AllocLoraConfig
@@ -43,6 +42,7 @@ from plait.methods.sora import SoraConfig
 from plait.methods.tied import TiedLoraConfig
 from plait.optim import create_lora_rite_optimizer, create_lorsum_optimizer
 from plait.upstream.adalora import drive_adalora
+from plait.upstream.export import LoraExport, to_lora
 
 __all__ = [
     "AllocLoraConfig",

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 import plait
 from plait.core.delta import planned
-from plait.core.export import to_lora
+from plait.upstream.export import to_lora
 from tests.support import tiny
 from tests.support.contract import (
     Case,

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import plait
-from plait.core.export import to_lora
 from plait.gates.alloc import importance
+from plait.upstream.export import to_lora
 from tests.support import tiny
 from tests.support.contract import (
     Case,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import plait
-from plait.core.export import to_lora
+from plait.upstream.export import to_lora
 from tests.support import tiny
 from tests.support.contract import (
     Case,
