@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import plait
+from plait.chain.recipes import RECIPES
 from plait.core import DeltaConfig
 from plait.core.delta import planned
 from plait.core.gate import gates_of
@@ -198,7 +199,7 @@ def optimizer_options_of(name: str) -> str:
 
 def optimizer_support_table() -> str:
     """Which optimizer trains which method."""
-    keys = [m.key for m in plait.methods()] + list(BASELINES)
+    keys = [m.key for m in plait.list_methods()] + list(BASELINES)
     rows = [
         (code(key), *[yes(optimizer_support(name, key) is None) for name in OPTIMIZERS])
         for key in keys
@@ -249,7 +250,7 @@ def methods_table() -> str:
             yes(m.mergeable),
             yes(m.exact_export),
         )
-        for m in plait.methods()
+        for m in plait.list_methods()
     ]
     head = ("name", "paper", "formula", "trained, one layer", "rank of dW", "merge")
     return table((*head, "exact as LoRA"), rows)
@@ -310,11 +311,11 @@ def training_defaults() -> str:
 def chain_methods() -> str:
     """Table of which plan of a chain works with which method, and why not."""
     rows = []
-    for key in [*(m.key for m in plait.methods()), *BASELINES]:
-        reasons = [plait.chain_support(plan, key) for plan in ("chain", "rac", "xgb")]
+    for key in [*(m.key for m in plait.list_methods()), *BASELINES]:
+        reasons = [plait.chain_support(plan, key) for plan in RECIPES]
         why = next((r.partition(": ")[2] for r in reasons if r), "")
         rows.append((code(key), *(yes(reason is None) for reason in reasons), why))
-    return table(("method", "`chain`", "`rac`", "`xgb`", "why not"), rows)
+    return table(("method", *map(code, RECIPES), "why not"), rows)
 
 
 def command(verb: str) -> str:
@@ -442,7 +443,7 @@ def export_rank(method: plait.Method, config: DeltaConfig) -> str:
 
 def cost(*keys: str) -> str:
     """Table of counts of some methods, or of all, with LoRA beside them."""
-    names = keys or tuple(m.key for m in plait.methods())
+    names = keys or tuple(m.key for m in plait.list_methods())
     rows: list[tuple[str, ...]] = [("`lora`, r = 8", *lora_counts())]
     for key in names:
         for label in settings(key):
