@@ -11,7 +11,9 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plait.run.config import RunConfig
-from plait.run.data import IGNORED, DataBundle, Overlap, overlap
+from plait.run.data.bundle import DataBundle
+from plait.run.data.overlap import Overlap, overlap
+from plait.run.data.tokens import IGNORED
 from plait.run.model import parameter_counts
 from plait.run.optimizers import DEFAULT, make_optimizer
 from plait.run.prepare import prepare
