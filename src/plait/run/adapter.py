@@ -9,14 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plait.chain import chain_of
 from plait.run.folder import replace_dir
+from plait.upstream.table import start_kind
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -62,11 +67,8 @@ def save_trained(
 
 
 def splits_base(model: nn.Module) -> bool:
-    """Whether upstream put a part of the base weight into the adapter (PiSSA and its like)."""
-    if not isinstance(model, PeftModel):
-        return False
-    start = model.active_peft_config.to_dict().get("init_lora_weights")
-    return isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "lora_ga"))
+    """Whether upstream put a part of the base weight into the adapter at its start."""
+    return isinstance(model, PeftModel) and start_kind(model.active_peft_config) == "residual"
 
 
 def load_adapter(base: PreTrainedModel, path: Path, expected: PeftConfig) -> PeftModel:

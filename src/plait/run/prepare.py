@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.pytorch_utils import Conv1D
@@ -42,6 +41,8 @@ from plait.run.model import (
     quantised_reason,
     to_device,
 )
+from plait.upstream.layers import targeted
+from plait.upstream.table import BASELINES
 
 _SCORED_ROWS = 32  # validation rows that an allocation scores ranks on
 
@@ -310,23 +311,10 @@ def _check_targets(layers: dict[str, nn.Module], config: PeftConfig, method: str
                 f"method.target_modules: {', '.join(map(repr, unmatched))} matches no linear "
                 f"layer of this model. It has {', '.join(candidates)}; or use all-linear."
             )
-    layers = {n: m for n, m in layers.items() if check_target_module_exists(config, n)}
-    for name, layer in layers.items():
-        out_features, in_features = _sizes(layer)
-        smaller = min(in_features, out_features)
-        if method == "pissa" and options["r"] > smaller:
-            raise ValueError(
-                f"method.r is {options['r']}, but pissa takes singular vectors of {name}, which "
-                f"has {smaller}. Give r: {smaller} or less, or leave that layer out."
-            )
-        if method == "vblora":
-            length = options["vector_length"]
-            if in_features % length or out_features % length:
-                raise ValueError(
-                    f"method.vector_length is {length}, which does not divide {name} "
-                    f"({out_features} x {in_features}). Give a common divisor of all layers, "
-                    f"such as {_common_divisor(layers.values())}."
-                )
+    baseline = BASELINES.get(method)
+    if baseline is not None and baseline.check_layers is not None:
+        sizes = {name: _sizes(layers[name]) for name in targeted(config, layers)}
+        baseline.check_layers(options, sizes)
 
 
 def _matches(target: str, layers: Iterable[str], pattern: bool) -> bool:
@@ -342,7 +330,3 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
         return layer.nf, layer.nx
     assert isinstance(layer, nn.Linear)
     return layer.out_features, layer.in_features
-
-
-def _common_divisor(layers: Iterable[nn.Module]) -> int:
-    return math.gcd(*(size for layer in layers for size in _sizes(layer)))

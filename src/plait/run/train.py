@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from plait.core.events import PlaitCallback, PlaitWarning, check_events
+from plait.callback import PlaitCallback
+from plait.core.events import PlaitWarning, check_events
 from plait.run.adapter import keep_start, save_trained
 from plait.run.callbacks import MetricsFile, StopOnSignal
 from plait.run.card import write_card, write_loss_curve
@@ -22,6 +23,7 @@ from plait.run.metrics import METRICS
 from plait.run.optimizers import OPTIMIZERS
 from plait.run.prepare import prepare
 from plait.run.trainer import RunTrainer, last_complete, writable
+from plait.upstream.table import BASELINES
 
 # What a resumed run may change: none of these keys changes a weight.
 _FREE = (
@@ -119,10 +121,11 @@ def training_arguments(cfg: RunConfig, folder: RunFolder) -> TrainingArguments:
             "training.push_to_hub is true, but would upload without the model card. Upload the "
             "finished adapter/ with: hf upload REPO RUN/adapter"
         )
-    if options.get("load_best_model_at_end") and cfg.method.name == "adalora":
+    baseline = BASELINES.get(cfg.method.name)
+    if options.get("load_best_model_at_end") and baseline and baseline.no_best_checkpoint:
         raise ValueError(
-            "training.load_best_model_at_end does not work with adalora: peft 0.21.2 cannot load "
-            "an adapter of other ranks into the one in training. Set it to false."
+            f"training.load_best_model_at_end does not work with {baseline.key}: "
+            f"{baseline.no_best_checkpoint}. Set it to false."
         )
     optimizer = OPTIMIZERS.get(cfg.optimizer.name)
     if optimizer is not None and not optimizer.clips:
