@@ -24,6 +24,7 @@ from plait.upstream.export import update_of
 from plait.upstream.layers import factors_of, set_scaling
 from plait.upstream.table import BASELINES, baseline_of, start_kind
 
+
 def chain_support(plan: str, method_key: str) -> str | None:
     """Why a plan does not work with a method; None where it does.
 

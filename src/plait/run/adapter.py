@@ -48,22 +48,22 @@ def save_trained(
     start: what `keep_start` saved; PiSSA and its like become a plain LoRA of twice the rank, which
     is loaded on the whole base weight.
     """
-    options = {}
+    options: dict[str, Any] = {}
     if splits_base(model):
         options["path_initial_model_for_weight_conversion"] = str(start)
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> int:
         model.save_pretrained(str(folder), **options)
         tokenizer.save_pretrained(str(folder))
         chain = chain_of(model)
         if chain is not None:
             chain.save(folder)
+        if isinstance(model, PeftModel):
+            return stored_numbers(folder)
+        return sum(p.numel() for p in model.parameters())
 
     with upstream_noise():
-        replace_dir(to, write)
-    if isinstance(model, PeftModel):
-        return stored_numbers(to)
-    return sum(p.numel() for p in model.parameters())
+        return replace_dir(to, write)
 
 
 def splits_base(model: nn.Module) -> bool:

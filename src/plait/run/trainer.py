@@ -27,11 +27,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from plait.chain import ChainCallback, chain_schedule, load
 from plait.chain.plan import SHAPES
 from plait.core.events import EventNeverFired
-from plait.run.adapter import first_line, load_weights, readable, upstream_noise
+from plait.run.adapter import (
+    first_line,
+    load_weights,
+    readable,
+    save_trained,
+    upstream_noise,
+)
 from plait.run.callbacks import StopOnSignal
 from plait.run.config import did_you_mean
 from plait.run.evaluate import evaluate_model
-from plait.run.folder import replace_dir
+from plait.run.folder import RunFolder, replace_dir
 from plait.run.optimizers import DEFAULT, make_optimizer
 from plait.run.prepare import Prepared
 
@@ -47,59 +53,68 @@ class RunTrainer(Trainer):
     def __init__(
         self,
         run: Prepared,
-        args: TrainingArguments,
-        stop: StopOnSignal,
-        checkpoint: Path | None,
-        callbacks: Sequence[TrainerCallback],
+        folder: RunFolder,
+        callbacks: Sequence[TrainerCallback] = (),
     ):
-        """Make the Trainer of a prepared run.
-
-        stop: one of the callbacks. checkpoint: where `fit` starts from, None: from the beginning.
-        """
-        self.cfg, self.data, self.trained = run.cfg, run.data, run.model
-        self.stop, self.checkpoint, self.steps = stop, checkpoint, run.steps
-        self.checkpoints = Path(str(args.output_dir))
+        """Make the Trainer of a run; it starts from the folder's last complete checkpoint."""
+        self.cfg, self.data, self.trained, self.steps = run.cfg, run.data, run.model, run.steps
+        self.folder, self.checkpoints = folder, folder.checkpoints
+        for unfinished in self.checkpoints.glob(f".{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(unfinished)
+        self.checkpoint = latest_checkpoint(self.checkpoints)
+        self.stop = StopOnSignal()
         self._staging: Path | None = None
-        self.chain = None
-        if run.cfg.chain is not None:
-            self.chain = ChainCallback(run.cfg.chain.build(), checkpoint=checkpoint)
+        self.chain: ChainCallback | None = None
+        if run.chain is not None:
+            self.chain = ChainCallback(run.chain, checkpoint=self.checkpoint)
         super().__init__(
             model=run.model,
-            args=args,
+            args=run.arguments,
             data_collator=run.data.collator,
             train_dataset=run.data.train,
             eval_dataset=run.data.validation,
             processing_class=run.tokenizer,
-            callbacks=[*callbacks, *([] if self.chain is None else [self.chain])],
+            callbacks=[
+                self.stop,
+                *callbacks,
+                *([] if self.chain is None else [self.chain]),
+            ],
         )
         self.remove_callback(PrinterCallback)
 
     # -------------------------------------------------------------------------------- training
 
-    def fit(self) -> float:
-        """Train from the checkpoint to the last step, or until a signal; return the seconds."""
+    def fit(self) -> None:
+        """Train from the checkpoint to the last step; note the seconds of all training so far.
+
+        Raises KeyboardInterrupt after a signal, and FloatingPointError for a loss or a weight that
+        is NaN or infinite.
+        """
         start = 0 if self.checkpoint is None else int(self.checkpoint.name.rpartition("-")[2])
         if self.checkpoint is not None and start >= self.steps:
             # The Trainer would make one step too many from its last checkpoint.
             self.load_weights(self.checkpoint)
-            return 0.0
-        began = time.monotonic()
-        with self.stop:
-            self.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
-        return time.monotonic() - began
-
-    def check_finished(self) -> None:
-        """Raise unless all steps were made and every weight is finite; take autocast off the model.
-
-        Without the autocast of mixed precision the model is what will be loaded.
-        """
-        if self.stop.requested and self.state.global_step < self.steps:
-            raise KeyboardInterrupt(
-                f"training: stopped after step {self.state.global_step} of {self.steps}; "
-                f"{latest_checkpoint(self.checkpoints)} is complete."
-            )
+        else:
+            earlier, began = self.folder.read_facts().get("seconds", 0.0), time.monotonic()
+            with self.stop:
+                self.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
+            self.folder.note(seconds=earlier + time.monotonic() - began)
+            if self.stop.requested and self.state.global_step < self.steps:
+                raise KeyboardInterrupt(
+                    f"training: stopped after step {self.state.global_step} of {self.steps}; "
+                    f"{latest_checkpoint(self.checkpoints)} is complete."
+                )
         self.check_finite()
+
+    def save(self) -> None:
+        """Save the trained adapter, or the whole model, and note its size and the steps."""
+        # Off with the autocast of mixed precision: the model is measured as it will be loaded.
         self.accelerator.unwrap_model(self.trained, keep_fp32_wrapper=False)
+        full = not isinstance(self.trained, PeftModel)
+        to = self.folder.model if full else self.folder.adapter
+        with writable(to, self.checkpoints):
+            stored = save_trained(self.trained, self.data.tokenizer, to, self.folder.start)
+        self.folder.note(steps=self.steps, stored=stored)
 
     # ------------------------------------------------------------------------ optimizer, loss
 
@@ -262,13 +277,6 @@ def writable(target: Path, checkpoints: Path) -> Iterator[None]:
         last = latest_checkpoint(checkpoints)
         kept = f"{last} is kept: make room and resume." if last else "Make room and start again."
         raise OSError(f"{target}: could not be written ({first_line(error)}). {kept}") from error
-
-
-def last_complete(folder: Path) -> Path | None:
-    """Remove the unfinished checkpoints of a killed process; return the latest complete one."""
-    for unfinished in folder.glob(f".{PREFIX_CHECKPOINT_DIR}-*"):
-        shutil.rmtree(unfinished)
-    return latest_checkpoint(folder)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
