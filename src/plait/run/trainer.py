@@ -5,7 +5,6 @@ scheduler and RNG states as torch files, which the Trainer reads with `weights_o
 pickled training arguments are left out: the run folder's config.yaml holds them.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.adalora import AdaLoraModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -32,7 +29,6 @@ from plait.run.adapter import (
     load_weights,
     readable,
     save_trained,
-    upstream_noise,
 )
 from plait.run.callbacks import StopOnSignal
 from plait.run.config import did_you_mean
@@ -40,9 +36,9 @@ from plait.run.evaluate import evaluate_model
 from plait.run.folder import RunFolder, replace_dir
 from plait.run.optimizers import DEFAULT, make_optimizer
 from plait.run.prepare import Prepared
+from plait.upstream.adalora import adalora_of, load_adalora, save_adalora, upstream_noise
 
 _REMEDY = "Remove that checkpoint to resume from the one before it."
-_ADALORA = "adalora.safetensors"
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 _STATES = (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt")
 
@@ -234,7 +230,7 @@ class RunTrainer(Trainer):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         tuner = adalora_of(self.trained)
         if tuner is not None:
-            save_adalora(tuner, folder / _ADALORA)
+            save_adalora(tuner, folder)
         if self.chain is not None and self.chain.chain is not None:
             self.chain.chain.save(folder)  # before the checkpoint gets its name: whole or absent
 
@@ -251,7 +247,7 @@ class RunTrainer(Trainer):
         tuner = adalora_of(self.trained)
         with readable(folder, _REMEDY):
             if tuner is not None:
-                load_adalora(tuner, folder / _ADALORA)
+                load_adalora(tuner, folder)
             elif isinstance(self.trained, PeftModel):
                 load_weights(self.trained, folder, _REMEDY)
             else:
@@ -348,46 +344,3 @@ def scale_learning_rates(
 
 def _named(parts: list[str], key: str) -> bool:
     return key in parts or f"lora_{key}" in parts
-
-
-# -------------------------------------------------------------------------------------- AdaLoRA
-
-
-def adalora_of(model: nn.Module) -> Any:
-    """Return the AdaLoRA tuner of a model, None if it has another method."""
-    tuner = model.base_model if isinstance(model, PeftModel) else None
-    return tuner if isinstance(tuner, AdaLoraModel) else None
-
-
-def save_adalora(tuner: Any, path: Path) -> None:
-    """Write what resuming AdaLoRA needs: upstream saves neither the pruned ranks, which may
-    come back, nor the importance averages.
-    """
-    allocator = tuner.rankallocator
-    tensors = {
-        f"weight/{n}": p.detach() for n, p in tuner.model.named_parameters() if p.requires_grad
-    }
-    for average in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
-        tensors |= {f"{average}/{n}": t for n, t in vars(allocator)[average].items()}
-    pattern = tuner.peft_config[tuner.trainable_adapter_name].rank_pattern
-    metadata = {"rank_pattern": json.dumps(pattern)}
-    save_file({k: t.contiguous() for k, t in tensors.items()}, path, metadata=metadata)
-
-
-def load_adalora(tuner: Any, path: Path) -> None:
-    """Put back what save_adalora wrote."""
-    allocator = tuner.rankallocator
-    weights = {n: p for n, p in tuner.model.named_parameters() if p.requires_grad}
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        allocator.reset_ipt()
-        for key in file.keys():  # noqa: SIM118 - not a dict
-            kind, _, name = key.partition("/")
-            tensor = file.get_tensor(key)
-            if kind == "weight":
-                weights[name].copy_(tensor)
-            else:
-                vars(allocator)[kind][name] = tensor.to(weights[name].device)
-        metadata = file.metadata()
-    tuner.peft_config[tuner.trainable_adapter_name].rank_pattern = json.loads(
-        metadata["rank_pattern"]
-    )

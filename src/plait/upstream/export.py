@@ -111,19 +111,19 @@ def to_lora(
         raise ValueError(f"energy = {energy}. Give a share above 0 and up to 1.")
     refuse_sharded(model, "to_lora")
     config: Any = model.peft_config[adapter]
-    found = {
+    updates = {
         name: (layer, update)
         for name, layer in model.get_base_model().named_modules()
         if (update := update_of(layer, adapter)) is not None
     }
-    summed = any(isinstance(update, WeightedSum) for _, update in found.values())
+    summed = any(isinstance(update, WeightedSum) for _, update in updates.values())
     saved = {} if summed else get_peft_model_state_dict(model, adapter_name=adapter)
     key = f"plait_{config.key}_delta" if isinstance(config, DeltaConfig) else ".lora_"
     tensors = {name: value for name, value in saved.items() if key not in name}
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
     layers: list[LayerExport] = []
     transposed = False
-    for name, (layer, update) in found.items():
+    for name, (layer, update) in updates.items():
         if isinstance(update, Delta):
             events.check_fired(update)
         trunk = trunk_of(layer)
@@ -175,7 +175,7 @@ def plain_factors(
     trunk: Trunk | None = None,
     **choice: Any,
 ) -> tuple[Tensor, Tensor, float, float]:
-    """A (k, in), B (out, k), scale and relative error with dW = scale B A, or near it.
+    """A (k, in), B (out, k), scale and relative error of dW = scale B A, exact or approximate.
 
     Args:
         delta: of one layer. rank, energy, choice: as in to_lora.
@@ -249,7 +249,9 @@ def upstream_to_lora(
             for name, A in tensors.items()
             if end in name
         ]
-        return LoraExport(config, {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, layers)
+        return LoraExport(
+            config, {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, layers
+        )
     lora, tensors = convert_to_lora(model, size or getattr(config, "r", 8))
     return LoraExport(lora, dict(tensors), _converted(model, tensors))
 
