@@ -31,7 +31,7 @@ from plait.core.gate import gates_of
 from plait.federated import ALGORITHMS
 from plait.federated.adapter import Layer
 from plait.run.config import (
-    _PEFT_INTERNAL,
+    PEFT_INTERNAL,
     TRAINING_DEFAULTS,
     ChainConfig,
     ColumnsConfig,
@@ -42,6 +42,7 @@ from plait.run.config import (
     OutputConfig,
     method_options,
     optimizer_options,
+    starter_config,
 )
 from plait.run.optimizers import OPTIMIZERS, optimizer_support
 from plait.run.support import tables
@@ -185,7 +186,7 @@ def options_of(key: str) -> str:
             str(f.metadata["help"]),
         )
         for f in dataclasses.fields(DeltaConfig)
-        if f.name not in _PEFT_INTERNAL
+        if f.name not in PEFT_INTERNAL
     ]
     return table(head, option_rows(rows))
 
@@ -198,7 +199,7 @@ def optimizer_options_of(name: str) -> str:
 
 def optimizer_support_table() -> str:
     """Which optimizer trains which method."""
-    keys = [m.key for m in plait.methods()] + list(BASELINES)
+    keys = [m.key for m in plait.list_methods()] + list(BASELINES)
     rows = [
         (code(key), *[yes(optimizer_support(name, key) is None) for name in OPTIMIZERS])
         for key in keys
@@ -249,7 +250,7 @@ def methods_table() -> str:
             yes(m.mergeable),
             yes(m.exact_export),
         )
-        for m in plait.methods()
+        for m in plait.list_methods()
     ]
     head = ("name", "paper", "formula", "trained, one layer", "rank of dW", "merge")
     return table((*head, "exact as LoRA"), rows)
@@ -297,8 +298,13 @@ def config_section(name: str) -> str:
         if dataclasses.is_dataclass(hints[f.name]):
             continue
         default = None if f.default is dataclasses.MISSING else f.default
-        rows.append(option_rows([Option(f.name, hints[f.name], default, "")])[0][:3])
-    return table(("key", "type", "default"), rows)
+        rows += option_rows([Option(f.name, hints[f.name], default, f.metadata["help"])])
+    return table(("key", "type", "default", "what it is"), rows)
+
+
+def starter() -> str:
+    """What `plait init` writes."""
+    return f"```yaml\n{starter_config()}```"
 
 
 def training_defaults() -> str:
@@ -310,7 +316,7 @@ def training_defaults() -> str:
 def chain_methods() -> str:
     """Table of which plan of a chain works with which method, and why not."""
     rows = []
-    for key in [*(m.key for m in plait.methods()), *BASELINES]:
+    for key in [*(m.key for m in plait.list_methods()), *BASELINES]:
         reasons = [plait.chain_support(plan, key) for plan in ("chain", "rac", "xgb")]
         why = next((r.partition(": ")[2] for r in reasons if r), "")
         rows.append((code(key), *(yes(reason is None) for reason in reasons), why))
@@ -442,7 +448,7 @@ def export_rank(method: plait.Method, config: DeltaConfig) -> str:
 
 def cost(*keys: str) -> str:
     """Table of counts of some methods, or of all, with LoRA beside them."""
-    names = keys or tuple(m.key for m in plait.methods())
+    names = keys or tuple(m.key for m in plait.list_methods())
     rows: list[tuple[str, ...]] = [("`lora`, r = 8", *lora_counts())]
     for key in names:
         for label in settings(key):
@@ -509,6 +515,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "optimizer-options": optimizer_options_of,
     "optimizer-support": optimizer_support_table,
     "section": config_section,
+    "starter": starter,
     "training": training_defaults,
     "chain-methods": chain_methods,
     "command": command,

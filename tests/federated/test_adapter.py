@@ -90,7 +90,7 @@ def federate(
 # States -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", [m.key for m in plait.methods()])
+@pytest.mark.parametrize("key", [m.key for m in plait.list_methods()])
 def test_a_state_of_any_delta_goes_out_and_in(key: str) -> None:
     case = Case(key, OPTIONS.get(key, {}))
     one, two = wrap(case), wrap(case)

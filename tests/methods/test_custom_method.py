@@ -36,7 +36,7 @@ def test_fresh_process(tmp_path: Path) -> None:
 
 def test_is_listed() -> None:
     method = plait.find("gated")
-    assert method in plait.methods()
+    assert method in plait.list_methods()
     assert method.summary.startswith("Gated LoRA: ")
     assert (method.title, method.parameters) == ("Gated LoRA", "r (in + out + 1)")
     assert method.mergeable

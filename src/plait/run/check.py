@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plait.run.config import RunConfig
+from plait.run.config import RunConfig, check_method
 from plait.run.data import IGNORED, DataBundle, Overlap, load_data, overlap
 from plait.run.model import build_model, load_tokenizer, planned_steps
 from plait.run.optimizers import DEFAULT, make_optimizer
@@ -52,6 +52,7 @@ def check(config: RunConfig) -> CheckReport:
 
     Raises what loading the data and building the model raises.
     """
+    check_method(config)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer)
     model = build_model(config, data)

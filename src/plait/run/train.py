@@ -32,7 +32,14 @@ from plait.run.card import (
     write_evaluation,
     write_loss_curve,
 )
-from plait.run.config import RunConfig, allocates, config_to_dict, dump_config, load_config
+from plait.run.config import (
+    RunConfig,
+    allocates,
+    check_method,
+    config_to_dict,
+    dump_config,
+    load_config,
+)
 from plait.run.data import DataBundle, load_data
 from plait.run.evaluate import Progress, evaluate_model, held_out_split, to_device
 from plait.run.folder import RunFolder, diff_configs, environment, replace_dir, write_atomic
@@ -77,6 +84,7 @@ def train(
     FloatingPointError when the loss or a weight is NaN or infinite; OSError when a file cannot
     be written; KeyboardInterrupt after a signal, once the checkpoint is written.
     """
+    check_method(cfg)
     folder = _resumed(cfg) if resume else RunFolder.create(cfg.output.dir)
     args = training_arguments(cfg, folder)
     tokenizer = load_tokenizer(cfg.model)
