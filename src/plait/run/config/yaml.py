@@ -208,7 +208,8 @@ def _limited(hint: Any, limits: dict[str, float]) -> Any:
         return Annotated[str, Field(min_length=int(limits["ge"]))]
     if origin in (typing.Union, types.UnionType):
         union = typing.Union[tuple(_limited(part, limits) for part in inner)]  # noqa: UP007
-        return Annotated[union, Field(union_mode="left_to_right")] if str in inner else union
+        mixed = str in inner and not {int, float}.isdisjoint(inner)
+        return Annotated[union, Field(union_mode="left_to_right")] if mixed else union
     if origin in (list, dict):
         return origin[tuple(_limited(part, limits) for part in inner)]
     return hint
