@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import plait
+from plait.chain.recipes import RECIPES
 from plait.core import DeltaConfig
 from plait.core.delta import planned
 from plait.core.gate import gates_of
@@ -317,10 +318,10 @@ def chain_methods() -> str:
     """Table of which plan of a chain works with which method, and why not."""
     rows = []
     for key in [*(m.key for m in plait.list_methods()), *BASELINES]:
-        reasons = [plait.chain_support(plan, key) for plan in ("chain", "rac", "xgb")]
+        reasons = [plait.chain_support(plan, key) for plan in RECIPES]
         why = next((r.partition(": ")[2] for r in reasons if r), "")
         rows.append((code(key), *(yes(reason is None) for reason in reasons), why))
-    return table(("method", "`chain`", "`rac`", "`xgb`", "why not"), rows)
+    return table(("method", *map(code, RECIPES), "why not"), rows)
 
 
 def command(verb: str) -> str:

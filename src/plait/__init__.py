@@ -17,7 +17,8 @@ from plait._lazy import load_with_peft
 from plait._version import __version__
 
 if TYPE_CHECKING:
-    from plait import chain, methods
+    from plait import chain
+    from plait.callback import PlaitCallback, set_micro_batches
     from plait.chain import ChainCallback, ChainPlan, chain_schedule, chain_support
     from plait.core import (
         Delta,
@@ -32,14 +33,7 @@ if TYPE_CHECKING:
         list_methods,
         register,
     )
-    from plait.core.events import (
-        PlaitCallback,
-        after_step,
-        drive_adalora,
-        penalty,
-        set_micro_batches,
-    )
-    from plait.core.export import LoraExport, to_lora
+    from plait.core.events import after_step, penalty
     from plait.gates.alloc import set_development_batch
     from plait.gates.prune import prune
     from plait.methods.alloc import AllocLoraConfig
@@ -55,6 +49,8 @@ if TYPE_CHECKING:
     from plait.methods.sora import SoraConfig
     from plait.methods.tied import TiedLoraConfig
     from plait.optim import create_lora_rite_optimizer, create_lorsum_optimizer
+    from plait.upstream.adalora import drive_adalora
+    from plait.upstream.export import LoraExport, to_lora
 
 __all__ = [
     "AllocLoraConfig",
@@ -91,7 +87,6 @@ __all__ = [
     "drive_adalora",
     "find",
     "list_methods",
-    "methods",
     "penalty",
     "prune",
     "register",
@@ -102,6 +97,7 @@ __all__ = [
 
 # Where the public names are defined, the same as above; a test compares the two.
 _NAMES = {
+    "plait.callback": ("PlaitCallback", "set_micro_batches"),
     "plait.chain": ("ChainCallback", "ChainPlan", "chain_schedule", "chain_support"),
     "plait.core": (
         "Delta",
@@ -116,14 +112,7 @@ _NAMES = {
         "list_methods",
         "register",
     ),
-    "plait.core.events": (
-        "PlaitCallback",
-        "after_step",
-        "drive_adalora",
-        "penalty",
-        "set_micro_batches",
-    ),
-    "plait.core.export": ("LoraExport", "to_lora"),
+    "plait.core.events": ("after_step", "penalty"),
     "plait.gates.alloc": ("set_development_batch",),
     "plait.gates.prune": ("prune",),
     "plait.methods.alloc": ("AllocLoraConfig",),
@@ -139,6 +128,8 @@ _NAMES = {
     "plait.methods.sora": ("SoraConfig",),
     "plait.methods.tied": ("TiedLoraConfig",),
     "plait.optim": ("create_lora_rite_optimizer", "create_lorsum_optimizer"),
+    "plait.upstream.adalora": ("drive_adalora",),
+    "plait.upstream.export": ("LoraExport", "to_lora"),
 }
 _PLACES = {name: module for module, names in _NAMES.items() for name in names}
 _PARTS = {"chain", "core", "gates", "kernels", "methods", "optim", "upstream"}

@@ -43,6 +43,13 @@ def test_is_listed() -> None:
     assert method.exact_export
 
 
+def test_the_methods_are_a_package() -> None:
+    code = "import plait; import plait.methods.cola; print(plait.methods.cola.ColaConfig.key)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "cola"
+    assert "cola" in [method.key for method in plait.list_methods()]
+
+
 def test_length() -> None:
     assert len(FILE.read_text(encoding="utf-8").splitlines()) < 60
 

@@ -13,9 +13,8 @@ from peft.tuners.lora.conversion import convert_to_lora
 import plait
 from plait.core.config import DeltaConfig
 from plait.run.config import RunConfig, method_names
-from plait.run.data import load_data
 from plait.run.folder import RunFolder
-from plait.run.model import build_model, load_tokenizer
+from plait.run.prepare import prepare
 from plait.run.support import FEATURES, matrix, tables, why_not
 from plait.run.train import train
 from plait.upstream.table import BASELINES
@@ -38,11 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},
 }
 OPTIMIZER_OPTIONS = {"loraplus": {"loraplus_lr_ratio": 4}}
-CHAINS: dict[str, dict[str, Any]] = {
-    "chain": {"links": 2},
-    "rac": {"links": 2},
-    "xgb": {"steps_per_link": 2},
-}
+CHAINS: dict[str, dict[str, Any]] = {"xgb": {"steps_per_link": 2}}  # others: two links
 QUIET = {"generate": False}
 
 
@@ -72,7 +67,7 @@ def config(place: Path, run: Path, key: str, **sections: Any) -> RunConfig:
 
 def built(cfg: RunConfig) -> Any:
     """The model of a run, its update away from zero."""
-    model = build_model(cfg, load_data(cfg, load_tokenizer(cfg.model)))
+    model = prepare(cfg).model
     with torch.no_grad():
         for n, p in model.named_parameters():
             if p.requires_grad:
@@ -110,7 +105,7 @@ def attempt(feature: str, method: str, place: Path, run: Path) -> None:
         chosen = {"name": name, **OPTIMIZER_OPTIONS.get(name, {})}
         train(config(place, run, method, optimizer=chosen))
     elif group == "chain":
-        plan = {"plan": name, **CHAINS[name]}
+        plan = {"plan": name, **CHAINS.get(name, {"links": 2})}
         train(config(place, run, method, chain=plan, training={"max_steps": 8}))
     else:
         train(config(place, run, method, model={"quantization": feature}))

@@ -118,10 +118,10 @@ class DeltaConfig(PeftConfig):
                     f"The config was written by plait {kwargs.get('plait_version', 'unknown')}; "
                     "install that version or remove the key."
                 )
-        wanted = f"PLAIT_{cls.key.upper()}"
-        if str(kwargs.get("peft_type", wanted)).removeprefix("PeftType.") != wanted:
+        peft_type = f"PLAIT_{cls.key.upper()}"
+        if str(kwargs.get("peft_type", peft_type)).removeprefix("PeftType.") != peft_type:
             raise ValueError(
-                f"This adapter is of type {kwargs['peft_type']}, not {wanted}. "
+                f"This adapter is of type {kwargs['peft_type']}, not {peft_type}. "
                 "Load it with the config class of its own method, or by PeftModel.from_pretrained."
             )
         return cls(**kwargs)
@@ -133,7 +133,7 @@ class DeltaConfig(PeftConfig):
         config.awaits_weights = True
         return config
 
-    # Not fields: whether deltas built from this config are about to be loaded from a file; the
-    # micro-batches of an optimizer step, where somebody told.
+    # Not fields: whether Deltas built from this config wait for weights from a file; the number of
+    # micro-batches in an optimizer step, None until plait.set_micro_batches is called.
     awaits_weights: ClassVar[bool] = False
     micro_batches: ClassVar[int | None] = None

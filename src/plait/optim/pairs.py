@@ -1,20 +1,17 @@
-"""What optimizers of (A, B) have in common: the pairs of a model, a torch Optimizer on them.
+"""The common part of optimizers of (A, B): the pairs of a model, and a torch Optimizer on them.
 
-A pair is A (r, in) and B (out, r) on which one change of basis acts, (A, B) -> (R A, B R^-1): dW
-stays what it was. Factors that are slices of a 3-D parameter are joined, A side by side on `in`, B
-stacked on `out`; state has the parameter's own shape. Pairs of one shape go through one batched
-linear algebra call. Whatever else trains (routers, heads, norms, biases) is updated by AdamW in
-further groups of the same optimizer. All state is tensors of fp32 or better.
+A pair is A (r, in) and B (out, r); a change of basis (A, B) -> (R A, B R^-1) leaves dW unchanged.
+Factors that are slices of a 3-D parameter are joined, A side by side on `in`, B stacked on `out`;
+their state has the parameter's shape. Pairs of one shape share one batched linear algebra call.
+Other trained parameters (routers, heads, norms, biases) are updated by AdamW in further groups of
+the same optimizer. All state is held in fp32 or better.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.adalora import AdaLoraLayer
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
@@ -22,6 +19,7 @@ from torch.optim.adamw import adamw
 from plait.core import Pair
 from plait.core.bridge import PlaitLayer
 from plait.core.sharding import is_shard
+from plait.upstream.layers import free_pair, is_lora_layer
 
 _FLAT = (
     "is not a matrix (FSDP1 and DeepSpeed ZeRO flatten parameters). Use DDP or one process, or "
@@ -38,7 +36,7 @@ def wide(t: Tensor) -> Tensor:
 
 
 def collect_pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
-    """The pairs of an adapter, in the order of the model, found by the attributes of its layers.
+    """The pairs of an adapter, in the order of the model's layers.
 
     Args:
         model: with plait's layers or upstream LoRA layers.
@@ -53,26 +51,30 @@ def collect_pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
 
 def layer_pairs(model: nn.Module, adapter: str | None = None) -> list[tuple[nn.Module, list[Pair]]]:
     """The adapted layers with their pairs, as collect_pairs."""
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer | PlaitLayer)]
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, PlaitLayer) or is_lora_layer(module)
+    ]
     if adapter is None:
         adapter = _active(layers)
-    found = []
+    paired = []
     for name, layer in layers:
-        name = name.removeprefix("base_model.model.")
         if isinstance(layer, PlaitLayer):
             delta: Any = dict(layer.plait_delta.items()).get(adapter)
             pairs = [] if delta is None else delta.pairs()
         else:
-            pairs = list(_upstream(name, layer, adapter))
+            pair = free_pair(name.removeprefix("base_model.model."), layer, adapter)
+            pairs = [] if pair is None else [pair]
         if pairs:
-            found.append((layer, pairs))
-    if not found:
+            paired.append((layer, pairs))
+    if not paired:
         raise ValueError(
             f"The model has no pair (A, B) of adapter {adapter!r}. These optimizers train LoRA and "
             "methods made of free factors; train this model with AdamW."
         )
-    _check([pair for _, pairs in found for pair in pairs])
-    return found
+    _check([pair for _, pairs in paired for pair in pairs])
+    return paired
 
 
 def _active(layers: Sequence[tuple[str, Any]]) -> str:
@@ -83,35 +85,8 @@ def _active(layers: Sequence[tuple[str, Any]]) -> str:
     return names[0]
 
 
-def _upstream(name: str, layer: Any, adapter: str) -> Iterator[Pair]:
-    """The pair of an upstream LoRA layer, by its attributes."""
-    reason = None
-    if isinstance(layer, AdaLoraLayer):
-        reason = "AdaLoRA's gate E belongs to single ranks"
-    elif isinstance(layer, ParamWrapper):
-        reason = "target_parameters adapts a parameter that is no linear layer"
-    elif adapter in layer.lora_embedding_A:
-        reason = "an embedding is no linear layer"
-    elif adapter in layer.lora_magnitude_vector:
-        reason = "DoRA's magnitude depends on dW"
-    elif adapter in layer.lora_variant:
-        reason = f"{type(layer.lora_variant[adapter]).__name__} changes what A and B mean"
-    elif adapter not in layer.lora_A:
-        return
-    elif layer.lora_A[adapter].weight.ndim > 2:
-        reason = "a convolution is no linear layer"
-    if reason is not None:
-        raise ValueError(
-            f"{name}: its factors are no free pair (A, B): {reason}. Leave the layer out of the "
-            "adapter, or train with AdamW."
-        )
-    A: Any = layer.lora_A[adapter]
-    B: Any = layer.lora_B[adapter]
-    yield Pair(name, A.weight, B.weight, float(layer.scaling[adapter]))
-
-
 def _check(pairs: Sequence[Pair]) -> None:
-    """Every factor is a trained matrix, every slice of it in one pair."""
+    """Raise ValueError unless every factor is a trained matrix and in one pair only."""
     taken = set()
     for pair in pairs:
         for letter, p, slices in (("A", pair.A, pair.A_slices), ("B", pair.B, pair.B_slices)):
@@ -203,7 +178,7 @@ class PairOptimizer(Optimizer):
     """
 
     key: ClassVar[str]
-    # It clips, or must not be clipped: Trainer's max_grad_norm has to be 0. See core.events.
+    # It clips, or must not be clipped: Trainer's max_grad_norm has to be 0. See plait.callback.
     own_clipping: ClassVar[bool] = True
 
     def __init__(
@@ -245,7 +220,7 @@ class PairOptimizer(Optimizer):
         """One step.
 
         Args:
-            closure: computes the gradients anew and returns the loss; it runs with gradients on.
+            closure: recomputes the gradients and returns the loss; runs with gradients enabled.
         """
         loss = None
         if closure is not None:
@@ -295,18 +270,18 @@ class PairOptimizer(Optimizer):
         """As torch, which casts state to the parameter's dtype; ours stays as wide as it is."""
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, own, strict=True):
+        held = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, held, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
                 device = "cpu" if name == "step" else p.device
                 self.state[p][name] = value.to(device, copy=True)
 
 
 def at_least(key: str, name: str, value: Any, least: float, below: float = float("inf")) -> None:
-    """Refuse a hyper-parameter out of range.
+    """Check that a hyper-parameter is in its range.
 
     Raises:
-        ValueError: with the value and the range.
+        ValueError: it is not; names the value and the range.
     """
     if not least <= value < below:
         end = f" and below {below:g}" if below < float("inf") else ""

@@ -2,15 +2,20 @@
 
 import json
 import pickle
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+
+from plait.upstream.adalora import upstream_noise
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -106,18 +111,6 @@ def _check_complete(model: PeftModel, path: Path) -> None:
                 f"{path / WEIGHTS}: {what} {sorted(names)[0]} and {len(names) - 1} more. The "
                 "adapter is of another model or another method's options; use the run's own."
             )
-
-
-@contextmanager
-def upstream_noise() -> Iterator[None]:
-    """Drop what peft 0.21.2 warns of AdaLoRA without reason.
-
-    It takes a layer pruned to rank 0 for a lost shard, and the pattern of kept ranks for LoRA's.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*have invalid shape")
-        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
-        yield
 
 
 @contextmanager

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from plait.callback import PlaitCallback
 from plait.chain import ChainCallback, chain_of
-from plait.core.events import PlaitCallback, PlaitWarning, check_events, drive_adalora
+from plait.core.events import PlaitWarning, check_events
 from plait.gates.alloc import set_development_batch
-from plait.run.adapter import stored_numbers, upstream_noise
+from plait.run.adapter import stored_numbers
 from plait.run.callbacks import MetricsFile, StopOnSignal
 from plait.run.card import (
     read_environment,
@@ -32,20 +33,16 @@ from plait.run.card import (
     write_evaluation,
     write_loss_curve,
 )
-from plait.run.config import (
-    RunConfig,
-    allocates,
-    check_method,
-    config_to_dict,
-    dump_config,
-    load_config,
-)
-from plait.run.data import DataBundle, load_data
-from plait.run.evaluate import Progress, evaluate_model, held_out_split, to_device
+from plait.run.config import RunConfig, allocates, config_to_dict, dump_config, load_config
+from plait.run.data import DataBundle
+from plait.run.evaluate import Progress, evaluate_model
 from plait.run.folder import RunFolder, diff_configs, environment, replace_dir, write_atomic
-from plait.run.model import build_model, load_tokenizer
+from plait.run.model import parameter_counts, to_device
 from plait.run.optimizers import OPTIMIZERS
-from plait.run.trainer import RunTrainer, adalora_of, latest_checkpoint, writable
+from plait.run.prepare import prepare
+from plait.run.trainer import RunTrainer, latest_checkpoint, writable
+from plait.upstream.adalora import adalora_of, check_total_step, drive_adalora, upstream_noise
+from plait.upstream.table import BASELINES, start_kind
 
 # What a resumed run may change: nothing of this reaches a weight.
 _FREE = (
@@ -64,7 +61,7 @@ _FREE = (
 
 DEVELOPMENT_ROWS = 32  # validation rows that an allocation scores ranks on
 
-_INITIAL = "initial"  # PiSSA's start, below checkpoints/
+_INITIAL = "initial"  # the start of an adapter that edits the base, below checkpoints/
 
 
 def train(
@@ -84,16 +81,16 @@ def train(
     FloatingPointError when the loss or a weight is NaN or infinite; OSError when a file cannot
     be written; KeyboardInterrupt after a signal, once the checkpoint is written.
     """
-    check_method(cfg)
-    folder = _resumed(cfg) if resume else RunFolder.create(cfg.output.dir)
+    folder = _resumed(cfg) if resume else RunFolder.new(cfg.output.dir)
     args = training_arguments(cfg, folder)
-    tokenizer = load_tokenizer(cfg.model)
-    data = load_data(cfg, tokenizer)
-    model = to_device(build_model(cfg, data), cfg)
+    prepared = prepare(cfg)
+    folder.path.mkdir(parents=True, exist_ok=True)  # nothing is refused from here on
+    tokenizer, data = prepared.tokenizer, prepared.data
+    model = to_device(prepared.model, cfg)
     checkpoint = _prepare(folder, cfg, data, model)
     _give_development(data, model)
 
-    split = held_out_split(data)
+    split = data.held_out_split
     if split is not None and "before" not in read_evaluation(folder):
         before = evaluate_model(model, data, split, cfg, progress=progress)
         write_evaluation(folder, split=split, before=before)
@@ -116,7 +113,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
-    _check_adalora(cfg, model, steps)
+    check_total_step(model, steps)
     seconds = _fit(folder, trainer, stop, checkpoint, steps)
 
     check_events(model)
@@ -146,10 +143,11 @@ def training_arguments(cfg: RunConfig, folder: RunFolder) -> TrainingArguments:
             "training.push_to_hub is true, but would upload without the model card. Upload the "
             "finished adapter/ with: hf upload REPO RUN/adapter"
         )
-    if given.get("load_best_model_at_end") and cfg.method.name == "adalora":
+    baseline = BASELINES.get(cfg.method.name)
+    if given.get("load_best_model_at_end") and baseline and baseline.no_best_checkpoint:
         raise ValueError(
-            "training.load_best_model_at_end does not work with adalora: peft 0.21.2 cannot load "
-            "an adapter of other ranks into the one in training. Set it to false."
+            f"training.load_best_model_at_end does not work with {baseline.key}: "
+            f"{baseline.no_best_checkpoint}. Set it to false."
         )
     own = OPTIMIZERS.get(cfg.optimizer.name)
     if own is not None and not own.clips:
@@ -281,26 +279,9 @@ def _give_development(data: DataBundle, model: PeftModel | PreTrainedModel) -> N
     set_development_batch(model, {k: v.to(model.device) for k, v in batch.items()})
 
 
-def _check_adalora(cfg: RunConfig, model: nn.Module, steps: int) -> None:
-    """AdaLoRA prunes on a schedule that has to have the true length."""
-    tuner = adalora_of(model)
-    if tuner is None:
-        return
-    planned = tuner.peft_config[tuner.trainable_adapter_name].total_step
-    if planned != steps:
-        raise ValueError(
-            f"method.total_step is {planned}, but training has {steps} optimizer steps, so "
-            f"adalora's schedule would not end where training does. Set it to {steps}, or leave "
-            "it out."
-        )
-
-
 def _edits_base(model: nn.Module) -> bool:
-    """Whether upstream put a part of the base weight into the adapter (PiSSA and its like)."""
-    if not isinstance(model, PeftModel):
-        return False
-    start = model.active_peft_config.to_dict().get("init_lora_weights")
-    return isinstance(start, str) and start.startswith(("pissa", "olora", "corda", "lora_ga"))
+    """Whether upstream put a part of the base weight into the adapter at its start."""
+    return isinstance(model, PeftModel) and start_kind(model.active_peft_config) == "residual"
 
 
 def _save_trained(folder: RunFolder, model: PeftModel | PreTrainedModel, tokenizer: Any) -> int:
@@ -323,14 +304,6 @@ def _save_trained(folder: RunFolder, model: PeftModel | PreTrainedModel, tokeniz
         return stored_numbers(folder.adapter)
     replace_dir(folder.model, write)
     return sum(p.numel() for p in model.parameters())
-
-
-def parameter_counts(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
-    """Return (trainable parameters, all parameters), with the adapter's."""
-    if isinstance(model, PeftModel):  # knows how many numbers a 4-bit weight packs
-        return model.get_nb_trainable_parameters()
-    everything = sum(p.numel() for p in model.parameters())
-    return everything, everything
 
 
 def _write_environment(folder: RunFolder, content: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ scheduler and RNG states as torch files, which the Trainer reads with `weights_o
 pickled training arguments it adds are left out, the run folder's config.yaml holds them.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.adalora import AdaLoraModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -24,16 +21,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from plait.chain import ChainCallback, chain_schedule, load
 from plait.chain.plan import SHAPES
 from plait.core.events import EventNeverFired
-from plait.run.adapter import first_line, load_weights, readable, upstream_noise
+from plait.run.adapter import first_line, load_weights, readable
 from plait.run.callbacks import StopOnSignal
 from plait.run.config import RunConfig, did_you_mean
 from plait.run.data import DataBundle
 from plait.run.evaluate import evaluate_model
 from plait.run.folder import replace_dir
 from plait.run.optimizers import DEFAULT, make_optimizer
+from plait.upstream.adalora import adalora_of, load_adalora, save_adalora, upstream_noise
 
 _REMEDY = "Remove that checkpoint to resume from the one before it."
-_ADALORA = "adalora.safetensors"
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 _STATES = (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt")
 
@@ -175,7 +172,7 @@ class RunTrainer(Trainer):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         tuner = adalora_of(self.trained)
         if tuner is not None:
-            save_adalora(tuner, folder / _ADALORA)
+            save_adalora(tuner, folder)
         if self.chain is not None and self.chain.chain is not None:
             self.chain.chain.save(folder)  # before the checkpoint gets its name: whole or absent
 
@@ -192,7 +189,7 @@ class RunTrainer(Trainer):
         tuner = adalora_of(self.trained)
         with readable(folder, _REMEDY):
             if tuner is not None:
-                load_adalora(tuner, folder / _ADALORA)
+                load_adalora(tuner, folder)
             elif isinstance(self.trained, PeftModel):
                 load_weights(self.trained, folder, _REMEDY)
             else:
@@ -289,46 +286,3 @@ def scale_learning_rates(
 
 def _named(parts: list[str], key: str) -> bool:
     return key in parts or f"lora_{key}" in parts
-
-
-# -------------------------------------------------------------------------------------- AdaLoRA
-
-
-def adalora_of(model: nn.Module) -> Any:
-    """Return the AdaLoRA tuner of a model, None where it has another method."""
-    tuner = model.base_model if isinstance(model, PeftModel) else None
-    return tuner if isinstance(tuner, AdaLoraModel) else None
-
-
-def save_adalora(tuner: Any, path: Path) -> None:
-    """Write what resuming AdaLoRA needs: upstream saves neither the pruned ranks, which may
-    come back, nor the importance averages.
-    """
-    allocator = tuner.rankallocator
-    tensors = {
-        f"weight/{n}": p.detach() for n, p in tuner.model.named_parameters() if p.requires_grad
-    }
-    for average in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
-        tensors |= {f"{average}/{n}": t for n, t in vars(allocator)[average].items()}
-    pattern = tuner.peft_config[tuner.trainable_adapter_name].rank_pattern
-    metadata = {"rank_pattern": json.dumps(pattern)}
-    save_file({k: t.contiguous() for k, t in tensors.items()}, path, metadata=metadata)
-
-
-def load_adalora(tuner: Any, path: Path) -> None:
-    """Put back what save_adalora wrote."""
-    allocator = tuner.rankallocator
-    weights = {n: p for n, p in tuner.model.named_parameters() if p.requires_grad}
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        allocator.reset_ipt()
-        for key in file.keys():  # noqa: SIM118 - not a dict
-            kind, _, name = key.partition("/")
-            tensor = file.get_tensor(key)
-            if kind == "weight":
-                weights[name].copy_(tensor)
-            else:
-                vars(allocator)[kind][name] = tensor.to(weights[name].device)
-        metadata = file.metadata()
-    tuner.peft_config[tuner.trainable_adapter_name].rank_pattern = json.loads(
-        metadata["rank_pattern"]
-    )

@@ -1,6 +1,5 @@
 """The method and the optimizer of a run: names, checked options, and the peft config they make."""
 
-import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -110,10 +109,9 @@ def peft_config(
 ) -> "PeftConfig | None":
     """Build the peft config of a method; None for full fine-tuning.
 
-    total_steps: planned optimizer steps, for methods with a schedule. AdaLoRA takes its
-    total_step, a tinit of a tenth and a tfinal of three tenths of it; while the number is unknown
-    its total_step is 2**31 - 1, to be replaced before training. tasks: names of the data's tasks,
-    for a method that routes by task. Raises what the config class raises for its own checks.
+    total_steps: planned optimizer steps, for methods with a schedule; a baseline may complete its
+    options with it, see plait.upstream.options. tasks: names of the data's tasks, for a method that
+    routes by task. Raises what the config class raises for its own checks.
     """
     cls = _config_class(method.name)
     if cls is None:
@@ -124,8 +122,8 @@ def peft_config(
         options |= baseline.defaults | baseline.fixed
     for key, value in method.options.items():
         options[baseline.renamed.get(key, key) if baseline else key] = value
-    if method.name == "adalora":
-        _fill_adalora(options, total_steps)
+    if baseline and baseline.complete:
+        baseline.complete(options, total_steps)
     elif "total_steps" in cls.__dataclass_fields__ and options.get("total_steps") is None:
         options["total_steps"] = total_steps
     if options.get("routing") == "task" and not options.get("tasks"):
@@ -193,18 +191,3 @@ def _config_class(name: str) -> Any:
     from plait.core.registry import find
 
     return find(name).config
-
-
-def _fill_adalora(options: dict[str, Any], total_steps: int | None) -> None:
-    """Complete AdaLoRA's ranks and schedule; raise where upstream would crash in training."""
-    options.setdefault("init_r", math.ceil(1.5 * options["target_r"]))
-    if options["init_r"] <= options["target_r"]:
-        raise ValueError(
-            f"adalora: init_r = {options['init_r']} leaves nothing to prune to target_r = "
-            f"{options['target_r']}. Give an init_r above target_r."
-        )
-    if options.get("total_step") is None:
-        options["total_step"] = total_steps or 2**31 - 1
-        if total_steps:
-            options.setdefault("tinit", total_steps // 10)
-            options.setdefault("tfinal", total_steps * 3 // 10)

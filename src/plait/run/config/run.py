@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from plait.options import did_you_mean
 from plait.run.config.method import (
     DEFAULT_OPTIMIZER,
     check_method_section,
@@ -134,7 +135,13 @@ def check_method(config: RunConfig, source: Source | None = None) -> None:
 
 def _check_chain(chain: ChainConfig, method: str, source: Source) -> None:
     from plait.chain import chain_support
+    from plait.chain.recipes import RECIPES
 
+    if chain.plan not in RECIPES:
+        raise ValueError(
+            f"{source.at('chain.plan')} is {chain.plan!r}, which is no plan. "
+            f"{did_you_mean(chain.plan, RECIPES)}"
+        )
     try:
         chain.build()
         reason = chain_support(chain.plan, method)

@@ -3,12 +3,11 @@
 A new key is a line here: reading, errors, `plait init` and the tables on the pages follow.
 """
 
-import inspect
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from plait.options import did_you_mean, option
+from plait.options import option
 
 if typing.TYPE_CHECKING:
     from plait.chain import ChainPlan
@@ -141,7 +140,7 @@ class OutputConfig:
 class ChainConfig:
     """A chain of adapters; an option that is null has the recipe's own default."""
 
-    plan: Literal["chain", "rac", "xgb"] = option("chain", "The recipe.")
+    plan: str = option("chain", "The recipe: chain, rac or xgb.")
     links: int | None = option(None, "Number of links; or give steps_per_link.", least=1)
     steps_per_link: int | None = option(None, "Optimizer steps of a link.", least=1)
     ranks: int | list[int] | None = option(None, "Rank of all links, or of each.", least=1)
@@ -170,13 +169,5 @@ class ChainConfig:
         """
         from plait.chain import ChainPlan
 
-        make = {"chain": ChainPlan.chain, "rac": ChainPlan.rac, "xgb": ChainPlan.xgb}[self.plan]
         options = {k: v for k, v in vars(self).items() if v is not None and k != "plan"}
-        known = inspect.signature(make).parameters
-        for name in options:
-            if name not in known:
-                raise ValueError(
-                    f"chain: {name} is no option of the plan {self.plan}. "
-                    f"{did_you_mean(name, known)}"
-                )
-        return make(**options)
+        return ChainPlan.of(self.plan, **options)
