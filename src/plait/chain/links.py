@@ -15,8 +15,10 @@ from plait.chain.plan import ChainPlan
 from plait.chain.recipes import Recipe, recipe_of
 from plait.core.bridge import PlaitLayer
 from plait.core.config import DeltaConfig
-from plait.core.delta import Delta, DenseDelta, LowRankDelta, TaskTable, TokenRouter
+from plait.core.delta import Delta
+from plait.core.dense import DenseDelta
 from plait.core.init import kaiming, seeded
+from plait.core.low_rank import LowRankDelta
 from plait.core.registry import find
 from plait.core.sharding import refuse_sharded
 from plait.core.trunk import is_quantized
@@ -271,7 +273,7 @@ def _check_delta(name: str, delta: Delta) -> None:
     key = delta.adapter.key
     if not isinstance(delta, LowRankDelta) or delta.no_restart:
         raise ValueError(f"chain: {name} has no factors that a finished link of {key} could keep.")
-    if isinstance(delta.mix(), TokenRouter | TaskTable):
+    if delta.depends_on is not None:
         raise ValueError(f"chain: the update of {key} depends on the input. Use another method.")
 
 

@@ -35,6 +35,7 @@ from plait.run.adapter import load_adapter
 from plait.run.config import (
     RunConfig,
     allocates,
+    check_method,
     load_config,
     method_options,
     peft_config,
@@ -251,10 +252,7 @@ def check_config(cfg: RunConfig) -> None:
             f"method.name: {name} does not work on a {quantization} base: {reason}. Set "
             "model.quantization: none, or use another method."
         )
-    try:  # one name stands for the data's tasks
-        peft_config(cfg.method, cfg.model.task, tasks=["unknown"])
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"method: {error}") from error
+    check_method(cfg)
 
 
 def method_config(
@@ -278,7 +276,7 @@ def method_config(
     try:
         config = peft_config(method, cfg.model.task, total_steps, tasks)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"method: {error}") from error
+        raise ValueError(f"{cfg.source.at('method')}: {error}") from error
     if config is not None:
         baseline = BASELINES.get(cfg.method.name)
         if baseline is not None and baseline.check_layers is not None:

@@ -30,7 +30,7 @@ from plait.core import events
 from plait.core.bridge import PlaitLayer
 from plait.core.combine import WeightedSum
 from plait.core.config import DeltaConfig
-from plait.core.delta import Delta, LowRankDelta
+from plait.core.delta import Delta
 from plait.core.sharding import refuse_sharded
 from plait.core.trunk import Trunk, trunk_of
 from plait.upstream.layers import PlainUpdate, plain_update
@@ -182,8 +182,7 @@ def plain_factors(
         trunk: finished links, which come first. Where the ranks then exceed min(in, out), the
             stack is compressed to that, which is exact.
     """
-    folds = isinstance(delta, LowRankDelta | WeightedSum | PlainUpdate)
-    factors = delta.folded(**choice) if folds else None
+    factors = delta.folded(**choice)
     scale = delta.scaling
     if factors is not None:
         A, B = factors
@@ -197,7 +196,7 @@ def plain_factors(
             return A, B, scale, 0.0
         U, S, Vh = product_svd(A, B, scale)
     else:
-        assert isinstance(delta, Delta)  # a pair always folds
+        assert isinstance(delta, Delta)  # a PlainUpdate always folds
         U, S, Vh = torch.linalg.svd(delta.weight(**choice), full_matrices=False)
         rank = delta.config.r if rank is None and energy is None else rank
     total = S.square().sum()

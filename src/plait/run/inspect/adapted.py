@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from plait.core.bridge import PlaitLayer
-from plait.core.delta import Delta, LowRankDelta, mode
+from plait.core.delta import Delta, mode
+from plait.core.low_rank import LowRankDelta
 from plait.core.mix import TaskTable, TokenRouter
 from plait.inspect.update import Update
 from plait.run.model import adaptable_layers
