@@ -32,7 +32,7 @@ from plait.core.gate import gates_of
 from plait.federated import ALGORITHMS
 from plait.federated.adapter import Layer
 from plait.run.config import (
-    _PEFT_INTERNAL,
+    PEFT_INTERNAL,
     TRAINING_DEFAULTS,
     ChainConfig,
     ColumnsConfig,
@@ -43,6 +43,7 @@ from plait.run.config import (
     OutputConfig,
     method_options,
     optimizer_options,
+    starter_config,
 )
 from plait.run.optimizers import OPTIMIZERS, optimizer_support
 from plait.run.support import tables
@@ -186,7 +187,7 @@ def options_of(key: str) -> str:
             str(f.metadata["help"]),
         )
         for f in dataclasses.fields(DeltaConfig)
-        if f.name not in _PEFT_INTERNAL
+        if f.name not in PEFT_INTERNAL
     ]
     return table(head, option_rows(rows))
 
@@ -298,8 +299,13 @@ def config_section(name: str) -> str:
         if dataclasses.is_dataclass(hints[f.name]):
             continue
         default = None if f.default is dataclasses.MISSING else f.default
-        rows.append(option_rows([Option(f.name, hints[f.name], default, "")])[0][:3])
-    return table(("key", "type", "default"), rows)
+        rows += option_rows([Option(f.name, hints[f.name], default, f.metadata["help"])])
+    return table(("key", "type", "default", "what it is"), rows)
+
+
+def starter() -> str:
+    """What `plait init` writes."""
+    return f"```yaml\n{starter_config()}```"
 
 
 def training_defaults() -> str:
@@ -510,6 +516,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "optimizer-options": optimizer_options_of,
     "optimizer-support": optimizer_support_table,
     "section": config_section,
+    "starter": starter,
     "training": training_defaults,
     "chain-methods": chain_methods,
     "command": command,
