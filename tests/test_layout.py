@@ -165,7 +165,7 @@ def test_imports_go_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=place)
 def test_nothing_dangerous(path: Path) -> None:
     # A run seeds itself; the recipe of the shipped model too.
-    seeds = {"run/train.py", "run/model.py", "run/evaluate.py", "assets/pretrain.py"}
+    seeds = {"run/train.py", "run/prepare.py", "run/evaluate.py", "assets/pretrain.py"}
     found = forbidden(TREES[path])
     if place(path) in seeds:
         found = [f for f in found if "seed" not in f]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from plait.run import train as train_module
 from plait.run.card import metric_rows, read_evaluation
 from plait.run.config import RunConfig
-from plait.run.data import DataBundle, load_data
+from plait.run.data import DataBundle
 from plait.run.evaluate import (
     classification_metrics,
     decode,
@@ -23,11 +23,11 @@ from plait.run.evaluate import (
     generate_ids,
     generate_run,
     harness_run,
-    load_run,
     regression_metrics,
 )
 from plait.run.folder import RunFolder
-from plait.run.model import build_model, load_tokenizer
+from plait.run.model import load_tokenizer
+from plait.run.prepare import load_run, prepare
 from plait.run.train import train
 from plait_cli import main
 from tests.support.runs import copy_rows, film_rows, run_config, save_model, write_rows
@@ -61,8 +61,8 @@ def run(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def loaded(cfg: RunConfig) -> tuple[Any, DataBundle]:
-    data = load_data(cfg, load_tokenizer(cfg.model))
-    return build_model(cfg, data), data
+    prepared = prepare(cfg)
+    return prepared.model, prepared.data
 
 
 # -------------------------------------------------------------------------------------- metrics
@@ -406,9 +406,9 @@ def test_new_modules_of_an_encoder_are_saved(tmp_path: Path) -> None:
     folder = train(cfg)
     model, _ = loaded(cfg)  # the seed makes the same start
     torch.manual_seed(99)
-    _, again, _ = load_run(folder.path)
+    again = load_run(folder.path).model
     torch.manual_seed(7)
-    _, third, _ = load_run(folder.path)
+    third = load_run(folder.path).model
     ids = torch.tensor([[4, 5, 6]])
     assert torch.equal(again(ids).logits, third(ids).logits)
     assert not torch.equal(again(ids).logits, model.eval()(ids).logits)

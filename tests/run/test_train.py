@@ -17,7 +17,8 @@ from plait.run import train as train_module
 from plait.run.callbacks import ProgressBar
 from plait.run.card import read_environment, read_evaluation, read_metrics
 from plait.run.config import RunConfig, dump_config
-from plait.run.evaluate import evaluate_run, load_run
+from plait.run.evaluate import evaluate_run
+from plait.run.prepare import load_run
 from plait.run.train import train
 from plait.run.trainer import RunTrainer, scale_learning_rates
 from plait_cli import main
@@ -106,7 +107,7 @@ def test_the_code_on_the_card_runs(
     code = folder.card.read_text().partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {}
     exec(code.replace("RUN/", f"{folder.path}/"), names)
-    _, wanted, _ = load_run(folder.path)
+    wanted = load_run(folder.path).model
     ids = torch.tensor([[4, 5, 6]])
     assert torch.equal(names["model"].eval()(ids).logits, wanted(ids).logits)
 

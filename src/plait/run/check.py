@@ -11,10 +11,10 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plait.run.config import RunConfig
-from plait.run.data import IGNORED, DataBundle, Overlap, load_data, overlap
-from plait.run.model import build_model, load_tokenizer, planned_steps
+from plait.run.data import IGNORED, DataBundle, Overlap, overlap
+from plait.run.model import parameter_counts
 from plait.run.optimizers import DEFAULT, make_optimizer
-from plait.run.train import parameter_counts
+from plait.run.prepare import prepare
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,8 @@ def check(config: RunConfig) -> CheckReport:
 
     Raises what loading the data and building the model raises.
     """
-    tokenizer = load_tokenizer(config.model)
-    data = load_data(config, tokenizer)
-    model = build_model(config, data)
+    prepared = prepare(config)
+    tokenizer, data, model = prepared.tokenizer, prepared.data, prepared.model
     trainable, total = parameter_counts(model)
     first = data.train[0]
     causal = config.model.task == "causal_lm"
@@ -70,7 +69,7 @@ def check(config: RunConfig) -> CheckReport:
             for name, module in model.named_modules()
             if isinstance(module, ModulesToSaveWrapper)
         ],
-        steps=planned_steps(config.training, len(data.train)),
+        steps=prepared.steps,
         rows={name: len(split) for name, split in data.splits().items()},
         longest=data.longest,
         labels=data.labels,

@@ -23,6 +23,7 @@ from plait.run.config import ColumnsConfig, DataConfig, RunConfig, did_you_mean
 from plait.run.rows import Row, read_rows
 
 Kind = Literal["completion", "messages", "text", "classification", "regression"]
+Split = Literal["train", "validation", "test"]
 IGNORED = -100  # the label of a token that is not trained
 
 _TOKENIZER_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
@@ -55,6 +56,13 @@ class DataBundle:
         """Return the splits that are there, by name."""
         every = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in every.items() if split is not None}
+
+    @property
+    def held_out_split(self) -> Split | None:
+        """The split that a run is judged on: test, else validation, else None."""
+        if self.test is not None:
+            return "test"
+        return None if self.validation is None else "validation"
 
 
 class Collator:

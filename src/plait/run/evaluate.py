@@ -6,38 +6,33 @@ correlation, or mean squared error, Pearson and Spearman correlation. With a tas
 metric is also given for each task and as the mean over tasks.
 """
 
-import dataclasses
 import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from plait import chain
-from plait.run.adapter import load_adapter
 from plait.run.card import read_environment, read_evaluation, write_evaluation
-from plait.run.config import RunConfig, did_you_mean, load_config, peft_config
+from plait.run.config import RunConfig, did_you_mean
 from plait.run.data import (
     IGNORED,
     DataBundle,
+    Split,
     encode_chat,
     encode_prompt,
-    load_data,
     template_columns,
 )
 from plait.run.folder import RunFolder
-from plait.run.model import load_base, load_tokenizer
+from plait.run.prepare import load_run
 
-Split = Literal["train", "validation", "test"]
 Progress = Callable[[int, int], None]  # rows done, rows in all
 _Rows = dict[str, NDArray[Any]]  # one value a row
 
@@ -322,55 +317,6 @@ def _until(ids: list[int], ends: list[int]) -> list[int]:
 # --------------------------------------------------------------------------------- run folders
 
 
-def held_out_split(data: DataBundle) -> Split | None:
-    """Return the split that a run is judged on: test, else validation, else None."""
-    if data.test is not None:
-        return "test"
-    return None if data.validation is None else "validation"
-
-
-def load_run(
-    path: str | Path, overrides: Sequence[str] = ()
-) -> tuple[RunConfig, PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Load the base model and the trained adapter (or the trained model) of a run folder.
-
-    overrides: `data.x=..`, `evaluation.x=..`: other data than that of training. The model is in
-    evaluation mode.
-    Raises FileNotFoundError where nothing was trained yet, and ValueError for an adapter that is
-    damaged, a pickle, of another method, of another model's shapes or of a newer plait.
-    """
-    folder = RunFolder.open(path)
-    for text in overrides:
-        if not text.startswith(("data.", "evaluation.")):
-            raise ValueError(
-                f"command line: {text} cannot be changed after training. Override data.* or "
-                "evaluation.*."
-            )
-    cfg = load_config(folder.config, overrides)
-    full = cfg.method.name == "full"
-    trained = folder.model if full else folder.adapter
-    if not trained.is_dir():
-        raise FileNotFoundError(
-            f"{path}: {trained.name}/ is missing, so training did not finish. Continue it: plait "
-            "train FILE --resume"
-        )
-    run = read_environment(folder).get("run", {})
-    labels = run.get("labels")
-    outputs = {"classification": len(labels or ()), "regression": 1}.get(cfg.model.task)
-    names = None if labels is None else dict(enumerate(labels))
-    tokenizer = load_tokenizer(cfg.model)
-    if full:
-        source = dataclasses.replace(cfg.model, name=str(trained.resolve()), revision=None)
-        return cfg, load_base(source, outputs, names).eval(), tokenizer
-    expected = peft_config(cfg.method, cfg.model.task, tasks=run.get("tasks"))
-    assert expected is not None  # only `full` has none
-    base = load_base(cfg.model, outputs, names)
-    model = load_adapter(base, trained, expected).eval()
-    if cfg.chain is not None:
-        chain.load(model, trained)
-    return cfg, model, tokenizer
-
-
 def evaluate_run(
     path: str | Path,
     split: Split | None = None,
@@ -383,26 +329,18 @@ def evaluate_run(
     not what the run was trained with, they are only returned.
     Raises what load_run and load_data raise, and ValueError when there is no such split.
     """
-    cfg, model, tokenizer = load_run(path, overrides)
-    data = load_data(cfg, tokenizer)
-    split = split or held_out_split(data)
+    run = load_run(path, overrides)
+    data = run.load_data()
+    split = split or data.held_out_split
     if split is None:
         raise ValueError(
             f"{path}: data.validation and data.test are not set. Give rows: "
             f"plait evaluate {path} data.test=FILE"
         )
-    metrics = evaluate_model(to_device(model, cfg), data, split, cfg, progress=progress)
+    metrics = evaluate_model(run.model, data, split, run.cfg, progress=progress)
     if not overrides:
-        write_evaluation(RunFolder.open(path), **{split: metrics})
+        write_evaluation(run.folder, **{split: metrics})
     return {"split": split, **metrics}
-
-
-def to_device(model: Any, cfg: RunConfig) -> Any:
-    """Move a model where its run trains; one that bitsandbytes quantised is there already."""
-    stays = cfg.training.get("use_cpu") or cfg.model.quantization != "none"
-    if stays or not torch.accelerator.is_available():
-        return model
-    return model.to(torch.accelerator.current_accelerator())
 
 
 # --------------------------------------------------------------------------------- the harness
@@ -429,10 +367,11 @@ def harness_run(
         raise ImportError(
             f'--harness needs lm_eval ({error}). Install it with: pip install "plait[eval]"'
         ) from error
-    cfg, model, tokenizer = load_run(path)
-    if cfg.model.task != "causal_lm":
+    run = load_run(path)
+    if run.cfg.model.task != "causal_lm":
         raise ValueError(
-            f"{path}: the harness needs a causal language model, model.task is {cfg.model.task}. "
+            f"{path}: the harness needs a causal language model, model.task is "
+            f"{run.cfg.model.task}. "
             "Evaluate it without --harness."
         )
     # Indexing lm_eval's own task files takes long; tasks of include_path alone do without.
@@ -449,9 +388,9 @@ def harness_run(
         )
     # HFLM reads its context length and device off the model; the class it wants is the base's.
     wrapped = models.HFLM(
-        pretrained=to_device(model, cfg),
-        tokenizer=tokenizer,
-        batch_size=cfg.evaluation.batch_size,
+        pretrained=run.model,
+        tokenizer=run.tokenizer,
+        batch_size=run.cfg.evaluation.batch_size,
     )
     found = harness.simple_evaluate(
         wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
@@ -464,9 +403,8 @@ def harness_run(
         }
         for task, metrics in found["results"].items()
     }
-    folder = RunFolder.open(path)
-    known = read_evaluation(folder).get("harness", {})
-    write_evaluation(folder, harness=known | results)
+    known = read_evaluation(run.folder).get("harness", {})
+    write_evaluation(run.folder, harness=known | results)
     return results
 
 
@@ -489,13 +427,14 @@ def generate_run(
     Raises ValueError for an encoder run, a prompt that does not fill the template, a task that
     is missing or unknown.
     """
-    cfg, model, tokenizer = load_run(path)
+    run = load_run(path)
+    cfg: RunConfig = run.cfg
     if cfg.model.task != "causal_lm":
         raise ValueError(
             f"{path}: model.task is {cfg.model.task}, which generates no text. "
             f"Use: plait evaluate {path}"
         )
-    ids = _prompt_ids(path, cfg, tokenizer, prompt, fields or {})
+    ids = _prompt_ids(path, cfg, run.tokenizer, prompt, fields or {})
     routed = cfg.method.options.get("routing") == "task"
     if routed and task is None:
         known = ", ".join(read_environment(RunFolder.open(path))["run"]["tasks"])
@@ -503,13 +442,12 @@ def generate_run(
     if task is not None:
         if not routed:
             raise ValueError(f"{path}: --task {task}: this run does not route. Leave --task out.")
-        select_task: Any = model.set_task  # a method of the adapter's tuner
+        select_task: Any = run.model.set_task  # a method of the adapter's tuner
         select_task(task)
     torch.manual_seed(seed)
     wanted = cfg.evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens
-    return decode(
-        tokenizer, generate_ids(to_device(model, cfg), tokenizer, [ids], wanted, temperature)[0]
-    )
+    made = generate_ids(run.model, run.tokenizer, [ids], wanted, temperature)
+    return decode(run.tokenizer, made[0])
 
 
 def _prompt_ids(

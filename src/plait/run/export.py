@@ -23,10 +23,9 @@ from plait.core.config import DeltaConfig
 from plait.core.export import LayerExport, LoraExport, plain_parts, to_lora
 from plait.run import stock_check
 from plait.run.config import RunConfig
-from plait.run.data import load_data
-from plait.run.evaluate import held_out_split, load_run
 from plait.run.folder import replace_dir, write_atomic
 from plait.run.model import load_base, source_of
+from plait.run.prepare import TrainedRun, load_run
 
 PROBE_ROWS = 8
 TOLERANCE = 1e-3  # of the largest logit: what an exact fp32 export may differ by
@@ -87,8 +86,9 @@ def export_run(
     out = Path(out) if out is not None else Path(path) / to
     if out.exists() and not force:
         raise FileExistsError(f"{out}: exists. Give --force to replace it, or another --out.")
-    cfg, model, tokenizer = load_run(path, overrides)
-    inputs = _probe(cfg, tokenizer)
+    run = load_run(path, overrides)
+    cfg, model, tokenizer = run.cfg, run.model, run.tokenizer
+    inputs = _probe(run)
     if task is not None and isinstance(model, PeftModel):
         model.set_task(task)
     wanted = _logits(model, inputs)
@@ -146,10 +146,10 @@ def export_run(
     return out, ExportReport(exact, report.layers, report.logit_error, shift, rows, found[0])
 
 
-def _probe(cfg: RunConfig, tokenizer: Any) -> dict[str, Tensor]:
+def _probe(run: TrainedRun) -> dict[str, Tensor]:
     """Model inputs of a few held-out rows, or of training rows where none are held out."""
-    data = load_data(cfg, tokenizer)
-    split = data.splits()[held_out_split(data) or "train"]
+    data = run.load_data()
+    split = data.splits()[data.held_out_split or "train"]
     batch = data.collator([split[i] for i in range(min(PROBE_ROWS, len(split)))])
     return {
         k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")

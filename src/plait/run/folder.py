@@ -27,16 +27,22 @@ class RunFolder:
         object.__setattr__(self, "path", Path(self.path))
 
     @classmethod
-    def create(cls, path: str | Path) -> "RunFolder":
-        """Make a new run folder; FileExistsError when there is something at `path` already."""
+    def new(cls, path: str | Path) -> "RunFolder":
+        """Return a folder to be made; FileExistsError when there is something at `path` already."""
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FileExistsError(
                 f"{path}: this run folder exists and is not empty. Continue it with --resume, "
                 "remove it, or give another output.dir."
             )
-        path.mkdir(parents=True, exist_ok=True)
         return cls(path)
+
+    @classmethod
+    def create(cls, path: str | Path) -> "RunFolder":
+        """Make a new run folder; FileExistsError when there is something at `path` already."""
+        folder = cls.new(path)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        return folder
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":

@@ -33,11 +33,12 @@ from plait.run.card import (
     write_loss_curve,
 )
 from plait.run.config import RunConfig, allocates, config_to_dict, dump_config, load_config
-from plait.run.data import DataBundle, load_data
-from plait.run.evaluate import Progress, evaluate_model, held_out_split, to_device
+from plait.run.data import DataBundle
+from plait.run.evaluate import Progress, evaluate_model
 from plait.run.folder import RunFolder, diff_configs, environment, replace_dir, write_atomic
-from plait.run.model import build_model, load_tokenizer
+from plait.run.model import parameter_counts, to_device
 from plait.run.optimizers import OPTIMIZERS
+from plait.run.prepare import prepare
 from plait.run.trainer import RunTrainer, adalora_of, latest_checkpoint, writable
 
 # What a resumed run may change: nothing of this reaches a weight.
@@ -77,15 +78,16 @@ def train(
     FloatingPointError when the loss or a weight is NaN or infinite; OSError when a file cannot
     be written; KeyboardInterrupt after a signal, once the checkpoint is written.
     """
-    folder = _resumed(cfg) if resume else RunFolder.create(cfg.output.dir)
+    folder = _resumed(cfg) if resume else RunFolder.new(cfg.output.dir)
     args = training_arguments(cfg, folder)
-    tokenizer = load_tokenizer(cfg.model)
-    data = load_data(cfg, tokenizer)
-    model = to_device(build_model(cfg, data), cfg)
+    prepared = prepare(cfg)
+    folder.path.mkdir(parents=True, exist_ok=True)  # nothing is refused from here on
+    tokenizer, data = prepared.tokenizer, prepared.data
+    model = to_device(prepared.model, cfg)
     checkpoint = _prepare(folder, cfg, data, model)
     _give_development(data, model)
 
-    split = held_out_split(data)
+    split = data.held_out_split
     if split is not None and "before" not in read_evaluation(folder):
         before = evaluate_model(model, data, split, cfg, progress=progress)
         write_evaluation(folder, split=split, before=before)
@@ -315,14 +317,6 @@ def _save_trained(folder: RunFolder, model: PeftModel | PreTrainedModel, tokeniz
         return stored_numbers(folder.adapter)
     replace_dir(folder.model, write)
     return sum(p.numel() for p in model.parameters())
-
-
-def parameter_counts(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
-    """Return (trainable parameters, all parameters), with the adapter's."""
-    if isinstance(model, PeftModel):  # knows how many numbers a 4-bit weight packs
-        return model.get_nb_trainable_parameters()
-    everything = sum(p.numel() for p in model.parameters())
-    return everything, everything
 
 
 def _write_environment(folder: RunFolder, content: dict[str, Any]) -> None:

@@ -36,11 +36,16 @@ from plait.federated.protocol import Answer, Exchange
 from plait.federated.server import Progress, RoundRecord, Server
 from plait.run.config import RunConfig, did_you_mean, method_options, peft_config
 from plait.run.data import DataBundle, load_data
-from plait.run.evaluate import evaluate_model, held_out_split, to_device
+from plait.run.evaluate import evaluate_model
 from plait.run.federated.config import FederateConfig, load_federate_config
 from plait.run.federated.report import read_rounds, write_report
 from plait.run.folder import RunFolder, write_atomic
-from plait.run.model import adaptable_layers, load_tokenizer, load_with_new
+from plait.run.model import (
+    adaptable_layers,
+    load_base_with_missing,
+    load_tokenizer,
+    to_device,
+)
 from plait.run.rows import read_rows
 
 __all__ = ["FederateConfig", "conduct", "load_federate_config", "setting", "simulate", "site"]
@@ -98,7 +103,7 @@ def setting(config: FederateConfig, only: str | None = None) -> Setting:
     with keyed_randomness("base", config.sampling.seed):  # a new head is drawn
         outputs = {"classification": len(labels or ()), "regression": 1}
         classes = None if labels is None else dict(enumerate(labels))
-        base, new = load_with_new(config.model, outputs.get(config.model.task), classes)
+        base, new = load_base_with_missing(config.model, outputs.get(config.model.task), classes)
     base = to_device(base, run)
     rows: Mapping[str, Any] = {}
     held: Mapping[str, Dataset | None] = {}
@@ -488,7 +493,7 @@ def _ranks(config: FederateConfig, clients: Sequence[str]) -> dict[str, int | No
 
 def held_out(data: DataBundle) -> Dataset | None:
     """The rows that models are judged on: test, else validation."""
-    name = held_out_split(data)
+    name = data.held_out_split
     return None if name is None else data.splits()[name]
 
 
