@@ -1,12 +1,9 @@
 """Flower as transport: a grid that misbehaves, the app that is shipped, and a simulation on Ray."""
 
 import importlib
-import io
 import os
-import runpy
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import count
@@ -18,19 +15,18 @@ import torch
 
 pytest.importorskip("flwr", reason="needs plait[federated]")
 
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from plait.federated.engines import flower
-from plait.federated.engines.flower import GridExchange, TooFewNodes, simulate, write_app
+from plait.federated.engines.flower import exchange as flower
+from plait.federated.engines.flower.exchange import GridExchange, TooFewNodes
+from plait.federated.engines.flower.simulation import simulate
 from plait.federated.engines.workers import Deadlines
 from plait.federated.guard import TooFewUpdates
 from plait.federated.protocol import Answer, Exchange, Order, Reply
-from tests.support.contract import ROOT
 
-EXAMPLE = ROOT / "examples" / "federated" / "fedalora_het.yaml"
 Act = Callable[[str, bytes], Any]  # (message type, order) -> what the node does with it
 
 
@@ -337,46 +333,9 @@ def test_the_check_ends_an_exchange() -> None:
 
 def test_without_flower_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flwr.app", None)
-    monkeypatch.delitem(sys.modules, "plait.federated.engines.flower")
+    monkeypatch.delitem(sys.modules, "plait.federated.engines.flower.exchange")
     with pytest.raises(ImportError, match=r'Run pip install "plait\[federated\]"\.'):
-        importlib.import_module("plait.federated.engines.flower")
-
-
-# The app ----------------------------------------------------------------------------------------
-
-
-def test_the_app_holds_its_programs_and_the_config_and_nothing_else(tmp_path: Path) -> None:
-    from flwr.cli.build import build_fab_from_disk
-
-    folder = write_app(tmp_path / "app", EXAMPLE)
-    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(folder))) as fab:
-        names = {"pyproject.toml", "server_app.py", "client_app.py", "run.yaml", ".info/CONTENT"}
-        assert set(fab.namelist()) == names
-        assert fab.read("run.yaml") == EXAMPLE.read_bytes()
-
-
-def test_the_server_program_conducts_and_its_errors_name_their_type(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import plait.run.federated.conduct as federate
-
-    called: list[tuple[str, int, bool]] = []
-
-    def conduct(config: Any, exchange: GridExchange, *, resume: bool, done: Any) -> None:
-        called.append((config.federated.method, exchange.least or 0, resume))
-        exchange.wait = 0.1
-        exchanged(exchange, "a")
-
-    monkeypatch.setattr(federate, "conduct", conduct)
-    app = runpy.run_path(str(write_app(tmp_path / "app", EXAMPLE) / "server_app.py"))["app"]
-
-    def context(resume: bool) -> Context:
-        return Context(1, 1, {}, RecordDict(), {"resume": resume})
-
-    app(FakeGrid({1: node("a")}), context(False))
-    with pytest.raises(RuntimeError, match=r"^TooFewNodes: federated: 1 of 1 clients"):
-        app(FakeGrid({}), context(True))
-    assert called == [("fedalora_het", 2, False), ("fedalora_het", 2, True)], "min_updates is 2"
+        importlib.import_module("plait.federated.engines.flower.exchange")
 
 
 # Ray --------------------------------------------------------------------------------------------

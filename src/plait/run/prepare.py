@@ -162,6 +162,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
 
 def check_config(cfg: RunConfig) -> None:
     """Raise ValueError for what a config says wrong by itself, before anything is loaded."""
+    _checked_peft_config(cfg, None, ["unknown"])  # one name stands for the data's tasks
     name, quantization = cfg.method.name, cfg.model.quantization
     reason = quantised_reason(name, quantization)
     if reason is not None:
@@ -169,7 +170,6 @@ def check_config(cfg: RunConfig) -> None:
             f"method.name: {name} does not work on a {quantization} base: {reason}. Set "
             "model.quantization: none, or use another method."
         )
-    _checked_peft_config(cfg, None, ["unknown"])  # one name stands for the data's tasks
 
 
 def prepare_base(cfg: RunConfig, data: DataBundle | None, labels: list[str] | None = None) -> Base:

@@ -44,7 +44,7 @@ except ImportError as error:
 
 log = logging.getLogger(__name__)
 
-# The parts of a message: a record with an order and seconds to answer it, or a reply or its failure.
+# A message is a record with an order and the seconds to answer it, or a reply or its failure.
 RECORD, ORDER, LIMIT, REPLY, FAILED = "plait", "order", "limit", "reply", "failed"
 _GRACE = 10.0  # seconds that Flower keeps a message beyond its deadline, for a server that is busy
 _SHORT, _LONG = 0.05, 0.2  # seconds between two pulls of replies
