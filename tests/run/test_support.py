@@ -140,7 +140,7 @@ def test_cell(feature: str, method: str, place: Path, tmp_path: Path) -> None:
 
 def test_every_method_and_feature_has_a_cell() -> None:
     found = matrix()
-    assert set(found) == {m.key for m in plait.methods()} | set(BASELINES)
+    assert set(found) == {m.key for m in plait.list_methods()} | set(BASELINES)
     assert all(set(row) == set(FEATURES) for row in found.values())
     groups = {f.group for f in FEATURES.values()}
     assert groups == {"method", "optimizer", "chain", "base", "export"}

@@ -39,8 +39,8 @@ from plait import DenseDelta, EventNeverFired, LowRankDelta, NotMergeable, Plait
 from plait.core.bridge import PlaitLayer, keep_trainable_on_cpu
 from plait.core.delta import planned
 from plait.core.events import MANY_FORWARDS
-from plait.core.export import to_lora
 from plait.core.mix import TaskTable, TokenRouter
+from plait.upstream.export import to_lora
 from tests.support import tiny
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]

@@ -14,16 +14,17 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.adalora import AdaLoraConfig
+from peft import PeftModel
 from torch import Tensor, nn
 
 from plait.core.config import DeltaConfig
 from plait.core.delta import Delta, DenseDelta
-from plait.core.export import update_of
 from plait.core.init import kaiming, seeded
 from plait.core.trunk import Trunk, trunk_of
 from plait.gates.screening import Screening, names_of
+from plait.upstream.export import update_of
+from plait.upstream.layers import factors_of
+from plait.upstream.table import baseline_of, start_kind
 
 StateDict = dict[str, Tensor]
 
@@ -54,18 +55,14 @@ def refusal(config: Any) -> str | None:
     Args:
         config: peft's, of upstream's LoRA or of a method of plait.
     """
-    if isinstance(config, AdaLoraConfig):
-        return "adalora moves ranks between layers by each client's own gradients. Use lora"
-    if isinstance(config, LoraConfig):
-        start = config.init_lora_weights
-        if config.use_dora:
-            return "dora's magnitudes rescale the whole weight, so its update is no s B A. Use lora"
-        if isinstance(start, str) and start not in ("gaussian", "orthogonal"):
+    baseline = baseline_of(config)
+    if baseline is not None:
+        if baseline.no_federation is None and start_kind(config) != "drawn":
             return (
-                f"init_lora_weights = {start!r} edits the base weight or takes a client's data, so "
-                "the clients' base models differ. Use True"
+                f"init_lora_weights = {config.init_lora_weights!r} edits the base weight or takes "
+                "a client's data, so the clients' base models differ. Use True"
             )
-        return None
+        return baseline.no_federation
     if not isinstance(config, DeltaConfig) or config.delta_cls is None:
         kind = str(getattr(config, "peft_type", config)).removeprefix("PeftType.")
         return f"an adapter of type {kind} is neither upstream's LoRA nor a method of plait"
@@ -135,7 +132,8 @@ def parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Param
             named = {n: p for n, p in own.items() if n not in lent}
             seen |= {id(p) for p in own.values()}
         else:
-            named = {"A": layer.lora_A[adapter].weight, "B": layer.lora_B[adapter].weight}
+            factors: Any = factors_of(layer, adapter)
+            named = {"A": factors.A, "B": factors.B}
         found |= {f"{name}/{n}": p for n, p in named.items()}
         seen |= {id(p) for p in named.values()}
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -245,9 +243,9 @@ def drawn(model: nn.Module, key: Iterable[object], adapter: str = "default") -> 
             start = type(update)(update.base, update.config, gen).to(update.base.dtype)
             found |= {f"{name}/{n}": _copy(t) for n, t in start.state_dict().items()}
         else:
-            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            found[f"{name}/A"] = kaiming(gen, *A.shape).to(A.dtype)
-            found[f"{name}/B"] = torch.zeros(B.shape, dtype=B.dtype)
+            factors: Any = factors_of(layer, adapter)
+            found[f"{name}/A"] = kaiming(gen, *factors.A.shape).to(factors.A.dtype)
+            found[f"{name}/B"] = torch.zeros(factors.B.shape, dtype=factors.B.dtype)
     return found
 
 

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plait.run.config import RunConfig
-from plait.run.data import IGNORED, DataBundle, Overlap, overlap
+from plait.run.data.bundle import DataBundle
+from plait.run.data.overlap import Overlap, overlap
+from plait.run.data.tokens import IGNORED
 from plait.run.model import parameter_counts
 from plait.run.optimizers import DEFAULT, make_optimizer
 from plait.run.prepare import prepare
+from plait.upstream.layers import fully_trained, is_tuner_layer
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,8 @@ def check(config: RunConfig) -> CheckReport:
         trainable=trainable,
         total=total,
         stored=_stored(model),
-        adapted=sum(isinstance(m, BaseTunerLayer) for m in model.modules()),
-        new=[
-            name.removeprefix("base_model.model.")
-            for name, module in model.named_modules()
-            if isinstance(module, ModulesToSaveWrapper)
-        ],
+        adapted=sum(map(is_tuner_layer, model.modules())),
+        new=[name.removeprefix("base_model.model.") for name in fully_trained(model)],
         steps=prepared.steps,
         rows={name: len(split) for name, split in data.splits().items()},
         longest=data.longest,

@@ -30,24 +30,15 @@ from transformers.utils import logging
 
 from plait.core.bridge import keep_trainable_on_cpu
 from plait.run.config import ModelConfig, RunConfig
+from plait.upstream.table import BASELINES
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HEADS = ("classifier", "score")  # peft trains and saves these for classification by itself
-_FLOAT_BASE_ONLY = {
-    "pissa": "it splits the base weight",
-    "unilora": "its scales take the base weight's type, which is not a float (peft 0.21.2)",
-    "full": "packed weights cannot be trained",
-}
-_NO_8BIT = {"dora": "upstream's start leaves an 8-bit layer without its scales (peft 0.21.2)"}
 
 
 def quantised_reason(method: str, quantization: str) -> str | None:
     """Why a method does not work on a base of this `model.quantization`; None where it does."""
-    if quantization == "none":
-        return None
-    return _FLOAT_BASE_ONLY.get(method) or (
-        _NO_8BIT.get(method) if quantization == "8bit" else None
-    )
+    return BASELINES[method].no_quantised.get(quantization) if method in BASELINES else None
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from plait import chain
 from plait.core.delta import Delta
+from plait.gates.alloc import set_development_batch
 from plait.run.adapter import load_adapter
-from plait.run.card import read_environment
 from plait.run.config import (
     ModelConfig,
     RunConfig,
@@ -32,15 +31,20 @@ from plait.run.config import (
     method_options,
     peft_config,
 )
-from plait.run.data import DataBundle, load_data
+from plait.run.data.bundle import DataBundle, load_data
 from plait.run.folder import RunFolder
 from plait.run.model import (
     adaptable_layers,
     load_base_with_missing,
     load_tokenizer,
+    parameter_counts,
     quantised_reason,
     to_device,
 )
+from plait.upstream.layers import targeted
+from plait.upstream.table import BASELINES
+
+_SCORED_ROWS = 32  # validation rows that an allocation scores ranks on
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,34 @@ class Prepared:
     data: DataBundle
     model: PeftModel | PreTrainedModel
     steps: int
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """What is seeded -> its seed."""
+        return {"training": self.cfg.training["seed"], "data": self.cfg.data.seed}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What environment.json notes of the data and the model."""
+        trainable, total = parameter_counts(self.model)
+        return {
+            "kind": self.data.kind,
+            "labels": self.data.labels,
+            "tasks": self.data.tasks,
+            "train_rows": len(self.data.train),
+            "train_tokens": sum(len(ids) for ids in self.data.train["input_ids"]),
+            "trainable": trainable,
+            "parameters": total,
+        }
+
+    def place(self) -> PeftModel | PreTrainedModel:
+        """Move the model to its device and give a method that scores its ranks the rows for it."""
+        model = to_device(self.model, self.cfg)
+        if isinstance(model, PeftModel) and allocates(model.peft_config["default"]):
+            rows = self.data.splits()["validation"]
+            batch = self.data.collator([rows[i] for i in range(min(_SCORED_ROWS, len(rows)))])
+            set_development_batch(model, {k: v.to(model.device) for k, v in batch.items()})
+        return model
 
 
 @dataclass(frozen=True)
@@ -142,7 +174,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
             f"{path}: {trained.name}/ is missing, so training did not finish. Continue it: plait "
             "train FILE --resume"
         )
-    facts = read_environment(folder).get("run", {})
+    facts = folder.read_facts()
     tokenizer = load_tokenizer(cfg.model)
     if full:
         source = replace(cfg.model, name=str(trained.resolve()), revision=None)
@@ -208,6 +240,13 @@ def method_config(
     completed = replace(cfg, method=replace(cfg.method, options=options))
     config = _checked_peft_config(completed, total_steps, tasks)
     if config is not None:
+        planned = getattr(config, "total_step", None)  # adalora's; 2**31 - 1 is "not known yet"
+        if total_steps is not None and planned not in (None, total_steps):
+            raise ValueError(
+                f"method.total_step is {planned}, but training has {total_steps} optimizer steps, "
+                f"so {cfg.method.name}'s schedule would not end where training does. Set it to "
+                f"{total_steps}, or leave it out."
+            )
         _check_targets(base.layers, config, cfg.method.name)
     return config
 
@@ -272,23 +311,10 @@ def _check_targets(layers: dict[str, nn.Module], config: PeftConfig, method: str
                 f"method.target_modules: {', '.join(map(repr, unmatched))} matches no linear "
                 f"layer of this model. It has {', '.join(candidates)}; or use all-linear."
             )
-    layers = {n: m for n, m in layers.items() if check_target_module_exists(config, n)}
-    for name, layer in layers.items():
-        out_features, in_features = _sizes(layer)
-        smaller = min(in_features, out_features)
-        if method == "pissa" and options["r"] > smaller:
-            raise ValueError(
-                f"method.r is {options['r']}, but pissa takes singular vectors of {name}, which "
-                f"has {smaller}. Give r: {smaller} or less, or leave that layer out."
-            )
-        if method == "vblora":
-            length = options["vector_length"]
-            if in_features % length or out_features % length:
-                raise ValueError(
-                    f"method.vector_length is {length}, which does not divide {name} "
-                    f"({out_features} x {in_features}). Give a common divisor of all layers, "
-                    f"such as {_common_divisor(layers.values())}."
-                )
+    baseline = BASELINES.get(method)
+    if baseline is not None and baseline.check_layers is not None:
+        sizes = {name: _sizes(layers[name]) for name in targeted(config, layers)}
+        baseline.check_layers(options, sizes)
 
 
 def _matches(target: str, layers: Iterable[str], pattern: bool) -> bool:
@@ -304,7 +330,3 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
         return layer.nf, layer.nx
     assert isinstance(layer, nn.Linear)
     return layer.out_features, layer.in_features
-
-
-def _common_divisor(layers: Iterable[nn.Module]) -> int:
-    return math.gcd(*(size for layer in layers for size in _sizes(layer)))

@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from plait.core.export import to_lora
 from plait.federated.state import MissingState
 from plait.run import stock_check
 from plait.run.data import load_data
@@ -23,6 +22,7 @@ from plait.run.federated.export import export_clients
 from plait.run.federated.folder import read_rounds
 from plait.run.folder import RunFolder
 from plait.run.model import load_base, load_tokenizer, source_of
+from plait.upstream.export import to_lora
 from plait_cli import main
 from tests.federated.test_local import federation, het
 from tests.run.federated.test_cli import config

@@ -14,11 +14,11 @@ from typing import ClassVar
 
 import torch
 
-from plait.core.export import product_svd
 from plait.core.init import kaiming, seeded
 from plait.federated.adapter import StateDict
 from plait.federated.methods.base import Algorithm
 from plait.federated.methods.updates import Accepted, Client, State, product_norm
+from plait.upstream.export import product_svd
 
 
 @dataclass(frozen=True, kw_only=True)

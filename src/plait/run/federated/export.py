@@ -25,7 +25,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from plait.core.export import to_lora
 from plait.core.init import seeded
 from plait.federated.client import Site
 from plait.federated.methods import Algorithm
@@ -38,6 +37,7 @@ from plait.run.federated.folder import FederatedFolder
 from plait.run.federated.setup import prepare_federation
 from plait.run.folder import replace_dir, write_atomic
 from plait.run.model import load_base
+from plait.upstream.export import to_lora
 
 _PROBE = (4, 16)  # rows and tokens that logits are compared on
 

@@ -8,8 +8,8 @@ from datasets import Dataset
 from plait.federated.partition import Partition, files, split
 from plait.run.config import did_you_mean
 from plait.run.data import DataBundle
+from plait.run.data.rows import read_rows
 from plait.run.federated.config import FederateConfig
-from plait.run.rows import read_rows
 
 POOLED = "pooled"  # the one client of `central`
 

@@ -23,7 +23,7 @@ from plait.inspect.routing import Load
 from plait.inspect.similarity import chance, cosine, overlap, principal_angles
 from plait.inspect.spectrum import effective_rank, numerical_rank, stable_rank
 from plait.inspect.update import Update
-from plait.run.data import DataBundle
+from plait.run.data.bundle import DataBundle
 from plait.run.evaluate import Progress
 from plait.run.folder import replace_dir, write_atomic
 from plait.run.inspect.adapted import SINGLE, Adapted, adapted_layers, place

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import plait
-from plait.core.export import plain_factors
 from plait.run.export import export_run
 from plait.run.train import train
+from plait.upstream.export import plain_factors
 from plait_cli import main
 from tests.support import tiny
 from tests.support.runs import copy_rows, run_config, save_model, write_rows

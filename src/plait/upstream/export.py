@@ -15,9 +15,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.adalora import AdaLoraLayer
-from peft.tuners.lora import LoraLayer
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model_state_dict,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -29,6 +33,7 @@ from plait.core.config import DeltaConfig
 from plait.core.delta import Delta, LowRankDelta
 from plait.core.sharding import refuse_sharded
 from plait.core.trunk import Trunk, trunk_of
+from plait.upstream.layers import PlainUpdate, plain_update
 
 
 @dataclass(frozen=True)
@@ -61,20 +66,6 @@ class LoraExport:
         save_file(self.tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-@dataclass(frozen=True)
-class PlainUpdate:
-    """The update of an upstream LoRA layer, read as that of a Delta: dW = scaling B A."""
-
-    A: Tensor
-    B: Tensor
-    scaling: float
-
-    def folded(self, **choice: Any) -> tuple[Tensor, Tensor]:
-        """A (k, in), B (out, k), ranks of zeros left out."""
-        alive = (self.A != 0).any(1) & (self.B != 0).any(0)
-        return self.A[alive], self.B[:, alive]
-
-
 def update_of(layer: nn.Module, adapter: str) -> Delta | PlainUpdate | None:
     """What an adapter adds to a tuner layer, plait's or upstream LoRA's; None for others.
 
@@ -83,23 +74,7 @@ def update_of(layer: nn.Module, adapter: str) -> Delta | PlainUpdate | None:
     """
     if isinstance(layer, PlaitLayer) and adapter in layer.plait_delta:
         return layer.plait_delta[adapter]  # type: ignore[return-value]
-    if not isinstance(layer, LoraLayer) or adapter not in layer.scaling:
-        return None
-    if isinstance(layer, AdaLoraLayer):  # dW = scaling B diag(E) A / r, pruned ranks have E = 0
-        A, B, E = (getattr(layer, f"lora_{name}")[adapter].detach() for name in "ABE")
-        return PlainUpdate(
-            A * E, B, layer.scaling[adapter] / (float(layer.ranknum[adapter]) + 1e-5)
-        )
-    plain = adapter in layer.lora_A and isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
-    if not plain or adapter in layer.lora_variant or layer.lora_bias[adapter]:
-        kind = type(layer.get_base_layer()).__name__
-        raise ValueError(
-            f"adapter {adapter!r}: its update of a {kind} is not s B A of a linear layer (DoRA and "
-            "other variants, lora_bias, embeddings). Use plain LoRA on linear layers."
-        )
-    down, up = (factors.get_submodule(adapter) for factors in (layer.lora_A, layer.lora_B))
-    A, B = (part.get_parameter("weight").detach() for part in (down, up))
-    return PlainUpdate(A, B, layer.scaling[adapter])
+    return plain_update(layer, adapter)
 
 
 def to_lora(
@@ -251,9 +226,45 @@ def product_svd(A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tenso
     return Qb @ U[:, : len(S)], S, Vh[: len(S)] @ Qa.T
 
 
-def plain_parts(model: PeftModel) -> tuple[dict[str, Tensor], list[LayerExport]]:
-    """Tensors and layers of an adapter that is a plain LoRA already."""
-    saved = get_peft_model_state_dict(model)
-    end = ".lora_A.weight"
-    layers = [LayerExport(n.removesuffix(end), len(t), 0.0) for n, t in saved.items() if end in n]
-    return {n: t.detach().cpu().contiguous() for n, t in saved.items()}, layers
+def upstream_to_lora(
+    model: PeftModel, rank: int | None = None, energy: float | None = None
+) -> LoraExport:
+    """An adapter of peft's own methods as a plain LoRA.
+
+    Plain LoRA is copied and AdaLoRA is exact unless a size is given; the rest is peft's conversion.
+
+    Args:
+        model: with the adapter "default".
+        rank: largest rank of a layer. energy: as in to_lora. Both None: the config's r.
+    """
+    config: Any = model.peft_config["default"]
+    if isinstance(config, AdaLoraConfig):
+        return to_lora(model, rank=rank, energy=energy)
+    size: float | None = rank if rank is not None else energy
+    if type(config) is LoraConfig and not config.use_dora and size is None:
+        tensors = get_peft_model_state_dict(model)
+        end = ".lora_A.weight"
+        layers = [
+            LayerExport(name.removesuffix(end), len(A), 0.0)
+            for name, A in tensors.items()
+            if end in name
+        ]
+        return LoraExport(
+            config, {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, layers
+        )
+    lora, tensors = convert_to_lora(model, size or getattr(config, "r", 8))
+    return LoraExport(lora, dict(tensors), _converted(model, tensors))
+
+
+def _converted(model: PeftModel, tensors: dict[str, Tensor]) -> list[LayerExport]:
+    """Rank and error of each layer of peft's conversion (scale 1: it sets alpha = rank)."""
+    layers = []
+    for name, module in model.base_model.named_modules():
+        layer: Any = module
+        key = f"base_model.{name}.lora_A.weight"
+        if key in tensors:
+            A, B = tensors[key], tensors[key.replace("lora_A", "lora_B")]
+            dW = layer.get_delta_weight("default").float()
+            error = torch.linalg.norm(dW - (B @ A).reshape(dW.shape).to(dW))
+            layers.append(LayerExport(name, len(A), float(error / torch.linalg.norm(dW))))
+    return layers
