@@ -26,8 +26,6 @@ from plait.federated.adapter import StateDict
 from plait.federated.client import Roster
 from plait.federated.guard import Guard, GuardOptions, TooFewUpdates
 from plait.federated.methods import (
-    FedEx,
-    FedIt,
     Mapped,
     Mean,
     State,
@@ -328,7 +326,7 @@ class Server:
         record.capped = [name for name in record.accepted if counts[name] < claimed[name]]
         # A private mean weighs all the same, for the numbers of examples are private too.
         record.weights = weights_of(dict.fromkeys(counts, 1) if self.privacy else counts)
-        if isinstance(self.method, FedIt | FedEx):
+        if self.method.mean_of_factors:
             record.aggregation_error = aggregation_error(self._spool, record.weights, self.clients)
         states = Mapped(self._spool, lambda name, sent: sent | self.stored(name, number))
         record.similarity = {  # the last digits depend on where a tensor lies in memory

@@ -51,6 +51,7 @@ class FedIt(Algorithm):
 
     key: ClassVar[str] = "fedit"
     exact: ClassVar[str] = "no"
+    mean_of_factors: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
