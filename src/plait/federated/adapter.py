@@ -92,15 +92,15 @@ def updates_of(model: nn.Module, adapter: str = "default") -> dict[str, tuple[An
             f"federated: the model has no adapter {adapter!r}. Wrap it with get_peft_model first."
         )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    found = {}
+    updates = {}
     for name, layer in base.named_modules():
         update = update_of(layer, adapter)
         if update is not None:
-            found[name] = (layer, update)
-    if not found:
+            updates[name] = (layer, update)
+    if not updates:
         reason = refusal(configs[adapter]) or "it adapts no linear layer"
         raise ValueError(f"federated: adapter {adapter!r}: {reason}.")
-    return found
+    return updates
 
 
 def layers_of(model: nn.Module, adapter: str = "default") -> dict[str, Layer]:
@@ -214,10 +214,10 @@ def write(model: nn.Module, state: Mapping[str, Tensor], adapter: str = "default
             ) from None
 
 
-def _same_keys(wanted: set[str], given: set[str]) -> None:
-    apart = sorted(wanted ^ given)
+def _same_keys(expected: set[str], actual: set[str]) -> None:
+    apart = sorted(expected ^ actual)
     if apart:
-        side = "missing" if apart[0] in wanted else "unknown"
+        side = "missing" if apart[0] in expected else "unknown"
         raise ValueError(
             f"federated: {apart[0]} is {side} in the state (and {len(apart) - 1} more differ). "
             "Give a whole state, as read(model) returns it."
@@ -234,19 +234,19 @@ def drawn(model: nn.Module, key: Iterable[object], adapter: str = "default") -> 
     Raises:
         ValueError: the Delta cannot start anew by itself, with the reason.
     """
-    key, found = tuple(key), {}
+    key, start_state = tuple(key), {}
     for name, (layer, update) in updates_of(model, adapter).items():
         gen = seeded(*key, name)
         if isinstance(update, Delta):
             if update.no_restart:
                 raise ValueError(f"federated: {name} cannot be drawn anew: {update.no_restart}.")
             start = type(update)(update.base, update.config, gen).to(update.base.dtype)
-            found |= {f"{name}/{n}": _copy(t) for n, t in start.state_dict().items()}
+            start_state |= {f"{name}/{n}": _copy(t) for n, t in start.state_dict().items()}
         else:
             factors: Any = factors_of(layer, adapter)
-            found[f"{name}/A"] = kaiming(gen, *factors.A.shape).to(factors.A.dtype)
-            found[f"{name}/B"] = torch.zeros(factors.B.shape, dtype=factors.B.dtype)
-    return found
+            start_state[f"{name}/A"] = kaiming(gen, *factors.A.shape).to(factors.A.dtype)
+            start_state[f"{name}/B"] = torch.zeros(factors.B.shape, dtype=factors.B.dtype)
+    return start_state
 
 
 def set_trunk(

@@ -81,15 +81,15 @@ def dirichlet(
     _enough(len(labels), len(names) * min_rows, min_rows)
     random, groups = _random("dirichlet", seed), _groups(labels)
     for _ in range(_TRIES):
-        found: Partition = {name: [] for name in names}
+        partition: Partition = {name: [] for name in names}
         for rows in groups.values():
             order = random.permutation(rows)
             shares = random.dirichlet([alpha] * len(names))
             cuts = (np.cumsum(shares)[:-1] * len(rows)).round().astype(int)
             for name, part in zip(names, np.split(order, cuts), strict=True):
-                found[name] += map(int, part)
-        if min(map(len, found.values())) >= min_rows:
-            return {name: sorted(rows) for name, rows in found.items()}
+                partition[name] += map(int, part)
+        if min(map(len, partition.values())) >= min_rows:
+            return {name: sorted(rows) for name, rows in partition.items()}
     raise ValueError(
         f"partition: no Dirichlet split in {_TRIES} draws gave each of {len(names)} clients "
         f"{min_rows} of {len(labels)} rows with alpha = {alpha}. Raise alpha, lower min_rows or "
@@ -103,17 +103,17 @@ def by_column(values: Sequence[Hashable]) -> Partition:
     Raises:
         ValueError: no row, or a value that cannot be a name, or two values of one name.
     """
-    found: Partition = {}
+    partition: Partition = {}
     for value, rows in _groups(values).items():
         name = check_name("partition.by_column: client", str(value))
-        if name in found:
+        if name in partition:
             raise ValueError(
                 f"partition: two values of the column are written {name!r}. Make them one type."
             )
-        found[name] = rows
-    if not found:
+        partition[name] = rows
+    if not partition:
         raise ValueError("partition: by_column of no rows. Give a data set.")
-    return found
+    return partition
 
 
 def shards(
@@ -147,19 +147,19 @@ def files(paths: Sequence[str | Path]) -> dict[str, Path]:
         ValueError: no file, or two of one stem.
         FileNotFoundError: a file is missing.
     """
-    found: dict[str, Path] = {}
+    paths_of: dict[str, Path] = {}
     for path in map(Path, paths):
         name = check_name("partition.files: client", path.stem)
-        if name in found:
+        if name in paths_of:
             raise ValueError(
-                f"partition: {found[name]} and {path} would both be client {name!r}. Rename one."
+                f"partition: {paths_of[name]} and {path} would both be client {name!r}. Rename one."
             )
         if not path.is_file():
             raise FileNotFoundError(f"partition: {path} is missing. Give one file for each client.")
-        found[name] = path
-    if not found:
+        paths_of[name] = path
+    if not paths_of:
         raise ValueError("partition: no files. Give one for each client.")
-    return found
+    return paths_of
 
 
 def split(
@@ -197,7 +197,7 @@ def histogram(
     """Client -> label -> rows, labels in one order for all, for a table."""
     known = list(_groups(labels))
     counts = {name: Counter(labels[row] for row in rows) for name, rows in partition.items()}
-    return {name: {label: own[label] for label in known} for name, own in counts.items()}
+    return {name: {label: counted[label] for label in known} for name, counted in counts.items()}
 
 
 def select(
@@ -234,10 +234,10 @@ def _random(kind: str, seed: object) -> np.random.Generator:
 
 def _groups(values: Sequence[Hashable]) -> dict[Hashable, list[int]]:
     """Value -> its rows, values in the order of their text."""
-    found: dict[Hashable, list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for row, value in enumerate(values):
-        found.setdefault(value, []).append(row)
-    return {value: found[value] for value in sorted(found, key=lambda v: (str(v), str(type(v))))}
+        groups.setdefault(value, []).append(row)
+    return {value: groups[value] for value in sorted(groups, key=lambda v: (str(v), str(type(v))))}
 
 
 def _enough(rows: int, least: int, each: int = 1) -> None:

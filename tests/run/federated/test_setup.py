@@ -12,7 +12,10 @@ from tests.run.federated.test_cli import write
 
 LORA = {"name": "lora", "r": 2, "target_modules": ["q_proj"]}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "long rows": ({"data": {"train": "LONG", "validation": None}}, "data: the longest row has"),
+    "long rows": (
+        {"data": {"train": "LONG", "validation": None, "max_length": 4000}},
+        "data: the longest row has",
+    ),
     "8-bit": (
         {"method": LORA | {"name": "dora"}, "model": {"quantization": "8bit"}},
         "method.name: dora does not work on a 8bit base",

@@ -123,7 +123,7 @@ class Algorithm:
         return dict(state.tensors)
 
     def pairs(self, client: Client) -> list[tuple[str, str, float]]:
-        """Keys of A and B, and s, of uploads whose size is that of s B A and not of their change."""
+        """Keys of A and B, and s, of uploads whose size is that of s B A, not of their change."""
         return []
 
     def renewed(self, round: int, kept: bool) -> tuple[str, ...]:
