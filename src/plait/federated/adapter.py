@@ -31,7 +31,7 @@ StateDict = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Layer:
-    """What a federated method may know of an adapted layer: dW (out, in) of rank r, scaling s."""
+    """What a federated method knows of an adapted layer: dW (out, in) of rank r, scaling s."""
 
     in_features: int
     out_features: int
@@ -113,7 +113,7 @@ def layers_of(model: nn.Module, adapter: str = "default") -> dict[str, Layer]:
 
 
 def screened(model: nn.Module, adapter: str = "default") -> tuple[str, ...]:
-    """Names of parameters that a 0/1 mask of the client's own acts on."""
+    """Names of parameters on which a 0/1 mask of the client acts."""
     names: set[str] = set()
     for _, update in updates_of(model, adapter).values():
         gates = update.gates if isinstance(update, Delta) else []
@@ -228,18 +228,18 @@ def _same_keys(expected: set[str], actual: set[str]) -> None:
 def drawn(model: nn.Module, key: Iterable[object], adapter: str = "default") -> StateDict:
     """A fresh start of the adapter, from generators keyed by `key` and the layer's name.
 
-    LoRA: A at U(-1, 1) / sqrt(in), B = 0, the draws of a chain's new link. A Delta: its own start.
-    What trains outside the adapted layers has no start of its own and is left out.
+    LoRA: A at U(-1, 1) / sqrt(in), B = 0, drawn as a chain draws a new link. A Delta: the start of
+    its method. What trains outside the adapted layers has no such start and is left out.
 
     Raises:
-        ValueError: the Delta cannot start anew by itself, with the reason.
+        ValueError: the Delta cannot be redrawn, with the reason.
     """
     key, start_state = tuple(key), {}
     for name, (layer, update) in updates_of(model, adapter).items():
         gen = seeded(*key, name)
         if isinstance(update, Delta):
             if update.no_restart:
-                raise ValueError(f"federated: {name} cannot be drawn anew: {update.no_restart}.")
+                raise ValueError(f"federated: {name} cannot be redrawn: {update.no_restart}.")
             start = type(update)(update.base, update.config, gen).to(update.base.dtype)
             start_state |= {f"{name}/{n}": _copy(t) for n, t in start.state_dict().items()}
         else:

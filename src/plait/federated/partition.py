@@ -3,12 +3,12 @@
     iid         rows shuffled, dealt out evenly
     dirichlet   each value of a column is split by p ~ Dirichlet(alpha, .., alpha) over the clients
     by_column   one client for each value of a column, such as a user or a task
-    shards      rows sorted by a column, cut into shards, so many drawn for each client
+    shards      rows sorted by a column and cut into shards; each client draws some of them
     files       one client for each file, named by its stem
 
-A partition maps client names to sorted row numbers; each row stands exactly once. It depends on its
-arguments and the seed alone: the same on every machine and for any number of workers, as long as
-numpy keeps its streams; save the result beside a run that has to be repeated for years.
+A partition maps client names to sorted row indices; each row occurs exactly once. It depends only
+on its arguments and the seed: it is the same on every machine and for any number of workers, as
+long as numpy keeps its random streams. Save it with a run that must be reproducible for years.
 """
 
 import math
@@ -29,10 +29,10 @@ _TRIES = 100  # draws of a Dirichlet split until every client has its least numb
 
 
 def names_of(clients: int | Sequence[str]) -> list[str]:
-    """Client names: those given, or client-0, client-1, .. with leading zeros.
+    """Client names: the names themselves, or client-0, client-1, .. with leading zeros.
 
     Raises:
-        ValueError: no client, a name twice, or one that cannot name a file.
+        ValueError: no client, a duplicate name, or one that cannot name a file.
     """
     if isinstance(clients, int):
         if clients < 1:
@@ -70,10 +70,10 @@ def dirichlet(
     Args:
         labels: the column, one value a row. clients: number or names. alpha: above 0; 0.1 to 1 is
             usual. seed: of the draws.
-        min_rows: least rows of a client; the split is drawn anew, up to 100 times, until it holds.
+        min_rows: least rows of a client; the split is redrawn up to 100 times until all have them.
 
     Raises:
-        ValueError: alpha that is not positive, or a least size that no draw gave.
+        ValueError: alpha is not positive, or no draw gave every client min_rows.
     """
     names = names_of(clients)
     if not (alpha > 0 and math.isfinite(alpha)):

@@ -113,8 +113,8 @@ class Privacy:
             raise ValueError(f"privacy.delta = {self.delta}. Give a probability, such as 1e-5.")
         if len(self.key) < 16:
             raise ValueError(
-                f"privacy.key has {len(self.key)} characters: whoever guesses it can subtract the noise. "
-                "Give 16 or more, such as secrets.token_hex(16)."
+                f"privacy.key has {len(self.key)} characters: whoever guesses it can subtract "
+                "the noise. Give 16 or more, such as secrets.token_hex(16)."
             )
 
     def check(self, method: Algorithm, guard: GuardOptions, clients: int) -> None:

@@ -104,11 +104,11 @@ class RoundRecord:
 
     round: 1, 2, ... selected, accepted: clients. metrics: client -> what its training returned.
     held_out: accepted client -> metrics of its own model right after its training, if requested;
-    `failed` -> why there are none. weights: client -> w_i. capped: clients whose claimed
-    examples were capped by the guard. rejected: (client, reason, text), in order of the clients.
-    failed: client -> its error. traffic: client -> bytes. aggregation_error: layer ->
-    that of averaging A and B separately, for methods that do. similarity: of the clients' factors, see
-    `factor_similarity`. seconds: client -> of its reply, by its own clock.
+    `failed` -> why there are none. weights: client -> w_i. capped: clients whose claimed examples
+    the guard capped. rejected: (client, reason, text), in the order of the clients. failed: client
+    -> its error. traffic: client -> bytes. aggregation_error: layer -> that of averaging A and B
+    separately, for methods that do. similarity: of the clients' factors, see `factor_similarity`.
+    seconds: client -> of its reply, by its own clock.
     """
 
     round: int
@@ -193,8 +193,8 @@ class Server:
         checkpoint = self._checkpoints.latest(self._config)
         if checkpoint is not None and not resume:
             raise ValueError(
-                f"{self._checkpoints.folder}: holds round {checkpoint.state.round} of a run. Resume "
-                "it, or use another folder."
+                f"{self._checkpoints.folder}: holds round {checkpoint.state.round} of a run. "
+                "Resume it, or use another folder."
             )
         self._last = checkpoint or Checkpoint(
             self.options.run, self.method.key, self._config, first
