@@ -4,10 +4,12 @@ What takes minutes is in test_deploy_long.py.
 """
 
 import datetime
+import importlib
 import os
 import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -73,6 +75,15 @@ def test_a_missing_file_and_missing_programs_are_named(
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     with pytest.raises(ImportError, match=r'pip install "plait\[federated\]"'):
         own.program("flwr")
+
+
+def test_without_psutil_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    for name in ("program", "serve", "join", "submit"):
+        monkeypatch.delitem(sys.modules, f"plait.run.deploy.{name}")
+    for name in ("serve", "join", "submit"):
+        with pytest.raises(ImportError, match=r'Install it with: pip install "plait\[federated\]"'):
+            importlib.import_module(f"plait.run.deploy.{name}")
 
 
 TEXTS = {
