@@ -198,7 +198,7 @@ def optimizer_options_of(name: str) -> str:
 
 def optimizer_support_table() -> str:
     """Which optimizer trains which method."""
-    keys = [m.key for m in plait.methods()] + list(BASELINES)
+    keys = [m.key for m in plait.list_methods()] + list(BASELINES)
     rows = [
         (code(key), *[yes(optimizer_support(name, key) is None) for name in OPTIMIZERS])
         for key in keys
@@ -249,7 +249,7 @@ def methods_table() -> str:
             yes(m.mergeable),
             yes(m.exact_export),
         )
-        for m in plait.methods()
+        for m in plait.list_methods()
     ]
     head = ("name", "paper", "formula", "trained, one layer", "rank of dW", "merge")
     return table((*head, "exact as LoRA"), rows)
@@ -310,7 +310,7 @@ def training_defaults() -> str:
 def chain_methods() -> str:
     """Table of which plan of a chain works with which method, and why not."""
     rows = []
-    for key in [*(m.key for m in plait.methods()), *BASELINES]:
+    for key in [*(m.key for m in plait.list_methods()), *BASELINES]:
         reasons = [plait.chain_support(plan, key) for plan in ("chain", "rac", "xgb")]
         why = next((r.partition(": ")[2] for r in reasons if r), "")
         rows.append((code(key), *(yes(reason is None) for reason in reasons), why))
@@ -442,7 +442,7 @@ def export_rank(method: plait.Method, config: DeltaConfig) -> str:
 
 def cost(*keys: str) -> str:
     """Table of counts of some methods, or of all, with LoRA beside them."""
-    names = keys or tuple(m.key for m in plait.methods())
+    names = keys or tuple(m.key for m in plait.list_methods())
     rows: list[tuple[str, ...]] = [("`lora`, r = 8", *lora_counts())]
     for key in names:
         for label in settings(key):

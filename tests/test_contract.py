@@ -63,7 +63,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 CASES = [
     Case(method.key, **variant)
-    for method in plait.methods()
+    for method in plait.list_methods()
     for variant in VARIANTS.get(method.key, [{}])
 ]
 

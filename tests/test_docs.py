@@ -27,7 +27,7 @@ PAGES = sorted(DOCS.rglob("*.md"))
 README = ROOT / "README.md"
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SNIPPET = re.compile(r'^ *--8<-- "(.+?)(?::(\w+))?"$', re.MULTILINE)
-METHODS = [m.key for m in plait.methods()]
+METHODS = [m.key for m in plait.list_methods()]
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,10 @@ from matplotlib.ticker import LogLocator, NullLocator
 from benchmarks import _common
 from benchmarks._common import ROOT, data_folder, mean_and_deviation, write_results
 from plait.core.files import write_atomic
-from plait.run.federated.conduct import load_federate_config, simulate
-from plait.run.federated.report import Measurements, measurements, read_rounds
+from plait.run.federated.config import load_federate_config
+from plait.run.federated.engines import simulate
+from plait.run.federated.folder import read_rounds
+from plait.run.federated.report import Measurements, measurements
 from plait.run.folder import environment
 
 RESULTS = Path(__file__).parent / "results"

@@ -17,7 +17,6 @@ from typing import Any
 
 from benchmarks._common import ROOT, data_folder, parser, read_results, table, write_results
 from plait.core.files import write_atomic
-from plait.run.card import read_environment, read_evaluation
 from plait.run.config import load_config
 from plait.run.export import export_run
 from plait.run.folder import environment
@@ -45,7 +44,7 @@ def measure(file: Path, overrides: list[str], export: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / file.stem
         folder = train(load_config(file, [*overrides, f"output.dir={out}"]))
-        evaluation, run = read_evaluation(folder), read_environment(folder)["run"]
+        evaluation, run = folder.read_evaluation(), folder.read_environment()["run"]
         row: dict[str, Any] = {
             "rows": evaluation["after"]["rows"],
             "before": evaluation["before"],

@@ -10,6 +10,7 @@ Importing it registers every method with peft:
 
 from plait import chain
 from plait._version import __version__
+from plait.callback import PlaitCallback, set_micro_batches
 from plait.chain import ChainCallback, ChainPlan, chain_schedule, chain_support
 from plait.core import (
     Delta,
@@ -21,16 +22,10 @@ from plait.core import (
     NotMergeable,
     PlaitWarning,
     find,
+    list_methods,
     register,
 )
-from plait.core.events import (
-    PlaitCallback,
-    after_step,
-    drive_adalora,
-    penalty,
-    set_micro_batches,
-)
-from plait.core.export import LoraExport, to_lora
+from plait.core.events import after_step, penalty
 from plait.gates.alloc import set_development_batch
 from plait.gates.prune import prune
 from plait.methods.alloc import AllocLoraConfig
@@ -46,9 +41,8 @@ from plait.methods.shared_b import SharedBLoraConfig
 from plait.methods.sora import SoraConfig
 from plait.methods.tied import TiedLoraConfig
 from plait.optim import create_lora_rite_optimizer, create_lorsum_optimizer
-
-# The function, bound after the package of the same name was imported above.
-from plait.core.registry import methods  # isort: skip
+from plait.upstream.adalora import drive_adalora
+from plait.upstream.export import LoraExport, to_lora
 
 __all__ = [
     "AllocLoraConfig",
@@ -84,7 +78,7 @@ __all__ = [
     "create_lorsum_optimizer",
     "drive_adalora",
     "find",
-    "methods",
+    "list_methods",
     "penalty",
     "prune",
     "register",

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from plait.run.check import CheckReport
-    from plait.run.data import Overlap
+    from plait.run.data.overlap import Overlap
 
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:

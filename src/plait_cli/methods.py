@@ -52,7 +52,7 @@ def _entries() -> "list[Method | Baseline]":
     import plait
     from plait.upstream.table import BASELINES
 
-    return [*plait.methods(), *BASELINES.values()]
+    return [*plait.list_methods(), *BASELINES.values()]
 
 
 def _print_table(console: "Console") -> None:

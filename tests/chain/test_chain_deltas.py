@@ -26,7 +26,7 @@ CASES = [
 QUIET = {"droplora": {"inner_dropout": 0.0}, "alloc": {"rounds": 0}}
 FAMILY = [
     Case(m.key, QUIET.get(m.key, {}))
-    for m in plait.methods()
+    for m in plait.list_methods()
     if plait.chain_support("chain", m.key) is None
 ]
 

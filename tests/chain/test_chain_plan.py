@@ -169,7 +169,7 @@ def test_support() -> None:
         assert support(plan, "rslora") is None
         for key in ("pissa", "dora", "adalora", "vera", "vblora", "unilora", "full"):
             assert str(support(plan, key)).startswith(f"{plan}: {key}")
-        for method in plait.methods():
+        for method in plait.list_methods():
             reason = support(plan, method.key)
             assert reason is None or reason.startswith(f"{plan}: {method.key}")
     assert support("chain", "dual_module") is None

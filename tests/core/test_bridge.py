@@ -60,7 +60,7 @@ each = pytest.mark.parametrize("case", ALL, ids=str)
 
 def peft_types() -> list[PeftType]:
     """Those that we added."""
-    return [PeftType[f"PLAIT_{method.key.upper()}"] for method in plait.methods()]
+    return [PeftType[f"PLAIT_{method.key.upper()}"] for method in plait.list_methods()]
 
 
 # The enum --------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import plait
 from plait.core import events
-from plait.core.events import check_events, drive_adalora
+from plait.core.events import check_events
+from plait.upstream.adalora import drive_adalora
 from tests.support import tiny
 from tests.support.contract import (
     Case,
@@ -305,7 +306,7 @@ def test_guard_at_save_merge_and_export(case: Case, tmp_path: Path) -> None:
         rf"{case.key}: 51 training forwards, 0 optimizer steps seen\. This optimizer is not a "
         r"torch\.optim\.Optimizer: call plait\.after_step\(model\) after each of its steps\."
     )
-    from plait.core.export import to_lora
+    from plait.upstream.export import to_lora
 
     for action in (
         lambda: model.save_pretrained(tmp_path),

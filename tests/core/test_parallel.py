@@ -58,7 +58,7 @@ def ends(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ends:
 
 def test_every_method_is_a_case_and_in_the_table() -> None:
     keys = {case.key for case in CASES.values()}
-    assert keys == {method.key for method in plait.methods()}
+    assert keys == {method.key for method in plait.list_methods()}
     page = (ROOT / "docs" / "peft.md").read_text(encoding="utf-8")
     table = page.partition("### Several processes")[2].partition("```")[0]
     assert {key for key in keys if f"`{key}`" in table} == keys

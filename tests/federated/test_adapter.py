@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 
 import plait
 from plait.federated import Client, adapter, algorithm, fedavg_for, refusal, weights_of
@@ -90,7 +90,7 @@ def federate(
 # States -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", [m.key for m in plait.methods()])
+@pytest.mark.parametrize("key", [m.key for m in plait.list_methods()])
 def test_a_state_of_any_delta_goes_out_and_in(key: str) -> None:
     case = Case(key, OPTIONS.get(key, {}))
     one, two = wrap(case), wrap(case)
@@ -150,7 +150,7 @@ def test_fresh_starts_are_keyed() -> None:
         for name, x in one.items():
             if name.endswith(("/B", "/B2", "/B_bar")):
                 assert not x.any()
-    with pytest.raises(ValueError, match=r"q_proj cannot be drawn anew: .*A and B are shared by"):
+    with pytest.raises(ValueError, match=r"q_proj cannot be redrawn: .*A and B are shared by"):
         adapter.drawn(wrap(Case("tied")), (0,))
 
 
@@ -163,9 +163,11 @@ def test_fresh_starts_are_keyed() -> None:
         (LoraConfig(), None),
         (LoraConfig(use_rslora=True), None),
         (LoraConfig(use_dora=True), "dora's magnitudes rescale the whole weight"),
-        (LoraConfig(init_lora_weights="pissa"), "'pissa' edits the base weight or takes a clien"),
+        (LoraConfig(init_lora_weights="pissa"), "pissa edits the base weight at its start, so the"),
+        (LoraConfig(init_lora_weights="olora"), "'olora' edits the base weight or takes a clien"),
         (AdaLoraConfig(total_step=10), "adalora moves ranks between layers"),
-        (VeraConfig(), "an adapter of type VERA is neither upstream's LoRA nor a method of plait"),
+        (VeraConfig(), "vera is neither upstream's LoRA nor a method of plait"),
+        (LoHaConfig(), "an adapter of type LOHA is neither upstream's LoRA nor a method of plait"),
         (plait.DualLoraConfig(), "dual_lora's update is linear in none of its factors"),
         (plait.AllocLoraConfig(), "alloc moves ranks between layers on each client's own scores"),
         (plait.SoraConfig(gates=["alloc"]), "sora moves ranks between layers"),

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import plait
-from plait.core.export import to_lora
 from plait.core.init import seeded
 from plait.gates.alloc import allocate, importance, shares
+from plait.upstream.export import to_lora
 from tests.support import tiny
 from tests.support.contract import (
     Case,

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 import plait
-from plait.core.export import to_lora
+from plait.upstream.export import to_lora
 from tests.support import contract, tiny
 from tests.support.contract import Case, adamw, deltas, layers, logits, one_layer, relative, steps
 

@@ -36,11 +36,18 @@ def test_fresh_process(tmp_path: Path) -> None:
 
 def test_is_listed() -> None:
     method = plait.find("gated")
-    assert method in plait.methods()
+    assert method in plait.list_methods()
     assert method.summary.startswith("Gated LoRA: ")
     assert (method.title, method.parameters) == ("Gated LoRA", "r (in + out + 1)")
     assert method.mergeable
     assert method.exact_export
+
+
+def test_the_methods_are_a_package() -> None:
+    code = "import plait; import plait.methods.cola; print(plait.methods.cola.ColaConfig.key)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "cola"
+    assert "cola" in [method.key for method in plait.list_methods()]
 
 
 def test_length() -> None:

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import plait
-from plait.core.export import to_lora
 from plait.gates import screening
 from plait.gates.screening import Screening
+from plait.upstream.export import to_lora
 from tests.support import tiny
 from tests.support.contract import (
     Case,

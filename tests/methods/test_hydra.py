@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import plait
-from plait.core.export import to_lora
+from plait.upstream.export import to_lora
 from tests.support import contract, tiny
 from tests.support.contract import (
     Case,

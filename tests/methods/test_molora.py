@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import plait
-from plait.core.export import to_lora
 from plait.core.mix import TokenRouter
 from plait.core.route import Rows
 from plait.methods._balance import loramoe, switch
 from plait.methods.molora import MoLora
 from plait.run.train import train
+from plait.upstream.export import to_lora
 from tests.support import contract, tiny
 from tests.support.contract import (
     CHECKS,

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import plait
-from plait.core.export import to_lora
+from plait.upstream.export import to_lora
 from tests.support import contract, tiny
 from tests.support.contract import Case, batch, deltas, layers, logits, one_layer, relative, trained
 

@@ -14,8 +14,8 @@ from transformers import Trainer, TrainingArguments
 
 import plait
 from plait.core.delta import planned
-from plait.core.export import to_lora
 from plait.methods.sora import proximal
+from plait.upstream.export import to_lora
 from tests.support import tiny
 from tests.support.contract import (
     Case,

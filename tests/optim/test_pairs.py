@@ -12,8 +12,8 @@ from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 
 import plait
+from plait.callback import check_clipping
 from plait.core import Pair
-from plait.core.events import check_clipping
 from plait.optim import collect_pairs
 from plait.optim.pairs import join, part
 from tests.support import tiny

@@ -51,7 +51,7 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_support_comes_from_the_deltas() -> None:
-    for method in [m.key for m in plait.methods()] + list(BASELINES):
+    for method in [m.key for m in plait.list_methods()] + list(BASELINES):
         assert optimizer_support("default", method) is None
     plain = {"lora", "rslora", "pissa"}
     for name in OPTIMIZERS:
@@ -70,7 +70,7 @@ def test_support_comes_from_the_deltas() -> None:
 def test_support_is_what_building_says(name: str) -> None:
     """Every method that can be trained builds an optimizer; the others of plait's do not."""
     options = {"loraplus": {"loraplus_lr_ratio": 4.0}}.get(name, {})
-    for method in plait.methods():
+    for method in plait.list_methods():
         from tests.support.contract import Case, wrap
 
         model = wrap(Case(method.key))

@@ -11,14 +11,8 @@ from transformers import RobertaConfig, RobertaModel, Trainer, TrainingArguments
 
 from plait.run.check import check, masked_pieces
 from plait.run.config import config_from_dict, method_names
-from plait.run.data import load_data
-from plait.run.model import (
-    adaptable_layers,
-    build_model,
-    load_base,
-    load_tokenizer,
-    planned_steps,
-)
+from plait.run.model import adaptable_layers, load_base, load_tokenizer
+from plait.run.prepare import planned_steps, prepare
 from plait_cli import main
 from tests.support.runs import (
     copy_rows,
@@ -58,7 +52,7 @@ def films(tmp_path):
 
 
 def build(config):
-    return build_model(config, load_data(config, load_tokenizer(config.model)))
+    return prepare(config).model
 
 
 def error(config, kind=ValueError):
@@ -79,8 +73,8 @@ def test_every_method_goes_on_causal_models(models, rows, tmp_path, kind, name):
     }  # for ten steps of small layers
     method = {"name": name, **short.get(name, {})}
     config = run_config(models / kind, rows, tmp_path / "run", method=method)
-    data = load_data(config, load_tokenizer(config.model))
-    model = build_model(config, data)
+    prepared = prepare(config)
+    model, data = prepared.model, prepared.data
     assert model.training
     batch = data.collator([data.train[i] for i in range(4)])
     model(**batch).loss.backward()
@@ -100,8 +94,8 @@ def test_a_new_head_is_trained_and_saved(models, films, tmp_path, kind, task):
         model={"task": task}, method={"name": "cola", "r": 2},
     )  # fmt: skip
     config.data.columns.label = "score" if task == "regression" else "label"
-    data = load_data(config, load_tokenizer(config.model))
-    model = build_model(config, data)
+    prepared = prepare(config)
+    model, data = prepared.model, prepared.data
     batch = data.collator([data.train[i] for i in range(4)])
     assert model(**batch).logits.shape == (4, 2 if task == "classification" else 1)
     stored = " ".join(get_peft_model_state_dict(model))
@@ -117,8 +111,8 @@ def test_a_saved_adapter_gives_the_same_predictions_on_a_base_loaded_anew(
     models, films, tmp_path, kind
 ):
     config = run_config(models / kind, films, tmp_path / "run", model={"task": "classification"})
-    data = load_data(config, load_tokenizer(config.model))
-    model = build_model(config, data).eval()
+    prepared = prepare(config)
+    model, data = prepared.model.eval(), prepared.data
     model.save_pretrained(str(tmp_path / "adapter"))
     torch.manual_seed(123)  # another draw of what the checkpoint lacks
     again = PeftModel.from_pretrained(load_base(config.model, 2), str(tmp_path / "adapter")).eval()
@@ -149,8 +143,8 @@ def test_quantized_bases(models, rows, films, tmp_path, quantization, kind, task
         model={"task": task, "quantization": quantization},
         method={"name": "dual_module", "r": 4},
     )  # fmt: skip
-    bundle = load_data(config, load_tokenizer(config.model))
-    model = build_model(config, bundle)
+    prepared = prepare(config)
+    model, bundle = prepared.model, prepared.data
     model(**bundle.collator([bundle.train[0], bundle.train[1]])).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     for name in ("pissa", "unilora", "full"):
@@ -285,8 +279,8 @@ def test_rows_longer_than_the_model_reads(models, films, tmp_path, kind, limit):
         texts = [{"text": "good " * length, "label": x} for x in ("yes", "no", "yes", "no")]
         write_rows(films, texts)
         if fits:  # and the model reads it
-            data = load_data(config, load_tokenizer(config.model))
-            build_model(config, data)(**data.collator([data.train[0]]))
+            prepared = prepare(config)
+            prepared.model(**prepared.data.collator([prepared.data.train[0]]))
     assert error(config) == (
         f"data: the longest row has {limit + 1} tokens, the model reads {limit}. Set "
         f"data.max_length: {limit} and data.truncate: true."
@@ -323,12 +317,13 @@ def test_a_tokenizer_that_cannot_pad(models, rows, tmp_path):
 def test_planned_steps_are_the_trainers(models, rows, tmp_path, training):
     training = {"max_steps": -1, **training}
     config = run_config(models / "llama", rows, tmp_path / "run", training=training)
-    data = load_data(config, load_tokenizer(config.model))
+    prepared = prepare(config)
+    data = prepared.data
     arguments = TrainingArguments(
         output_dir=str(tmp_path), remove_unused_columns=False, **config.training
     )
     trainer = Trainer(
-        build_model(config, data), arguments, data_collator=data.collator, train_dataset=data.train
+        prepared.model, arguments, data_collator=data.collator, train_dataset=data.train
     )
     loader = trainer.get_train_dataloader()
     steps = trainer.set_initial_training_values(arguments, loader)[-1]

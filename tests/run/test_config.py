@@ -262,7 +262,7 @@ def test_did_you_mean_lists_all_where_nothing_is_near():
 # ------------------------------------------------------------------------------------ methods
 
 
-@pytest.mark.parametrize("name", [m.key for m in plait.methods()] + list(BASELINES))
+@pytest.mark.parametrize("name", [m.key for m in plait.list_methods()] + list(BASELINES))
 def test_every_method_has_a_config(name):
     config = load(f"method: {{name: {name}}}")
     made = peft_config(config.method, "classification", total_steps=100)

@@ -26,12 +26,12 @@ from plait.inspect.spectrum import effective_rank, numerical_rank, stable_rank
 from plait.inspect.update import Update
 from plait.run import train as train_module
 from plait.run.data import load_data
-from plait.run.evaluate import load_run
 from plait.run.inspect import findings
 from plait.run.inspect.adapted import Adapted, FullAdapted, adapted_layers, place
 from plait.run.inspect.findings import InspectReport, LayerReport, UpdateReport, short_names
 from plait.run.inspect.pictures import draw
 from plait.run.inspect.runs import inspect_runs
+from plait.run.prepare import load_run
 from plait.run.train import train
 from plait_cli import main
 from tests.support import contract, tiny
@@ -570,7 +570,7 @@ def test_numbers_of_one_layer_against_the_definitions(
 ) -> None:
     _, report = inspect_runs([runs["cola"]], tmp_path / "out", principal_k=3, pictures=False)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["inspect.json"]
-    _, model, _ = load_run(runs["cola"])
+    model = load_run(runs["cola"]).model
     layer = next(m for m in model.modules() if isinstance(m, PlaitLayer))
     found = next(r for r in report.layers if r.name == layer.name)
     (u,) = found.updates
@@ -601,8 +601,8 @@ def test_numbers_of_one_layer_against_the_definitions(
 
 def test_routing_leaves_padding_out(runs: dict[str, Path], tmp_path: Path) -> None:
     _, report = inspect_runs([runs["token"]], tmp_path / "out", pictures=False)
-    cfg, model, tokenizer = load_run(runs["token"])
-    data = load_data(cfg, tokenizer)
+    run = load_run(runs["token"])
+    model, data = run.model, load_data(run.cfg, run.tokenizer)
     assert data.validation is not None
     ids = data.validation["input_ids"]
     lengths = {len(row) for row in ids}
@@ -638,8 +638,8 @@ def test_rows_of_unequal_length_are_padded_and_not_counted(
     _, report = inspect_runs(
         [runs["token"]], tmp_path / "out", pictures=False, overrides=[f"data.test={test}"]
     )
-    cfg, _, tokenizer = load_run(runs["token"], [f"data.test={test}"])
-    data = load_data(cfg, tokenizer)
+    run = load_run(runs["token"], [f"data.test={test}"])
+    data = load_data(run.cfg, run.tokenizer)
     assert data.test is not None
     tokens = [len(ids) for ids in data.test["input_ids"]]
     assert len(set(tokens)) == 3
@@ -689,7 +689,7 @@ def test_several_runs_are_compared(runs: dict[str, Path], tmp_path: Path) -> Non
     assert [r.label for r in report.runs] == list(names)
     assert report.notes == []
     layer = report.layers[0].name
-    models = {n: load_run(runs[n])[1] for n in ("lora", "dual_lora", "full")}
+    models = {n: load_run(runs[n]).model for n in ("lora", "dual_lora", "full")}
     base = tiny.llama().get_submodule(layer).weight.double()
     dW = {
         n: models[n].get_base_model().get_submodule(layer).get_delta_weight("default").double()

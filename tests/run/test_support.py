@@ -13,9 +13,8 @@ from peft.tuners.lora.conversion import convert_to_lora
 import plait
 from plait.core.config import DeltaConfig
 from plait.run.config import RunConfig, method_names
-from plait.run.data import load_data
 from plait.run.folder import RunFolder
-from plait.run.model import build_model, load_tokenizer
+from plait.run.prepare import prepare
 from plait.run.support import FEATURES, matrix, tables, why_not
 from plait.run.train import train
 from plait.upstream.table import BASELINES
@@ -72,7 +71,7 @@ def config(place: Path, run: Path, key: str, **sections: Any) -> RunConfig:
 
 def built(cfg: RunConfig) -> Any:
     """The model of a run, its update away from zero."""
-    model = build_model(cfg, load_data(cfg, load_tokenizer(cfg.model)))
+    model = prepare(cfg).model
     with torch.no_grad():
         for n, p in model.named_parameters():
             if p.requires_grad:
@@ -141,7 +140,7 @@ def test_cell(feature: str, method: str, place: Path, tmp_path: Path) -> None:
 
 def test_every_method_and_feature_has_a_cell() -> None:
     found = matrix()
-    assert set(found) == {m.key for m in plait.methods()} | set(BASELINES)
+    assert set(found) == {m.key for m in plait.list_methods()} | set(BASELINES)
     assert all(set(row) == set(FEATURES) for row in found.values())
     groups = {f.group for f in FEATURES.values()}
     assert groups == {"method", "optimizer", "chain", "base", "export"}

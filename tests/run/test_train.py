@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 
 from plait.run import train as train_module
 from plait.run.callbacks import ProgressBar
-from plait.run.card import read_environment, read_evaluation, read_metrics
 from plait.run.config import RunConfig, dump_config
-from plait.run.evaluate import evaluate_run, load_run
+from plait.run.evaluate import evaluate_run
+from plait.run.prepare import load_run
 from plait.run.train import train
 from plait.run.trainer import RunTrainer, scale_learning_rates
 from plait_cli import main
@@ -52,14 +52,14 @@ def test_run_folder(llama: Path, rows: Path, tmp_path: Path) -> None:
         "README.md", "adapter", "checkpoints", "config.yaml", "environment.json", "eval.json",
         "loss.png", "metrics.jsonl",
     }  # fmt: skip
-    logs = read_metrics(folder.metrics)
+    logs = folder.read_metrics()
     assert [row["step"] for row in logs] == [*range(1, 11), 10]
     assert {"loss", "learning_rate", "grad_norm", "train_tokens_per_second"} <= logs[3].keys()
-    evaluation = read_evaluation(folder)
+    evaluation = folder.read_evaluation()
     assert evaluation["split"] == "validation"
     assert evaluation["after"]["loss"] < evaluation["before"]["loss"]
     assert set(evaluation["after"]["tasks"]) == {"copy", "turn"}
-    run = read_environment(folder)["run"]
+    run = folder.read_environment()["run"]
     with safe_open(folder.adapter / "adapter_model.safetensors", "pt") as file:
         stored = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
     assert run["stored"] == stored
@@ -106,7 +106,7 @@ def test_the_code_on_the_card_runs(
     code = folder.card.read_text().partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {}
     exec(code.replace("RUN/", f"{folder.path}/"), names)
-    _, wanted, _ = load_run(folder.path)
+    wanted = load_run(folder.path).model
     ids = torch.tensor([[4, 5, 6]])
     assert torch.equal(names["model"].eval()(ids).logits, wanted(ids).logits)
 
@@ -159,8 +159,8 @@ def test_best_checkpoint_is_loaded_by_its_final_name(
     folder = train(run_config(llama, rows, tmp_path / "run", training=options))
     state = json.loads((folder.checkpoints / "checkpoint-10" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(folder.checkpoints / "checkpoint-10")
-    measured = [row["eval_loss"] for row in read_metrics(folder.metrics) if "eval_loss" in row]
-    assert min(measured) == pytest.approx(read_evaluation(folder)["after"]["loss"], abs=1e-6)
+    measured = [row["eval_loss"] for row in folder.read_metrics() if "eval_loss" in row]
+    assert min(measured) == pytest.approx(folder.read_evaluation()["after"]["loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_half_precision_is_measured_as_it_is_loaded(
     section: dict[str, Any], llama: Path, rows: Path, tmp_path: Path, no_picture: None
 ) -> None:
     folder = train(run_config(llama, rows, tmp_path / "run", **section))
-    trained = read_evaluation(folder)["after"]
+    trained = folder.read_evaluation()["after"]
     again = evaluate_run(folder.path, "validation")
     assert again["loss"] == trained["loss"]
 
@@ -181,7 +181,7 @@ def test_quantised_base(
 ) -> None:
     pytest.importorskip("bitsandbytes", reason="the extra plait[quant] is not installed")
     folder = train(run_config(llama, rows, tmp_path / "run", model={"quantization": bits}))
-    trained = read_evaluation(folder)
+    trained = folder.read_evaluation()
     assert trained["after"]["loss"] < trained["before"]["loss"]
     again = evaluate_run(folder.path, "validation")
     assert again["loss"] == pytest.approx(trained["after"]["loss"], abs=1e-3)
@@ -406,7 +406,7 @@ def test_classification_trains_and_logs_metrics(tmp_path: Path, no_picture: None
         training={"eval_strategy": "steps", "eval_steps": 5, "max_steps": 10},
     )
     folder = train(cfg)
-    held_out = [row for row in read_metrics(folder.metrics) if "eval_loss" in row]
+    held_out = [row for row in folder.read_metrics() if "eval_loss" in row]
     assert [row["step"] for row in held_out] == [5, 10]
     assert {"eval_accuracy", "eval_macro_f1", "eval_matthews"} <= held_out[0].keys()
     assert "| labels | no, yes |" in folder.card.read_text()

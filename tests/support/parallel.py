@@ -51,7 +51,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 CASES = {
     str(case): case
-    for method in plait.methods()
+    for method in plait.list_methods()
     for case in (Case(method.key, options) for options in VARIANTS.get(method.key, [{}]))
 }
 CONTROLS = ["lora", "adalora"]  # upstream's

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 import plait
-from plait.core.export import to_lora
 from plait.run.config import MethodConfig, peft_config
+from plait.upstream.export import to_lora
 from plait.upstream.table import BASELINES
 from tests.support import tiny
 from tests.support.contract import adamw, base_logits, relative, trained

@@ -22,8 +22,8 @@ from plait.chain.links import Link, find_links
 from plait.chain.plan import ChainPlan
 from plait.core import events
 from plait.core.events import EventNeverFired, PlaitWarning
-from plait.core.export import to_lora
 from plait.core.trunk import Trunk, trunk_of
+from plait.upstream.export import to_lora
 
 WIDE = 256  # a trunk of more ranks costs more than merging would
 
@@ -62,7 +62,7 @@ class Chain(events.Listener):
 
     def selected(self) -> list[Link]:
         """The layers that the live link trains."""
-        if self.plan.recipe != "xgb":
+        if not self.plan.by_block:
             return self.links
         chosen = self.plan.chosen(self.ledger.link, self.blocks)
         return [link for link in self.links if link.block in chosen]
@@ -81,11 +81,11 @@ class Chain(events.Listener):
                 if any(id(p) not in held for p in link.trained(self.plan)):
                     raise ValueError(
                         f"chain: this optimizer holds only a part of the adapter ({link.name} is "
-                        "missing). Give all its parameters to one optimizer; for xgb, which "
-                        "switches blocks off, make it before the chain starts."
+                        "missing). Give all its parameters to one optimizer; if the plan switches "
+                        "blocks off, make it before the chain starts."
                     )
             self.checked = id(optimizer)
-        if self.plan.recipe == "xgb":
+        if self.plan.by_block:
             on = {link.name for link in self.selected()}
             for link in self.links:
                 if link.name not in on:
@@ -187,7 +187,7 @@ class Chain(events.Listener):
                 trunk.remove()
 
     def _open(self) -> None:
-        """Let train what the live link trains."""
+        """Turn on the gradients of what the live link trains, and no others."""
         if not self.follows:
             return
         on = {link.name for link in self.selected()}
@@ -199,7 +199,7 @@ class Chain(events.Listener):
             frozen = link.frozen(self.plan)
             if frozen is not None:
                 frozen.requires_grad_(False)
-            if self.plan.recipe == "xgb":
+            if self.plan.by_block:
                 link.switch(link.name in on or not parallel)
 
     def close(self) -> None:
@@ -211,7 +211,7 @@ class Chain(events.Listener):
             trunk = trunk_of(link.layer)
             if trunk is not None:
                 trunk.remove()
-            if self.plan.recipe == "xgb":
+            if self.plan.by_block:
                 link.switch(True)
         self.follows = False
 
@@ -234,7 +234,7 @@ def start(
         >>> chain.finish()  # doctest: +SKIP
 
     Args:
-        model: with an adapter that trains. For `rac`, wrap it in DDP after this call.
+        model: with an adapter that trains. If the plan freezes a side, wrap it in DDP afterwards.
         plan: what to do.
         total_steps: planned optimizer steps.
         adapter: its name; None: the active one.
@@ -273,7 +273,7 @@ def start(
             link.start(plan, 0, lengths[0])
     chain = Chain(model, ledger, links)
     chain.follows = True
-    if plan.recipe == "xgb":
+    if plan.by_block:
         plan.chosen(0, chain.blocks)
     chain.restore(ledger)
     events.listen(chain)
@@ -401,7 +401,7 @@ def _warn(plan: ChainPlan, links: list[Link], count: int) -> None:
         )
         warnings.warn(text, PlaitWarning, stacklevel=3)
     finished = sum(plan.rank(k, min(link.r for link in links)) for k in range(count - 1))
-    if plan.recipe == "xgb":
+    if plan.by_block:
         chosen = plan.blocks_per_link
         share = chosen if isinstance(chosen, float) else chosen / len({x.block for x in links})
         finished = round(finished * share)

@@ -8,38 +8,21 @@ import re
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.adalora import AdaLoraConfig
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel
 from torch import Tensor, nn
 
 from plait.chain.plan import ChainPlan
+from plait.chain.recipes import Recipe, recipe_of
 from plait.core.bridge import PlaitLayer
 from plait.core.config import DeltaConfig
 from plait.core.delta import Delta, DenseDelta, LowRankDelta, TaskTable, TokenRouter
-from plait.core.export import update_of
 from plait.core.init import kaiming, seeded
 from plait.core.registry import find
 from plait.core.sharding import refuse_sharded
 from plait.core.trunk import is_quantized
-
-# Upstream's methods: why no chain of them; "" where there is one.
-UPSTREAM = {
-    "lora": "",
-    "rslora": "",
-    "pissa": "pissa edits the base weight at its start, so a disabled adapter is not the base. "
-    "Use lora",
-    "dora": "dora rescales the rows of the whole weight, so its update is no sum of links. "
-    "Use lora",
-    "adalora": "adalora's schedule spans the training and cannot start anew. Use lora",
-    "vera": "vera shares its factors between layers, so no layer starts anew by itself. Use lora",
-    "vblora": "vblora's factors share one bank between layers, so no layer starts anew by itself. "
-    "Use lora",
-    "unilora": "unilora's factors share one vector between layers, so no layer starts anew by "
-    "itself. Use lora",
-    "full": "full fine-tuning has no adapter. Use lora",
-}
-_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # of LoraConfig: they leave the base alone
+from plait.upstream.export import update_of
+from plait.upstream.layers import factors_of, set_scaling
+from plait.upstream.table import BASELINES, baseline_of, start_kind
 
 
 def chain_support(plan: str, method_key: str) -> str | None:
@@ -53,35 +36,29 @@ def chain_support(plan: str, method_key: str) -> str | None:
         'rac: pissa edits the base weight at its start'
 
     Args:
-        plan: "chain", "rac" or "xgb".
+        plan: a recipe, such as "chain".
         method_key: a method of plait, or a baseline such as "lora".
 
     Raises:
         ValueError: an unknown plan or method.
     """
-    if plan not in ("chain", "rac", "xgb"):
-        raise ValueError(f"chain: plan = {plan!r} is not known. Use one of 'chain', 'rac', 'xgb'.")
-    if method_key in UPSTREAM:
-        reason = UPSTREAM[method_key]
+    recipe = recipe_of(plan)
+    if method_key in BASELINES:
+        reason = BASELINES[method_key].no_chain
     else:
-        method = find(method_key)
-        reason = _against(method_key, method.delta, plan)
+        reason = _against(method_key, find(method_key).delta, recipe)
     return f"{plan}: {reason}." if reason else None
 
 
-def _against(key: str, delta: type[Delta], plan: str) -> str:
-    """The reason against a Delta class, "" for none."""
+def _against(key: str, delta: type[Delta], recipe: Recipe) -> str | None:
+    """The reason against a Delta class, None for none."""
     if issubclass(delta, DenseDelta) or not issubclass(delta, LowRankDelta):
         return f"{key}'s update has full rank and no factors that a finished link could keep"
     if not delta.mergeable:
         return f"{key}'s update depends on the input, so a finished link is no matrix"
     if delta.no_restart:
         return delta.no_restart
-    if plan == "rac":
-        return f"{key} has no single pair of which one side could be frozen. Use lora or rslora"
-    if plan == "xgb":
-        return f"{key} has no rank-1 form that can be switched off by block. Use lora or rslora"
-    return ""
+    return recipe.no_delta and recipe.no_delta.format(key=key)
 
 
 class Link:
@@ -140,9 +117,10 @@ class LoraLink(Link):
 
     def __init__(self, name: str, layer: Any, adapter: str) -> None:
         super().__init__(name, layer, adapter)
-        self.A: nn.Parameter = layer.lora_A[adapter].weight
-        self.B: nn.Parameter = layer.lora_B[adapter].weight
-        self.scaling: float = layer.scaling[adapter]
+        factors: Any = factors_of(layer, adapter)
+        self.A: nn.Parameter = factors.A
+        self.B: nn.Parameter = factors.B
+        self.scaling: float = factors.scaling
         self.r = r = layer.r[adapter]
         if self.A.shape != (r, self.shape[1]) or self.B.shape != (self.shape[0], r):
             raise ValueError(
@@ -160,7 +138,7 @@ class LoraLink(Link):
         return [p for p in self.parameters() if p is not self.frozen(plan)]
 
     def frozen(self, plan: ChainPlan) -> nn.Parameter | None:
-        """The sketched side of rac."""
+        """The sketched side."""
         return {"A": self.A, "B": self.B, None: None}[plan.freeze]
 
     def read(self, rank: int) -> tuple[Tensor, Tensor, float]:
@@ -170,7 +148,7 @@ class LoraLink(Link):
 
     @torch.no_grad()
     def start(self, plan: ChainPlan, number: int, steps: int) -> None:
-        """A at U(-1, 1) / sqrt(in) and B = 0; rac: a sketch and 0. Surplus ranks are zero.
+        """A at U(-1, 1) / sqrt(in) and B = 0; or a sketch and 0. Surplus ranks are zero.
 
         A rank of which both factors are zero gets the gradient 0 and stays zero.
         """
@@ -189,7 +167,7 @@ class LoraLink(Link):
 
     def switch(self, on: bool) -> None:
         """Through the scale."""
-        self.layer.scaling[self.adapter] = self.scaling if on else 0.0
+        set_scaling(self.layer, self.adapter, self.scaling if on else 0.0)
 
 
 class DeltaLink(Link):
@@ -240,8 +218,9 @@ def find_links(model: nn.Module, plan: ChainPlan, adapter: str) -> list[Link]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     configs: Any = model.peft_config if isinstance(model, PeftModel) else {}
     config = configs.get(adapter)
-    if isinstance(config, LoraConfig):
-        _check_lora(config, plan)
+    baseline = None if config is None else baseline_of(config)
+    if baseline is not None:
+        _check_upstream(baseline.key, config, plan)
     elif isinstance(config, DeltaConfig):
         reason = chain_support(plan.recipe, config.key)
         if reason:
@@ -262,7 +241,6 @@ def find_links(model: nn.Module, plan: ChainPlan, adapter: str) -> list[Link]:
             _check_delta(name, update)
             links.append(DeltaLink(name, layer, adapter))
         elif update is not None:
-            assert isinstance(layer, LoraLayer)
             links.append(LoraLink(name, layer, adapter))
     if not links:
         raise ValueError(
@@ -273,23 +251,15 @@ def find_links(model: nn.Module, plan: ChainPlan, adapter: str) -> list[Link]:
     return links
 
 
-def _check_lora(config: LoraConfig, plan: ChainPlan) -> None:
-    """Refuse LoRA's variants."""
-    start = config.init_lora_weights
-    kind = "lora"
-    if isinstance(config, AdaLoraConfig):
-        kind = "adalora"
-    elif config.use_dora:
-        kind = "dora"
-    elif isinstance(start, str) and start.startswith("pissa"):
-        kind = "pissa"
-    reason = chain_support(plan.recipe, kind)
+def _check_upstream(key: str, config: Any, plan: ChainPlan) -> None:
+    """Refuse peft's methods, and starts and targets of LoRA, that a link cannot repeat."""
+    reason = chain_support(plan.recipe, key)
     if reason:
         raise ValueError(reason)
-    if start not in _STARTS:
+    if start_kind(config) not in ("drawn", "data"):
         raise ValueError(
-            f"chain: init_lora_weights = {start!r} edits the base weight or takes data, which a "
-            "new link cannot. Use True."
+            f"chain: init_lora_weights = {config.init_lora_weights!r} edits the base weight or "
+            "takes data, which a new link cannot. Use True."
         )
     if config.target_parameters:
         raise ValueError("chain: target_parameters are no linear layers. Leave them out.")

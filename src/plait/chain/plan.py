@@ -3,9 +3,7 @@
     for k = 1..K:  start link k  ->  fresh optimizer state  ->  T_k steps on the link only
                    if k < K:  tie: record (A_k, B_k, s_k);  W += s_k B_k A_k
 
-One engine serves three recipes. chain (Chain-of-LoRA, arXiv 2401.04151): A and B are trained. rac
-(RAC-LoRA, 2410.08305): one side is a random sketch and frozen. xgb (XGBLoRA, 2410.19694): links of
-rank 1 on a random subset of the transformer blocks. T_k is counted in completed optimizer steps.
+One engine serves all recipes, see chain/recipes.py. T_k is counted in completed optimizer steps.
 """
 
 import dataclasses
@@ -19,10 +17,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from plait.chain.recipes import RECIPES, recipe_of
+from plait.core.config import did_you_mean
 from plait.core.init import seeded
 from plait.core.trunk import Storage
 
-Recipe = Literal["chain", "rac", "xgb"]
 Rate = Literal["restart", "global"]
 Shape = Literal["constant", "linear", "cosine"]
 SHAPES = ("constant", "linear", "cosine")
@@ -30,10 +29,10 @@ SHAPES = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True, kw_only=True)
 class ChainPlan:
-    """A plan, made by `ChainPlan.chain`, `.rac` or `.xgb`.
+    """A plan, made by `ChainPlan.of` or one of its short forms `.chain`, `.rac` and `.xgb`.
 
     Attributes:
-        recipe: "chain", "rac" or "xgb".
+        recipe: a key of plait.chain.recipes.RECIPES.
         links: number of links K; None: as many as steps_per_link gives.
         steps_per_link: optimizer steps of a link; None: total // K, the first total % K links get
             one more.
@@ -43,14 +42,14 @@ class ChainPlan:
         warmup_steps: of a link (of the run with lr="global"), at most a tenth of it.
         reset_optimizer: forget the optimizer's state of the link's parameters at a tie.
         storage: of finished links, "stack" or "merge", see core/trunk.py.
-        freeze: the side that rac freezes, "A" or "B".
+        freeze: the side that is a frozen sketch, "A" or "B"; None: both are trained.
         sketch: "orthonormal" (Haar), or "gaussian", a control that the theory does not cover.
         sketch_std: scale of the sketch.
-        blocks_per_link: number of blocks of an xgb link, or their share.
+        blocks_per_link: number of transformer blocks that a link trains, or their share.
         seed: of starts, sketches and choices.
     """
 
-    recipe: Recipe
+    recipe: str
     links: int | None = None
     steps_per_link: int | None = None
     ranks: int | tuple[int, ...] | None = None
@@ -65,102 +64,60 @@ class ChainPlan:
     seed: int = 0
 
     @classmethod
-    def chain(
-        cls,
-        links: int | None = None,
-        *,
-        steps_per_link: int | None = None,
-        ranks: int | list[int] | tuple[int, ...] | None = None,
-        lr: Rate = "restart",
-        warmup_steps: int = 100,
-        reset_optimizer: bool = True,
-        storage: Storage = "stack",
-        seed: int = 0,
-    ) -> "ChainPlan":
-        """Chain-of-LoRA: A and B are trained in every link; 3 links unless given.
+    def of(cls, recipe: str, **options: Any) -> "ChainPlan":
+        """The plan of a recipe: its defaults, then the options.
+
+        Example:
+            >>> import plait
+            >>> plait.ChainPlan.of("xgb", steps_per_link=5).ranks
+            1
+
+        Args:
+            recipe: a key of plait.chain.recipes.RECIPES.
+            options: attributes of the plan that the recipe takes; `rank` is one rank for all links.
+                Links and steps_per_link that are None count as not given.
 
         Raises:
-            ValueError: an option out of range, with its value and the remedy.
+            ValueError: an unknown recipe, an option of another recipe or out of range.
         """
-        return cls(
-            recipe="chain",
-            links=3 if links is None and steps_per_link is None else links,
-            steps_per_link=steps_per_link,
-            ranks=tuple(ranks) if isinstance(ranks, list) else ranks,
-            lr=lr,
-            warmup_steps=warmup_steps,
-            reset_optimizer=reset_optimizer,
-            storage=storage,
-            seed=seed,
-        )
+        row = recipe_of(recipe)
+        for name in options:
+            if name not in row.known():
+                raise ValueError(
+                    f"chain: {name} is no option of the plan {recipe}. "
+                    f"{did_you_mean(name, row.known())}"
+                )
+        chosen = {**row.options, **options}
+        if chosen.get("links") is None and chosen.get("steps_per_link") is None:
+            chosen |= row.length
+        if "rank" in chosen:
+            chosen["ranks"] = chosen.pop("rank")
+        if isinstance(chosen.get("ranks"), list):
+            chosen["ranks"] = tuple(chosen["ranks"])
+        return cls(recipe=recipe, **chosen)
 
     @classmethod
-    def rac(
-        cls,
-        links: int | None = None,
-        *,
-        steps_per_link: int | None = None,
-        freeze: Literal["A", "B"] = "A",
-        sketch: Literal["orthonormal", "gaussian"] = "orthonormal",
-        sketch_std: float = 1.0,
-        lr: Rate = "restart",
-        warmup_steps: int = 100,
-        reset_optimizer: bool = True,
-        storage: Storage = "stack",
-        seed: int = 0,
-    ) -> "ChainPlan":
-        """RAC-LoRA: one side is a random sketch and frozen; 12 links unless given.
-
-        Raises:
-            ValueError: an option out of range, with its value and the remedy.
-        """
-        return cls(
-            recipe="rac",
-            links=12 if links is None and steps_per_link is None else links,
-            steps_per_link=steps_per_link,
-            lr=lr,
-            warmup_steps=warmup_steps,
-            reset_optimizer=reset_optimizer,
-            storage=storage,
-            freeze=freeze,
-            sketch=sketch,
-            sketch_std=sketch_std,
-            seed=seed,
-        )
+    def chain(cls, links: int | None = None, **options: Any) -> "ChainPlan":
+        """Chain-of-LoRA: A and B are trained in every link; 3 links unless given. See `of`."""
+        return cls.of("chain", links=links, **options)
 
     @classmethod
-    def xgb(
-        cls,
-        links: int | None = None,
-        *,
-        steps_per_link: int | None = None,
-        blocks_per_link: int | float = 1 / 3,
-        rank: int = 1,
-        lr: Rate = "global",
-        warmup_steps: int = 100,
-        reset_optimizer: bool = True,
-        storage: Storage = "stack",
-        seed: int = 0,
-    ) -> "ChainPlan":
-        """XGBLoRA: rank-1 links on a random subset of blocks; 10 steps a link unless given.
+    def rac(cls, links: int | None = None, **options: Any) -> "ChainPlan":
+        """RAC-LoRA: one side is a random sketch and frozen; 12 links unless given. See `of`."""
+        return cls.of("rac", links=links, **options)
 
-        Raises:
-            ValueError: an option out of range, with its value and the remedy.
-        """
-        return cls(
-            recipe="xgb",
-            links=links,
-            steps_per_link=10 if links is None and steps_per_link is None else steps_per_link,
-            ranks=rank,
-            lr=lr,
-            warmup_steps=warmup_steps,
-            reset_optimizer=reset_optimizer,
-            storage=storage,
-            blocks_per_link=blocks_per_link,
-            seed=seed,
-        )
+    @classmethod
+    def xgb(cls, links: int | None = None, **options: Any) -> "ChainPlan":
+        """XGBLoRA: rank-1 links on some blocks; 10 steps a link unless given. See `of`."""
+        return cls.of("xgb", links=links, **options)
+
+    @property
+    def by_block(self) -> bool:
+        """Whether a link trains a random subset of the transformer blocks."""
+        return RECIPES[self.recipe].by_block
 
     def __post_init__(self) -> None:
+        sides = ("A", "B") if recipe_of(self.recipe).freezes else (None,)
         if (self.links is None) == (self.steps_per_link is None):
             raise ValueError(
                 f"chain: links = {self.links} and steps_per_link = {self.steps_per_link}. "
@@ -178,11 +135,10 @@ class ChainPlan:
         if isinstance(self.ranks, tuple) and self.links is not None:
             self._check_ranks(self.links)
         for name, value, known in (
-            ("recipe", self.recipe, ("chain", "rac", "xgb")),
             ("lr", self.lr, ("restart", "global")),
             ("storage", self.storage, ("stack", "merge")),
             ("sketch", self.sketch, ("orthonormal", "gaussian")),
-            ("freeze", self.freeze, ("A", "B") if self.recipe == "rac" else (None,)),
+            ("freeze", self.freeze, sides),
         ):
             if value not in known:
                 options = ", ".join(map(repr, known))

@@ -15,7 +15,7 @@ from plait.core.free import FreeConfig, FreeDelta
 from plait.core.gate import Gate, gates, register_gate
 from plait.core.init import gaussian, kaiming, seeded, svd_start
 from plait.core.mix import TaskTable, TokenRouter
-from plait.core.registry import Method, find, methods, register
+from plait.core.registry import Method, find, list_methods, register
 from plait.core.sharding import put, whole
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
     "gaussian",
     "kaiming",
     "less_start",
-    "methods",
+    "list_methods",
     "option",
     "put",
     "register",

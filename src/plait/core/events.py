@@ -3,11 +3,9 @@
 torch's public global hooks see every optimizer step of the process. Before a step the penalties'
 gradients are added to `.grad`, once whatever the accumulation; after it each Delta's `t` advances,
 its `after_step` runs, then `after_all` over the layers of each adapter. A step that a gradient
-scaler skips does not count. Nobody has to call anything: upstream AdaLoRA, whose schedule has to
-be called, trains as a plain gated LoRA under Trainer.
+scaler skips does not count. Nobody has to call anything.
 """
 
-import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +19,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from transformers import TrainerCallback
 
+from plait.core.rates import free_from_decay
 from plait.core.sharding import put, whole
 
 if TYPE_CHECKING:
@@ -60,6 +58,9 @@ class Listener:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Called after a completed step, gradients still present."""
+
+    def check(self, model: nn.Module) -> None:
+        """Raise EventNeverFired if it should have acted on this model's training and never did."""
 
 
 def listen(listener: Listener) -> None:
@@ -123,6 +124,16 @@ def _by_adapter(wanted: Callable[["Delta"], bool]) -> list[list["Delta"]]:
     return list(adapters.values())
 
 
+def _own_rates(held: list[list["Delta"]]) -> dict[int, float | None]:
+    """The parameters that weight decay skips, by id -> their own base learning rate, or None."""
+    return {
+        id(delta.get_parameter(name)): lr
+        for deltas in held
+        for delta in deltas
+        for name, lr in delta.own_rates().items()
+    }
+
+
 def _unscale(optimizer: Optimizer) -> None:
     """Free the gradients from the scale that a scaler leaves to a fused optimizer to take out."""
     scale = getattr(optimizer, "grad_scale", None)
@@ -141,13 +152,13 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | N
         _unscale(optimizer)
     for listener in listeners:
         listener.before_step(optimizer)
-    freed = _free_from_decay(optimizer, held)
-    _rates[id(optimizer)] = [after for _, after in freed]
+    corrections = free_from_decay(optimizer, _own_rates(held))
+    _rates[id(optimizer)] = [after for _, after in corrections]
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
 
     def penalise() -> Any:
         total = sum(before_step(deltas) for deltas in held)
-        for before, _ in freed:
+        for before, _ in corrections:
             before()
         return total
 
@@ -169,73 +180,6 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             after_step_of(deltas)
         for listener in _listening(optimizer):
             listener.after_step(optimizer)
-
-
-# Optimizers that add weight decay to the gradient; all others take it off the weight.
-_COUPLED = ("SGD", "ASGD", "Adagrad", "Adadelta", "Adamax", "RMSprop")
-
-
-def _coupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    if "decoupled_weight_decay" in group:
-        return not group["decoupled_weight_decay"]
-    older = type(optimizer) is torch.optim.Adam  # before torch 2.7 Adam does not say
-    return older or type(optimizer).__name__ in _COUPLED
-
-
-@torch.no_grad()
-def _free_from_decay(
-    optimizer: Optimizer, held: list[list["Delta"]]
-) -> list[tuple[Callable[[], None], Callable[[], None]]]:
-    """Keep weight decay, and another learning rate than their own, from what a Delta names.
-
-    Whatever groups the user's optimizer has: a step is linear in the learning rate, so what it did
-    to a parameter can be scaled, and its decay be put back. Returns, for each parameter, what to
-    call when its gradient is complete and what to call after the step.
-    """
-    own = {
-        id(delta.get_parameter(name)): lr
-        for deltas in held
-        for delta in deltas
-        for name, lr in delta.own_rates().items()
-    }
-    found = []
-    for group in optimizer.param_groups if own else ():
-        decay = group.get("weight_decay") or 0.0
-        coupled = _coupled(optimizer, group)
-        for p in (p for p in group["params"] if id(p) in own):
-            wanted, rate = own[id(p)], group["lr"]
-            if wanted is None and not decay:
-                continue
-            start = group.get("initial_lr", rate)
-            if rate is None or (wanted is not None and not start):
-                raise ValueError(
-                    f"{type(optimizer).__name__}: lr = {rate}, so a gate's step can be neither "
-                    "freed from weight decay nor given its own learning rate. Give lr above 0."
-                )
-            scale = 1.0 if wanted is None else wanted / float(start)
-            back = 0.0 if coupled else float(rate) * decay
-            old = p.detach().clone() if back or scale != 1 else p
-            found.append(
-                (
-                    functools.partial(_uncouple, p, decay if coupled else 0.0),
-                    functools.partial(_rescale, p, old, scale, back),
-                )
-            )
-    return found
-
-
-@torch.no_grad()
-def _uncouple(p: nn.Parameter, decay: float) -> None:
-    """Take off the gradient what the optimizer is about to add to it."""
-    if decay and p.grad is not None:
-        p.grad = p.grad - decay * p
-
-
-@torch.no_grad()
-def _rescale(p: nn.Parameter, old: torch.Tensor, scale: float, back: float) -> None:
-    """p = old + scale * (its step without weight decay)."""
-    if old is not p and p.grad is not None:
-        p.copy_(old + scale * (p - old + back * old))
 
 
 @contextmanager
@@ -370,133 +314,8 @@ def check_fired(delta: "Delta") -> None:
 
 
 def check_events(model: nn.Module) -> None:
-    """Run the guard over all layers of a model, for the end of a training run."""
+    """Run the guard over all layers and listeners of a model, at the end of a training run."""
     for deltas in adapters_of(model):
         check_fired(deltas[0])
     for listener in list(_listeners):
-        if isinstance(listener, AdaLoraSchedule) and listener.inside(model):
-            listener.check()
-
-
-class AdaLoraSchedule(Listener):
-    """Calls upstream AdaLoRA's `update_and_allocate`, which nothing else calls."""
-
-    def __init__(self, tuner: Any, start: int) -> None:
-        self.tuner, self.t = weakref.ref(tuner), start
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """Its gates."""
-        tuner = self.tuner()
-        named = [] if tuner is None else tuner.named_parameters()
-        return (p for n, p in named if "lora_E" in n)
-
-    def after_step(self, optimizer: Optimizer) -> None:
-        """One more step."""
-        self.t += 1
-        self.tuner().update_and_allocate(self.t)  # type: ignore[union-attr]
-
-    def inside(self, model: nn.Module) -> bool:
-        """Whether it drives an adapter of this model."""
-        return any(m is self.tuner() for m in model.modules())
-
-    def check(self) -> None:
-        """Raise EventNeverFired where no step came."""
-        if not self.t:
-            raise EventNeverFired(
-                "adalora: training ended and its schedule never ran. Train with a torch optimizer."
-            )
-
-
-def drive_adalora(model: nn.Module, start: int = 0) -> None:
-    """Call upstream AdaLoRA's `update_and_allocate` after each optimizer step from now on.
-
-    Args:
-        model: holds the AdaLoRA tuner.
-        start: optimizer steps already completed, when a run is resumed.
-
-    Raises:
-        ValueError: no AdaLoRA in the model, several trainable adapters, or no total_step.
-    """
-    tuners = _adalora_tuners(model)
-    if not tuners:
-        raise ValueError("drive_adalora: the model has no AdaLoRA adapter to train. Wrap it first.")
-    for tuner in tuners:
-        config: Any = tuner.peft_config[tuner.trainable_adapter_name]
-        if not config.total_step:
-            raise ValueError("adalora: total_step is not set. Give the number of optimizer steps.")
-        if config.init_r == config.target_r:
-            raise ValueError(
-                f"adalora: init_r == target_r == {config.init_r} leaves nothing to allocate and "
-                "fails in peft 0.21.2. Give init_r above target_r."
-            )
-        schedule = AdaLoraSchedule(tuner, start)
-        vars(tuner)["plait_schedule"] = schedule  # kept alive by what it drives
-        listen(schedule)
-
-
-def _adalora_tuners(model: nn.Module) -> list[Any]:
-    """The AdaLoRA tuners of a model that have an adapter to train."""
-    from peft.tuners.adalora import AdaLoraModel
-
-    tuners = [m for m in model.modules() if isinstance(m, AdaLoraModel)]
-    return [tuner for tuner in tuners if "trainable_adapter_name" in vars(tuner)]
-
-
-class PlaitCallback(TrainerCallback):
-    """Optional, for Trainer and TRL: tells every plait adapter what only the Trainer knows.
-
-    That is `total_steps`, and the micro-batches of an optimizer step. It refuses gradient clipping
-    with optimizers that must see the raw gradients, and drives upstream's AdaLoRA where nobody has
-    done so yet.
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell the adapters how many optimizer steps are planned, of how many micro-batches."""
-        check_clipping(kwargs.get("optimizer"), args.max_grad_norm)
-        set_total_steps(kwargs["model"], state.max_steps)
-        set_micro_batches(kwargs["model"], args.gradient_accumulation_steps)
-        tuners = _adalora_tuners(kwargs["model"])
-        if tuners and not any("plait_schedule" in vars(tuner) for tuner in tuners):
-            drive_adalora(kwargs["model"], state.global_step)
-
-
-def set_total_steps(model: nn.Module, total_steps: int) -> None:
-    """Set `total_steps` of every adapter whose config leaves it open."""
-    for deltas in adapters_of(model):
-        if deltas[0].adapter.total_steps is None:
-            deltas[0].adapter.total_steps = total_steps
-
-
-def set_micro_batches(model: nn.Module, count: int) -> None:
-    """Tell the adapters how many micro-batches make an optimizer step.
-
-    Losses of activations, such as molora's balance, enter as the mean over them. PlaitCallback and
-    plait train tell it; a loop of your own that accumulates has to.
-
-    Raises:
-        ValueError: a count below 1.
-    """
-    if count < 1:
-        raise ValueError(f"set_micro_batches: count = {count}. Give 1 or more.")
-    for deltas in adapters_of(model):
-        adapter: Any = deltas[0].adapter
-        adapter.micro_batches = count
-
-
-def check_clipping(optimizer: Any, max_grad_norm: float | None) -> None:
-    """Refuse clipping of raw gradients for an optimizer that clips by itself.
-
-    Args:
-        optimizer: also as accelerate wraps it, or None.
-        max_grad_norm: of the trainer; None and 0 mean no clipping.
-
-    Raises:
-        ValueError: the optimizer is lora_rite or lorsum and gradients are to be clipped.
-    """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if max_grad_norm and getattr(inner, "own_clipping", False):
-        raise ValueError(
-            f"{inner.key}: max_grad_norm = {max_grad_norm:g} clips the gradients of A and B before "
-            "the step, which makes it depend on their basis. Set max_grad_norm=0; the optimizer "
-            "has a clip of its own."
-        )
+        listener.check(model)

@@ -101,7 +101,7 @@ def register(
     return wrap
 
 
-def methods() -> list[Method]:
+def list_methods() -> list[Method]:
     """All registered methods, in the order of registration."""
     return list(_methods.values())
 

@@ -41,6 +41,7 @@ from plait.optim.pairs import (
     layer_pairs,
     wide,
 )
+from plait.upstream.layers import dropout_of
 
 log = logging.getLogger(__name__)
 
@@ -536,11 +537,11 @@ def _plain(layer: Any, pairs: list[Pair]) -> tuple[Any, Pair]:
             "the full gradient does not say how they share it. Use lora_rite, or AdamW."
         )
     if isinstance(layer, PlaitLayer):
-        found = [d for d in layer.plait_delta.values() if any(p is pair.A for p in d.parameters())]
-        dropout: float = found[0].dropout  # type: ignore[assignment]
+        deltas: Any = layer.plait_delta.values()
+        delta = next(d for d in deltas if any(p is pair.A for p in d.parameters()))
+        dropout: float = delta.dropout
     else:
-        name = next(n for n, m in layer.lora_A.items() if m.weight is pair.A)
-        dropout = getattr(layer.lora_dropout[name], "p", 0.0)
+        dropout = dropout_of(layer, pair.A)
     if dropout:
         raise ValueError(
             f"lorsum: {pair.name} has lora_dropout = {dropout}: the step would be computed from "

@@ -7,14 +7,11 @@ linear algebra call. Whatever else trains (routers, heads, norms, biases) is upd
 further groups of the same optimizer. All state is tensors of fp32 or better.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.adalora import AdaLoraLayer
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
@@ -22,6 +19,7 @@ from torch.optim.adamw import adamw
 from plait.core import Pair
 from plait.core.bridge import PlaitLayer
 from plait.core.sharding import is_shard
+from plait.upstream.layers import free_pair, is_lora_layer
 
 _FLAT = (
     "is not a matrix (FSDP1 and DeepSpeed ZeRO flatten parameters). Use DDP or one process, or "
@@ -53,26 +51,30 @@ def collect_pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
 
 def layer_pairs(model: nn.Module, adapter: str | None = None) -> list[tuple[nn.Module, list[Pair]]]:
     """The adapted layers with their pairs, as collect_pairs."""
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer | PlaitLayer)]
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, PlaitLayer) or is_lora_layer(module)
+    ]
     if adapter is None:
         adapter = _active(layers)
-    found = []
+    paired = []
     for name, layer in layers:
-        name = name.removeprefix("base_model.model.")
         if isinstance(layer, PlaitLayer):
             delta: Any = dict(layer.plait_delta.items()).get(adapter)
             pairs = [] if delta is None else delta.pairs()
         else:
-            pairs = list(_upstream(name, layer, adapter))
+            pair = free_pair(name.removeprefix("base_model.model."), layer, adapter)
+            pairs = [] if pair is None else [pair]
         if pairs:
-            found.append((layer, pairs))
-    if not found:
+            paired.append((layer, pairs))
+    if not paired:
         raise ValueError(
             f"The model has no pair (A, B) of adapter {adapter!r}. These optimizers train LoRA and "
             "methods made of free factors; train this model with AdamW."
         )
-    _check([pair for _, pairs in found for pair in pairs])
-    return found
+    _check([pair for _, pairs in paired for pair in pairs])
+    return paired
 
 
 def _active(layers: Sequence[tuple[str, Any]]) -> str:
@@ -81,33 +83,6 @@ def _active(layers: Sequence[tuple[str, Any]]) -> str:
         active = ", ".join(names) or "none"
         raise ValueError(f"Active adapters: {active}. Name the one to train, adapter=...")
     return names[0]
-
-
-def _upstream(name: str, layer: Any, adapter: str) -> Iterator[Pair]:
-    """The pair of an upstream LoRA layer, by its attributes."""
-    reason = None
-    if isinstance(layer, AdaLoraLayer):
-        reason = "AdaLoRA's gate E belongs to single ranks"
-    elif isinstance(layer, ParamWrapper):
-        reason = "target_parameters adapts a parameter that is no linear layer"
-    elif adapter in layer.lora_embedding_A:
-        reason = "an embedding is no linear layer"
-    elif adapter in layer.lora_magnitude_vector:
-        reason = "DoRA's magnitude depends on dW"
-    elif adapter in layer.lora_variant:
-        reason = f"{type(layer.lora_variant[adapter]).__name__} changes what A and B mean"
-    elif adapter not in layer.lora_A:
-        return
-    elif layer.lora_A[adapter].weight.ndim > 2:
-        reason = "a convolution is no linear layer"
-    if reason is not None:
-        raise ValueError(
-            f"{name}: its factors are no free pair (A, B): {reason}. Leave the layer out of the "
-            "adapter, or train with AdamW."
-        )
-    A: Any = layer.lora_A[adapter]
-    B: Any = layer.lora_B[adapter]
-    yield Pair(name, A.weight, B.weight, float(layer.scaling[adapter]))
 
 
 def _check(pairs: Sequence[Pair]) -> None:
@@ -203,7 +178,7 @@ class PairOptimizer(Optimizer):
     """
 
     key: ClassVar[str]
-    # It clips, or must not be clipped: Trainer's max_grad_norm has to be 0. See core.events.
+    # It clips, or must not be clipped: Trainer's max_grad_norm has to be 0. See plait.callback.
     own_clipping: ClassVar[bool] = True
 
     def __init__(

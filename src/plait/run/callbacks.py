@@ -1,11 +1,9 @@
 """What goes on beside the training loop: metrics.jsonl, the progress bar, stopping on Ctrl-C."""
 
-import json
 import math
 import signal
 import threading
 import time
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -20,8 +18,7 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from plait.run.card import read_metrics
-from plait.run.folder import write_atomic
+from plait.run.folder import RunFolder
 
 _SILENT_LINES = 20  # lines in all that a run prints where there is no terminal
 
@@ -33,8 +30,8 @@ class MetricsFile(TrainerCallback):
     which it is about to write again.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -42,10 +39,10 @@ class MetricsFile(TrainerCallback):
         """Keep the lines up to the step that training starts from, no summary of a part."""
         kept = [
             row
-            for row in read_metrics(self.path)
+            for row in self.folder.read_metrics()
             if row["step"] <= state.global_step and "train_loss" not in row
         ]
-        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.folder.write_metrics(kept)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -57,8 +54,7 @@ class MetricsFile(TrainerCallback):
                 k: None if isinstance(v, float) and not math.isfinite(v) else v
                 for k, v in row.items()
             }
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite, default=float) + "\n")
+            self.folder.append_metrics(finite)
 
 
 class StopOnSignal(TrainerCallback):

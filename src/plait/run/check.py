@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plait.run.config import RunConfig
-from plait.run.data import IGNORED, DataBundle, Overlap, load_data, overlap
-from plait.run.model import build_model, load_tokenizer, planned_steps
+from plait.run.data.bundle import DataBundle
+from plait.run.data.overlap import Overlap, overlap
+from plait.run.data.tokens import IGNORED
+from plait.run.model import parameter_counts
 from plait.run.optimizers import DEFAULT, make_optimizer
-from plait.run.train import parameter_counts
+from plait.run.prepare import prepare
+from plait.upstream.layers import fully_trained, is_tuner_layer
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,8 @@ def check(config: RunConfig) -> CheckReport:
 
     Raises what loading the data and building the model raises.
     """
-    tokenizer = load_tokenizer(config.model)
-    data = load_data(config, tokenizer)
-    model = build_model(config, data)
+    prepared = prepare(config)
+    tokenizer, data, model = prepared.tokenizer, prepared.data, prepared.model
     trainable, total = parameter_counts(model)
     first = data.train[0]
     causal = config.model.task == "causal_lm"
@@ -64,13 +64,9 @@ def check(config: RunConfig) -> CheckReport:
         trainable=trainable,
         total=total,
         stored=_stored(model),
-        adapted=sum(isinstance(m, BaseTunerLayer) for m in model.modules()),
-        new=[
-            name.removeprefix("base_model.model.")
-            for name, module in model.named_modules()
-            if isinstance(module, ModulesToSaveWrapper)
-        ],
-        steps=planned_steps(config.training, len(data.train)),
+        adapted=sum(map(is_tuner_layer, model.modules())),
+        new=[name.removeprefix("base_model.model.") for name in fully_trained(model)],
+        steps=prepared.steps,
         rows={name: len(split) for name, split in data.splits().items()},
         longest=data.longest,
         labels=data.labels,

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import enum
 import inspect
-import math
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -145,10 +144,10 @@ class OutputConfig:
 
 @dataclass(kw_only=True)
 class ChainConfig:
-    """A chain of adapters. plan: chain, rac or xgb; what is null is that plan's own default."""
+    """A chain of adapters. plan: a recipe; what is null is that recipe's own default."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-    plan: Literal["chain", "rac", "xgb"] = "chain"
+    plan: str = "chain"
     links: _Count | None = None
     steps_per_link: _Count | None = None
     ranks: _Count | list[_Count] | None = None
@@ -167,16 +166,8 @@ class ChainConfig:
         """The plan; raises ValueError for an option of another plan, or one out of range."""
         from plait.chain import ChainPlan
 
-        make = {"chain": ChainPlan.chain, "rac": ChainPlan.rac, "xgb": ChainPlan.xgb}[self.plan]
-        given = {k: v for k, v in vars(self).items() if v is not None and k != "plan"}
-        known = inspect.signature(make).parameters
-        for name in given:
-            if name not in known:
-                raise ValueError(
-                    f"chain: {name} is no option of the plan {self.plan}. "
-                    f"{did_you_mean(name, known)}"
-                )
-        return make(**given)
+        options = {k: v for k, v in vars(self).items() if v is not None and k != "plan"}
+        return ChainPlan.of(self.plan, **options)
 
 
 @dataclass(kw_only=True)
@@ -345,8 +336,14 @@ def _chain(raw: dict[str, Any] | None, method: dict[str, Any], source: _Source) 
     if raw is None:
         return None
     from plait.chain import chain_support
+    from plait.chain.recipes import RECIPES
 
     chain: ChainConfig = _checked(ChainConfig, raw, "chain", source)
+    if chain.plan not in RECIPES:
+        raise ValueError(
+            f"{source.at('chain.plan')} is {chain.plan!r}, which is no plan. "
+            f"{did_you_mean(chain.plan, RECIPES)}"
+        )
     try:
         chain.build()
         reason = chain_support(chain.plan, method.get("name", MethodConfig.name))
@@ -424,7 +421,7 @@ def method_names() -> list[str]:
     """Return every name that `method.name` can be: plait's methods, then the baselines."""
     import plait
 
-    return [m.key for m in plait.methods()] + list(BASELINES)
+    return [m.key for m in plait.list_methods()] + list(BASELINES)
 
 
 def peft_config(
@@ -435,10 +432,9 @@ def peft_config(
 ) -> "PeftConfig | None":
     """Build the peft config of a method; None for full fine-tuning.
 
-    total_steps: planned optimizer steps, for methods with a schedule. AdaLoRA takes its
-    total_step, a tinit of a tenth and a tfinal of three tenths of it; while the number is unknown
-    its total_step is 2**31 - 1, to be replaced before training. tasks: names of the data's tasks,
-    for a method that routes by task. Raises what the config class raises for its own checks.
+    total_steps: planned optimizer steps, for methods with a schedule; a baseline may complete its
+    options with it, see plait.upstream.options. tasks: names of the data's tasks, for a method that
+    routes by task. Raises what the config class raises for its own checks.
     """
     cls = _config_class(method.name)
     if cls is None:
@@ -449,28 +445,13 @@ def peft_config(
         options |= baseline.defaults | baseline.fixed
     for key, value in method.options.items():
         options[baseline.renamed.get(key, key) if baseline else key] = value
-    if method.name == "adalora":
-        _fill_adalora(options, total_steps)
+    if baseline and baseline.complete:
+        baseline.complete(options, total_steps)
     elif "total_steps" in cls.__dataclass_fields__ and options.get("total_steps") is None:
         options["total_steps"] = total_steps
     if options.get("routing") == "task" and not options.get("tasks"):
         options["tasks"] = tasks
     return cls(task_type=_TASK_TYPES[task], **options)
-
-
-def _fill_adalora(options: dict[str, Any], total_steps: int | None) -> None:
-    """Complete AdaLoRA's ranks and schedule; raise where upstream would crash in training."""
-    options.setdefault("init_r", math.ceil(1.5 * options["target_r"]))
-    if options["init_r"] <= options["target_r"]:
-        raise ValueError(
-            f"adalora: init_r = {options['init_r']} leaves nothing to prune to target_r = "
-            f"{options['target_r']}. Give an init_r above target_r."
-        )
-    if options.get("total_step") is None:
-        options["total_step"] = total_steps or 2**31 - 1
-        if total_steps:
-            options.setdefault("tinit", total_steps // 10)
-            options.setdefault("tfinal", total_steps * 3 // 10)
 
 
 def _config_class(name: str) -> Any:

@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora.conversion import convert_to_lora
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plait.core.config import DeltaConfig
-from plait.core.export import LayerExport, LoraExport, plain_parts, to_lora
 from plait.run import stock_check
 from plait.run.config import RunConfig
-from plait.run.data import load_data
-from plait.run.evaluate import held_out_split, load_run
 from plait.run.folder import replace_dir, write_atomic
 from plait.run.model import load_base, source_of
+from plait.run.prepare import TrainedRun, load_run
+from plait.upstream.export import LayerExport, LoraExport, to_lora, upstream_to_lora
 
 PROBE_ROWS = 8
 TOLERANCE = 1e-3  # of the largest logit: what an exact fp32 export may differ by
@@ -87,8 +85,9 @@ def export_run(
     out = Path(out) if out is not None else Path(path) / to
     if out.exists() and not force:
         raise FileExistsError(f"{out}: exists. Give --force to replace it, or another --out.")
-    cfg, model, tokenizer = load_run(path, overrides)
-    inputs = _probe(cfg, tokenizer)
+    run = load_run(path, overrides)
+    cfg, model, tokenizer = run.cfg, run.model, run.tokenizer
+    inputs = _probe(run)
     if task is not None and isinstance(model, PeftModel):
         model.set_task(task)
     wanted = _logits(model, inputs)
@@ -146,10 +145,10 @@ def export_run(
     return out, ExportReport(exact, report.layers, report.logit_error, shift, rows, found[0])
 
 
-def _probe(cfg: RunConfig, tokenizer: Any) -> dict[str, Tensor]:
+def _probe(run: TrainedRun) -> dict[str, Tensor]:
     """Model inputs of a few held-out rows, or of training rows where none are held out."""
-    data = load_data(cfg, tokenizer)
-    split = data.splits()[held_out_split(data) or "train"]
+    data = run.load_data()
+    split = data.splits()[data.held_out_split or "train"]
     batch = data.collator([split[i] for i in range(min(PROBE_ROWS, len(split)))])
     return {
         k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")
@@ -178,35 +177,13 @@ def _as_lora(
     """The adapter as a plain LoRA: ours through core, upstream's through peft's conversion."""
     if not isinstance(model, PeftModel):
         raise ValueError("method.name = full has no adapter. Use --to merged.")
-    config: Any = model.peft_config["default"]
-    adalora = isinstance(config, AdaLoraConfig) and not choice
-    if isinstance(config, DeltaConfig) or cfg.chain is not None or adalora:
+    if isinstance(model.peft_config["default"], DeltaConfig) or cfg.chain is not None:
         return to_lora(model, rank=rank, energy=energy, **choice)
     if choice:
         raise ValueError(
             f"{cfg.method.name} has no tasks and no router. Leave out {', '.join(choice)}."
         )
-    size: float | None = rank if rank is not None else energy
-    plain = isinstance(config, LoraConfig) and type(config) is LoraConfig and not config.use_dora
-    if plain and size is None:
-        tensors, layers = plain_parts(model)
-        return LoraExport(config, tensors, layers)
-    lora, tensors = convert_to_lora(model, size or getattr(config, "r", 8))
-    return LoraExport(lora, dict(tensors), _converted(model, tensors))
-
-
-def _converted(model: PeftModel, tensors: dict[str, Tensor]) -> list[LayerExport]:
-    """Rank and error of each layer of peft's conversion (scale 1: it sets alpha = rank)."""
-    layers = []
-    for name, module in model.base_model.named_modules():
-        layer: Any = module
-        key = f"base_model.{name}.lora_A.weight"
-        if key in tensors:
-            A, B = tensors[key], tensors[key.replace("lora_A", "lora_B")]
-            dW = layer.get_delta_weight("default").float()
-            error = torch.linalg.norm(dW - (B @ A).reshape(dW.shape).to(dW))
-            layers.append(LayerExport(name, len(A), float(error / torch.linalg.norm(dW))))
-    return layers
+    return upstream_to_lora(model, rank, energy)
 
 
 def _with_lora(cfg: RunConfig, model: Any, lora: LoraExport) -> Any:

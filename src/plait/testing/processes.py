@@ -13,10 +13,10 @@ from types import ModuleType
 import torch
 from safetensors.torch import load_file, save_file
 
-from plait.core.export import to_lora
 from plait.testing import tiny
 from plait.testing.case import Case
 from plait.testing.helpers import adamw, choices, logits, steps, task_ids, tasks, wrap
+from plait.upstream.export import to_lora
 
 PROGRAM = Path(__file__).with_name("fresh_program.py")
 

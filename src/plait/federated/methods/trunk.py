@@ -15,11 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from plait.core.export import PlainUpdate, plain_factors
 from plait.federated import adapter as adapters
 from plait.federated.adapter import Layer, StateDict
 from plait.federated.methods.products import Factors
 from plait.federated.methods.updates import Accepted, Client, State, weighted_mean
+from plait.upstream.export import PlainUpdate, plain_factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +144,7 @@ class FedEx(Trunked):
 
     key: ClassVar[str] = "fedex"
     exact: ClassVar[str] = "yes"
+    mean_of_factors: ClassVar[bool] = True
 
     def down(self, layer: Layer, cohort: Sequence[Layer] = ()) -> int:
         """R (in + out), and K r (in + out) for the residual or in out where that is smaller."""

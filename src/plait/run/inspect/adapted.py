@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +18,13 @@ from plait.core.delta import Delta, LowRankDelta, mode
 from plait.core.mix import TaskTable, TokenRouter
 from plait.inspect.update import Update
 from plait.run.model import adaptable_layers
+from plait.upstream.layers import (
+    base_weight,
+    factors_of,
+    gate_of,
+    is_tuner_layer,
+    magnitude_of,
+)
 
 SINGLE = "dW"  # the name of an update that is the only one of its layer
 
@@ -171,39 +176,35 @@ class UpstreamAdapted(Adapted):
 
     def __init__(self, name: str, layer: Any, adapter: str, config: Any) -> None:
         self.name, self.layer, self.adapter, self.config = name, layer, adapter, config
-        self.low = isinstance(config, LoraConfig) and adapter in layer.lora_A  # A, B of its own
+        self.parts = factors_of(layer, adapter)
 
     def weight(self) -> Tensor:
         """W, of peft's layer."""
-        # get_base_weight of peft 0.21.2 gives LoRA's packed weights as they are.
-        weight = wide(dequantize_module_weight(self.layer.get_base_layer()))
-        return weight.T if self._transposed else weight
-
-    @property
-    def _transposed(self) -> bool:
-        return isinstance(self.layer.get_base_layer(), Conv1D)
+        return wide(base_weight(self.layer))
 
     @torch.no_grad()
     def updates(self) -> dict[str, tuple[Update, int]]:
-        """s B A; for DoRA what its rescaled rows come to; else peft's get_delta_weight."""
+        """s B A, with the gate E if there is one; with magnitudes what the rescaled rows come to.
+
+        Without factors in the layer: peft's get_delta_weight.
+        """
         adapter, layer = self.adapter, self.layer
-        if isinstance(self.config, AdaLoraConfig):
-            A, B, E = (wide(p[adapter]) for p in (layer.lora_A, layer.lora_B, layer.lora_E))
-            s = layer.scaling[adapter] / (float(layer.ranknum[adapter]) + 1e-5)
-            return {SINGLE: (Update(s * B, E * A), min(len(A), *self._shape))}
-        if self.low:
+        if self.parts is not None:
             A, B = self.factors().values()
-            low = Update(layer.scaling[adapter] * B, A)
-            if not self.config.use_dora:
+            if self.parts.E is not None:
+                A = wide(self.parts.E) * A
+            low = Update(self.parts.scaling * B, A)
+            lengths = magnitude_of(layer, adapter)
+            if lengths is None:
                 return {SINGLE: (low, min(len(A), *self._shape))}
             W = self.weight()
             moved = W + low.right(torch.eye(W.shape[1]).to(W))
-            m = wide(layer.lora_magnitude_vector[adapter].weight).reshape(-1, 1)
-            moved = m * moved / torch.linalg.norm(moved, dim=1, keepdim=True)
+            moved = wide(lengths)[:, None] * moved / torch.linalg.norm(moved, dim=1, keepdim=True)
             return {SINGLE: (Update(moved - W), min(W.shape))}
         weight = wide(layer.get_delta_weight(adapter))
         rank = min(layer.r[adapter], *weight.shape)
-        U, S, Vh = torch.linalg.svd(weight.T if self._transposed else weight, full_matrices=False)
+        transposed = isinstance(layer.get_base_layer(), Conv1D)
+        U, S, Vh = torch.linalg.svd(weight.T if transposed else weight, full_matrices=False)
         return {SINGLE: (Update(U[:, :rank] * S[:rank], Vh[:rank]), rank)}  # the rest is rounding
 
     @property
@@ -211,22 +212,15 @@ class UpstreamAdapted(Adapted):
         return self.layer.out_features, self.layer.in_features
 
     def factors(self) -> dict[str, Tensor]:
-        """lora_A (r, in) and lora_B (out, r), where the layer has them."""
-        if not self.low:
+        """A (r, in) and B (out, r), where the layer has them."""
+        if self.parts is None:
             return {}
-        A, B = self.layer.lora_A[self.adapter], self.layer.lora_B[self.adapter]
-        if isinstance(A, nn.Linear):
-            A, B = A.weight, B.weight
-        return {"A": wide(A), "B": wide(B)}
+        return {"A": wide(self.parts.A), "B": wide(self.parts.B)}
 
     def gate(self) -> Tensor | None:
-        """AdaLoRA's E, with 0 for each rank that was pruned and is gone; VeRA's d."""
-        if isinstance(self.config, AdaLoraConfig):
-            E = wide(self.layer.lora_E[self.adapter]).flatten()
-            return torch.cat([E, E.new_zeros(max(0, self.config.init_r - len(E)))])
-        if str(self.config.peft_type).endswith("VERA"):
-            return wide(self.layer.vera_lambda_d[self.adapter])
-        return None
+        """The trained factor on each rank, 0 for a rank that was pruned."""
+        gate = gate_of(self.layer, self.adapter, self.config)
+        return None if gate is None else wide(gate)
 
 
 class FullAdapted(Adapted):
@@ -269,7 +263,7 @@ def adapted_layers(model: Any, base: nn.Module | None = None) -> list[Adapted]:
         if isinstance(module, PlaitLayer):
             if adapter in module.plait_delta:
                 found.append(PlaitAdapted(name, module, adapter))
-        elif isinstance(module, BaseTunerLayer):
+        elif is_tuner_layer(module):
             found.append(UpstreamAdapted(name, module, adapter, config))
     return found
 

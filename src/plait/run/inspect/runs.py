@@ -23,9 +23,8 @@ from plait.inspect.routing import Load
 from plait.inspect.similarity import chance, cosine, overlap, principal_angles
 from plait.inspect.spectrum import effective_rank, numerical_rank, stable_rank
 from plait.inspect.update import Update
-from plait.run.config import RunConfig
-from plait.run.data import DataBundle, load_data
-from plait.run.evaluate import Progress, held_out_split, load_run, to_device
+from plait.run.data.bundle import DataBundle
+from plait.run.evaluate import Progress
 from plait.run.folder import replace_dir, write_atomic
 from plait.run.inspect.adapted import SINGLE, Adapted, adapted_layers, place
 from plait.run.inspect.findings import (
@@ -43,7 +42,8 @@ from plait.run.inspect.findings import (
     by_task,
 )
 from plait.run.inspect.pictures import draw
-from plait.run.model import load_base
+from plait.run.model import load_base, to_device
+from plait.run.prepare import TrainedRun, load_run
 
 REPORT = "inspect.json"
 # Two bases whose weights differ by more than this, relative, are different models; what
@@ -53,13 +53,11 @@ SAME_BASE = 0.5
 
 @dataclass
 class _Run:
-    """A loaded run."""
+    """A loaded run and its adapted layers."""
 
     label: str
     path: str
-    cfg: RunConfig
-    model: Any
-    tokenizer: Any
+    loaded: TrainedRun
     layers: dict[str, Adapted]
     notes: list[str] = field(default_factory=list)
 
@@ -139,7 +137,8 @@ def _labels(paths: Sequence[str | Path]) -> list[str]:
 
 
 def _load(path: str | Path, label: str, overrides: Sequence[str]) -> _Run:
-    cfg, model, tokenizer = load_run(path, overrides)
+    loaded = load_run(path, overrides)
+    cfg, model = loaded.cfg, loaded.model
     base, notes = None, []
     if isinstance(model, PeftModel):
         saved = model.peft_config[model.active_adapters[0]].to_dict().get("modules_to_save")
@@ -149,14 +148,13 @@ def _load(path: str | Path, label: str, overrides: Sequence[str]) -> _Run:
         outputs = None if cfg.model.task == "causal_lm" else model.config.num_labels
         base = to_device(load_base(cfg.model, outputs), cfg)
         notes.append("trained as well and not inspected: embeddings, norms, biases, output layer")
-    model = to_device(model, cfg)
     found: dict[str, Adapted] = {}
     for layer in adapted_layers(model, base):
         if layer.weight().ndim == 2:
             found[layer.name] = layer
         else:
             notes.append(f"left out: {layer.name}, whose weight is no matrix")
-    return _Run(label, str(path), cfg, model, tokenizer, found, notes)
+    return _Run(label, str(path), loaded, found, notes)
 
 
 def _check_bases(runs: Sequence[_Run]) -> list[str]:
@@ -242,8 +240,8 @@ def _report(
             RunReport(
                 label=run.label,
                 path=run.path,
-                method=run.cfg.method.name,
-                model=run.cfg.model.name,
+                method=run.loaded.cfg.method.name,
+                model=run.loaded.cfg.model.name,
                 layers=len(run.layers),
                 updates=next(iter(run.layers.values())).kind,
                 notes=run.notes,
@@ -360,8 +358,8 @@ def _routing(run: _Run, most: int) -> dict[str, RoutingReport]:
     if not most:
         run.notes.append("routing left out: --rows 0")
         return {}
-    data = load_data(run.cfg, run.tokenizer)
-    split = held_out_split(data)
+    data = run.loaded.load_data()
+    split = data.held_out_split
     if split is None:
         run.notes.append(
             "routing left out: data.validation and data.test are not set. Give rows: plait "
@@ -419,8 +417,8 @@ def _forward(
     count: Callable[[str, Tensor, Tensor, list[int]], None],
 ) -> None:
     """Run rows through the model; give each router's weights, the padding mask and the rows."""
-    device = next(run.model.parameters()).device
-    size = run.cfg.evaluation.batch_size
+    device = next(run.loaded.model.parameters()).device
+    size = run.loaded.cfg.evaluation.batch_size
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         inputs = {k: v.to(device) for k, v in data.collator([rows[i] for i in batch]).items()}
@@ -431,7 +429,7 @@ def _forward(
             count(name, delta.mix().weights(x), mask, batch)
 
         with _watched(deltas, see):
-            run.model(**inputs)
+            run.loaded.model(**inputs)
 
 
 @contextmanager

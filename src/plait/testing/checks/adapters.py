@@ -13,7 +13,6 @@ import torch
 from peft import PeftModel
 
 from plait import DenseDelta, LowRankDelta, NotMergeable
-from plait.core.export import to_lora
 from plait.core.mix import TokenRouter
 from plait.testing import tiny
 from plait.testing.case import Case
@@ -31,6 +30,7 @@ from plait.testing.helpers import (
     trained,
     wrap,
 )
+from plait.upstream.export import to_lora
 
 
 def merge_is_exact(case: Case) -> None:
