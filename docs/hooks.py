@@ -9,7 +9,7 @@ REFERENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 MARK = re.compile(r"^<!-- (?:begin|end) (?:generated|code|results)\b.*? -->\n?", re.MULTILINE)
-LINK = re.compile(r"\[([^\]\[]+)\]\((\.\./[^)]*)\)")
+LINK = re.compile(r"\[([^\]\[]+)\]\(([^):#]+)\)")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -18,7 +18,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     def link(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(folder, match[2]))
-        return match[1] if target.startswith("../") else match[0]
+        outside = target.startswith("../") or target.endswith(".py")
+        return match[1] if outside else match[0]
 
     return LINK.sub(link, MARK.sub("", REFERENCE.sub(reference, markdown)))
 
