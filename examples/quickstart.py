@@ -6,6 +6,7 @@ Runs in seconds, without a network.
 
 import tempfile
 
+import peft
 import torch
 import transformers
 
@@ -19,7 +20,7 @@ batch = tokenizer(texts, return_tensors="pt", padding=True)
 batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
 
 # --8<-- [start:ten]
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from plait import DualLoraConfig, assets
@@ -39,6 +40,6 @@ with tempfile.TemporaryDirectory() as folder, torch.no_grad():
     print(f"loss after 30 steps: {model(**batch).loss:.3f}")
     model.save_pretrained(folder)
     fresh = AutoModelForCausalLM.from_pretrained(assets.tiny_model_dir(), dtype="float32")
-    loaded = PeftModel.from_pretrained(fresh, folder)
+    loaded = peft.PeftModel.from_pretrained(fresh, folder)
     difference = (loaded(**batch).logits - model(**batch).logits).abs().max()
 print(f"largest logit difference after saving and loading: {difference:.0e}")
