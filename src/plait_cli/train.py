@@ -23,7 +23,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 def run(args: argparse.Namespace) -> int:
     """Train; 130 after Ctrl-C, 1 where training had to stop by itself."""
     from plait.run.callbacks import ProgressBar
-    from plait.run.card import comparison_rows, read_environment, read_evaluation
+    from plait.run.card import comparison_rows
     from plait.run.config import dump_config, load_config
     from plait.run.train import train
     from plait_cli import console
@@ -49,13 +49,13 @@ def run(args: argparse.Namespace) -> int:
         return 1
     finally:
         bar.close()
-    run = read_environment(folder)["run"]
+    run = folder.read_facts()
     percent = 100 * run["trainable"] / run["parameters"]
     print(
         f"{run['trainable']:,} trainable parameters ({percent:.3g} %), {run['steps']} steps in "
         f"{run['seconds']:.1f} s"
     )
-    rows = comparison_rows(read_evaluation(folder))
+    rows = comparison_rows(folder.read_evaluation())
     if rows:
         screen.print(comparison(rows))
     else:
