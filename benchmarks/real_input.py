@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from plait.run.card import read_environment, read_evaluation
 from plait.run.config import load_config
 from plait.run.export import export_run
 from plait.run.folder import environment, write_atomic
@@ -46,7 +45,7 @@ def measure(file: Path, overrides: list[str], export: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / file.stem
         folder = train(load_config(file, [*overrides, f"output.dir={out}"]))
-        evaluation, run = read_evaluation(folder), read_environment(folder)["run"]
+        evaluation, run = folder.read_evaluation(), folder.read_environment()["run"]
         row: dict[str, Any] = {
             "rows": evaluation["after"]["rows"],
             "before": evaluation["before"],

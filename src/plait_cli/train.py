@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     cfg = load_config(args.file, args.overrides, import_plugins=True)
 
     from plait.run.callbacks import ProgressBar  # loads torch: after the answer to a mistake
-    from plait.run.card import comparison_rows, read_environment, read_evaluation
+    from plait.run.card import comparison_rows
     from plait.run.train import train
     from plait_cli import console
     from plait_cli._show import Status, comparison, quiet
@@ -51,13 +51,13 @@ def run(args: argparse.Namespace) -> int:
         return 1
     finally:
         bar.close()
-    run = read_environment(folder)["run"]
+    run = folder.read_facts()
     percent = 100 * run["trainable"] / run["parameters"]
     print(
         f"{run['trainable']:,} trainable parameters ({percent:.3g} %), {run['steps']} steps in "
         f"{run['seconds']:.1f} s"
     )
-    rows = comparison_rows(read_evaluation(folder))
+    rows = comparison_rows(folder.read_evaluation())
     if rows:
         screen.print(comparison(rows))
     else:

@@ -36,6 +36,7 @@ from plait.federated.protocol import Answer, Exchange
 from plait.federated.server import Progress, RoundRecord, Server
 from plait.run.config import RunConfig, did_you_mean, method_options, peft_config
 from plait.run.data import DataBundle, load_data
+from plait.run.data.rows import read_rows
 from plait.run.evaluate import evaluate_model
 from plait.run.federated.config import FederateConfig, load_federate_config
 from plait.run.federated.report import read_rounds, write_report
@@ -46,7 +47,6 @@ from plait.run.model import (
     load_tokenizer,
     to_device,
 )
-from plait.run.rows import read_rows
 
 __all__ = ["FederateConfig", "conduct", "load_federate_config", "setting", "simulate", "site"]
 

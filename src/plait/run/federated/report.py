@@ -21,10 +21,10 @@ from typing import Any
 
 from plait.federated.methods import Algorithm
 from plait.federated.privacy import PrivacyReport
-from plait.run.card import METRIC_NAMES
 from plait.run.federated import pictures as pictures
 from plait.run.federated.pictures import Series
 from plait.run.folder import RunFolder, diff_configs, replace_dir, write_atomic
+from plait.run.metrics import METRICS
 
 _LOSSES = ("loss", "mse")  # what a held-out evaluation is judged by: the first that is there
 _SCORES = ("exact_match", "accuracy", "token_accuracy", "pearson")  # the larger, the better
@@ -130,7 +130,7 @@ def summary(folder: RunFolder, method: str, config: Mapping[str, Any] | None = N
         sorted({name for row in rounds for name in row["selected"]}),
         _series(measured, _LOSSES),
         _series(measured, (score,)),
-        METRIC_NAMES.get(score, ""),
+        METRICS[score].label if score in METRICS else "",
         total.get("up", 0),
         total.get("up_formula", 0),
         total.get("down", 0),

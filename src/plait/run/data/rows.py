@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import random
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,28 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
+def read_splits(data: DataConfig) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Read all sources of a run; return the rows of data.train, and the rows of each split.
+
+    The former are all rows of the source, the latter what a fraction for validation and the limits
+    leave of it.
+
+    Raises as `read_rows` does.
+    """
+    source = read_rows(data.train, data, "train")
+    splits = {"train": source}
+    if isinstance(data.validation, int | float):
+        splits["train"], splits["validation"] = _split(source, data.validation, data.seed)
+    elif data.validation is not None:
+        splits["validation"] = read_rows(data.validation, data, "validation")
+    if data.test is not None:
+        splits["test"] = read_rows(data.test, data, "test")
+    limits = {"train": data.limit, "validation": data.validation_limit, "test": data.test_limit}
+    return source, {
+        split: _limited(rows, limits[split], data.seed) for split, rows in splits.items()
+    }
+
+
 def read_rows(sources: str | list[str], data: DataConfig, split: str) -> list[Row]:
     """Read the rows of one split ("train", "validation", "test") from one source or several.
 
@@ -38,10 +61,10 @@ def read_rows(sources: str | list[str], data: DataConfig, split: str) -> list[Ro
     key = f"data.{split}"
     rows = []
     for source in [sources] if isinstance(sources, str) else sources:
-        found = _read_source(source, data, split, key)
-        if not found:
+        read = _read_source(source, data, split, key)
+        if not read:
             raise ValueError(f"{source}: no rows are here. Give {key} a source with rows.")
-        rows += found
+        rows += read
     if not rows:
         raise ValueError(f"{key} is an empty list. Give at least one source.")
     return rows
@@ -199,7 +222,9 @@ def _read_parquet(path: Path) -> list[Row]:
     try:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({error}). Write it anew.") from None
+        raise ValueError(
+            f"{path}: not a readable Parquet file ({error}). Write it again."
+        ) from None
     return [Row(f"{path}: row {n}", values) for n, values in enumerate(table.to_pylist(), 1)]
 
 
@@ -231,3 +256,20 @@ def _columns(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, list):
         return {f"c{i}": v for i, v in enumerate(value)}
     raise ValueError(f"{where}: is {value!r:.60}. A row is an object or a list of values.")
+
+
+def _split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Cut a fraction off, shuffled by the seed; at least one row stays on either side."""
+    if len(rows) < 2:
+        raise ValueError(
+            f"data.validation is {fraction}, but there is 1 training row. Give validation rows."
+        )
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    cut = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+    return [rows[i] for i in order[cut:]], [rows[i] for i in order[:cut]]
+
+
+def _limited(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i] for i in random.Random(seed).sample(range(len(rows)), limit)]
