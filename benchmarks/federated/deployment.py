@@ -28,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from plait.run.federated.report import read_rounds
+from plait.run.federated.folder import read_rounds
 
 LIMIT = 600.0  # seconds for any one step
 

@@ -34,8 +34,12 @@ from torch import Tensor
 
 from plait.federated.payload import pack_tensors, unpack_tensors
 from plait.federated.protocol import Order, Reply
-from plait.run.federated.conduct import conduct, load_federate_config, setting, simulate, site
-from plait.run.federated.report import read_rounds
+from plait.run.federated.clients import make_clients
+from plait.run.federated.conduct import conduct
+from plait.run.federated.config import load_federate_config
+from plait.run.federated.engines import simulate
+from plait.run.federated.folder import read_rounds
+from plait.run.federated.setup import prepare_federation
 from plait.run.folder import environment, write_atomic
 
 RESULTS = Path(__file__).parent / "results"
@@ -150,8 +154,8 @@ def loss_of(
         "engine": {"threads": 1},
     }
     made = config(scratch / f"{method}-{fault}-{aggregator}-{seed}", sections)
-    loaded = setting(made)
-    clients = site(made, Path(made.output.dir) / "clients", loaded=loaded)
+    setup = prepare_federation(made)
+    clients = make_clients(setup, Path(made.output.dir) / "clients")
 
     def exchange(orders: Mapping[str, bytes]) -> Any:
         for name in orders:
@@ -162,7 +166,7 @@ def loss_of(
                 reply = replace(reply, upload=poisoned(fault, reply.upload, down))
             yield name, reply.pack()
 
-    folder = conduct(made, exchange, loaded=loaded)
+    folder = conduct(setup, exchange)
     lines = read_rounds(folder.metrics)
     measured = [row["clients"] for row in lines if row["kind"] == "evaluation"]
     honest = [[c["loss"] for n, c in row.items() if n not in POISONED] for row in measured]

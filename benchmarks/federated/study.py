@@ -32,8 +32,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from plait.run.federated.conduct import load_federate_config, simulate
-from plait.run.federated.report import Measurements, measurements, read_rounds
+from plait.run.federated.config import load_federate_config
+from plait.run.federated.engines import simulate
+from plait.run.federated.folder import read_rounds
+from plait.run.federated.report import Measurements, measurements
 from plait.run.folder import environment, write_atomic
 
 HERE = Path(__file__).parent
