@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if args.harness is None and (args.harness_path or args.limit):
         raise ValueError("--limit and --harness-path belong to --harness. Give --harness TASK.")
     from plait.run.card import metric_rows
-    from plait.run.evaluate import evaluate_run, harness_run
+    from plait.run.evaluate import evaluate_run
+    from plait.run.harness import harness_run
     from plait_cli import console
     from plait_cli._show import Status, quiet
 

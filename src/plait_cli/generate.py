@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--temperature {args.temperature} is below 0. Give 0 or more.")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens} is below 1. Give 1 or more.")
-    from plait.run.evaluate import generate_run
+    from plait.run.generate import generate_run
     from plait_cli._show import quiet
 
     with quiet():

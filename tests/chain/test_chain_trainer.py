@@ -15,12 +15,12 @@ import plait
 from plait import ChainPlan, EventNeverFired
 from plait.chain import Ledger, chain_of
 from plait.run import train as train_module
-from plait.run.card import read_evaluation
 from plait.run.check import check
-from plait.run.config import config_from_dict, config_to_dict, load_config
-from plait.run.evaluate import evaluate_run, generate_run
+from plait.run.config import check_method, config_from_dict, config_to_dict, load_config
+from plait.run.evaluate import evaluate_run
 from plait.run.export import export_run
 from plait.run.folder import RunFolder
+from plait.run.generate import generate_run
 from plait.run.train import train
 from plait_cli.check import _facts
 from tests.support import chains as toys
@@ -268,9 +268,9 @@ def test_a_run_with_a_chain(name: str, base: Path, rows: Path, tmp_path: Path) -
         assert_same(whole, train(cfg, resume=True))
         for file in ("chain.json", "chain.safetensors"):
             assert (folder.adapter / file).read_bytes() == (whole.adapter / file).read_bytes()
-    after = read_evaluation(whole)["after"]
+    after = whole.read_evaluation()["after"]
     assert evaluate_run(whole.path)["loss"] == after["loss"]
-    assert after["loss"] < read_evaluation(whole)["before"]["loss"]
+    assert after["loss"] < whole.read_evaluation()["before"]["loss"]
     if name == "rac":
         assert isinstance(generate_run(whole.path, "ab>", max_new_tokens=3), str)
 
@@ -300,7 +300,7 @@ def test_the_examples_train(file: Path, tmp_path: Path) -> None:
     facts = dict(_facts(check(cfg)))
     assert facts["chain"] == "chain, 3 links of 3, 3, 3 steps"
     folder = train(cfg)
-    found = read_evaluation(folder)
+    found = folder.read_evaluation()
     assert found["after"]["loss"] < found["before"]["loss"]
     assert Ledger.load(folder.adapter).link == 2
 
@@ -356,7 +356,7 @@ def test_a_run_without_its_ledger_is_refused(base: Path, rows: Path, tmp_path: P
 )
 def test_the_section_is_checked(section: dict[str, Any], method: str, text: str) -> None:
     with pytest.raises(ValueError) as caught:
-        config_from_dict({"method": {"name": method}, "chain": section})
+        check_method(config_from_dict({"method": {"name": method}, "chain": section}))
     assert str(caught.value).startswith(text)
 
 

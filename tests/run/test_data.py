@@ -12,14 +12,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from plait.run.config import config_from_dict
-from plait.run.data import (
-    IGNORED,
-    encode_chat,
-    encode_prompt,
-    load_data,
-    overlap,
-)
-from plait.run.rows import read_rows
+from plait.run.data.bundle import load_data
+from plait.run.data.overlap import overlap
+from plait.run.data.rows import read_rows
+from plait.run.data.tokens import IGNORED, encode_chat, encode_prompt
 from tests.support.runs import character_tokenizer, word_tokenizer
 
 PAIRS = [{"prompt": "ab>", "completion": "ab"}, {"prompt": "cd>", "completion": "dc"}]

@@ -12,20 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plait.run import train as train_module
-from plait.run.card import metric_rows, read_evaluation
+from plait.run.card import metric_rows
 from plait.run.config import RunConfig
-from plait.run.data import DataBundle
-from plait.run.evaluate import (
-    classification_metrics,
-    decode,
-    evaluate_model,
-    evaluate_run,
-    generate_ids,
-    generate_run,
-    harness_run,
-    regression_metrics,
-)
+from plait.run.data.bundle import DataBundle
+from plait.run.evaluate import evaluate_model, evaluate_run
 from plait.run.folder import RunFolder
+from plait.run.generate import decode, generate_ids, generate_run
+from plait.run.harness import harness_run
+from plait.run.metrics import classification_metrics, regression_metrics
 from plait.run.model import load_tokenizer
 from plait.run.prepare import load_run, prepare
 from plait.run.train import train
@@ -170,7 +164,7 @@ def test_a_trained_model_reaches_an_exact_match_of_one(base: Path, tmp_path: Pat
         method={"name": "full"},
         training={"max_steps": 60, "lr_scheduler_type": "constant", "save_strategy": "no"},
     )
-    evaluation = read_evaluation(train(cfg))
+    evaluation = train(cfg).read_evaluation()
     assert evaluation["before"]["exact_match"] == 0.0
     assert evaluation["after"]["exact_match"] == 1.0
     assert evaluation["after"]["token_accuracy"] == 1.0
@@ -186,7 +180,7 @@ def test_without_an_end_token_the_text_is_cut_to_length(base: Path, tmp_path: Pa
         data={"add_eos": False},
         training={"max_steps": 60, "lr_scheduler_type": "constant", "save_strategy": "no"},
     )
-    assert read_evaluation(train(cfg))["after"]["exact_match"] == 1.0
+    assert train(cfg).read_evaluation()["after"]["exact_match"] == 1.0
 
 
 def test_left_padding_does_not_change_a_generation(base: Path, rows: Path, tmp_path: Path) -> None:
@@ -226,7 +220,7 @@ def test_classification_comes_back_from_its_folder(kind: str, method: str, tmp_p
         method={"name": method} if method == "full" else {"name": method, "r": 4},
         training={"max_steps": 4},
     )
-    trained = read_evaluation(train(cfg))
+    trained = train(cfg).read_evaluation()
     assert trained["after"] != trained["before"]
     assert set(trained["after"]) == {
         "rows", "loss", "accuracy", "macro_f1", "matthews", "tasks", "task_mean",
@@ -246,7 +240,7 @@ def test_regression_and_pairs(tmp_path: Path) -> None:
         training={"max_steps": 60, "lr_scheduler_type": "constant"},
     )
     folder = train(cfg)
-    trained = read_evaluation(folder)
+    trained = folder.read_evaluation()
     assert trained["after"]["mse"] < trained["before"]["mse"] / 2
     assert trained["after"]["pearson"] > 0.8
     assert trained["after"]["spearman"] > 0.8
@@ -265,19 +259,19 @@ def test_a_causal_run_comes_back_from_its_folder(
     if method == "shared_b":
         options |= {"routing": "task"}
     folder = train(run_config(base, rows, tmp_path / "run", method=options))
-    trained = read_evaluation(folder)["after"]
+    trained = folder.read_evaluation()["after"]
     again = evaluate_run(folder.path, "validation")
     assert again["loss"] == pytest.approx(trained["loss"], abs=1e-5)
     assert again["exact_match"] == trained["exact_match"]
-    assert read_evaluation(folder)["validation"]["loss"] == again["loss"]
+    assert folder.read_evaluation()["validation"]["loss"] == again["loss"]
 
 
 def test_evaluate_other_rows(run: Path, tmp_path: Path) -> None:
     other = write_rows(tmp_path / "other.jsonl", copy_rows(6, tasks=True))
-    before = read_evaluation(RunFolder(run))
+    before = RunFolder(run).read_evaluation()
     metrics = evaluate_run(run, overrides=[f"data.test={other}"])
     assert (metrics["split"], metrics["rows"]) == ("test", 6)
-    assert read_evaluation(RunFolder(run)) == before
+    assert RunFolder(run).read_evaluation() == before
     with pytest.raises(ValueError) as refused:
         evaluate_run(run, overrides=["method.r=2"])
     assert str(refused.value) == (
@@ -463,7 +457,7 @@ def test_generate_opens_a_chat_turn(base: Path, tmp_path: Path) -> None:
         method={"name": "full"},
         training={"max_steps": 60, "lr_scheduler_type": "constant", "save_strategy": "no"},
     )
-    assert read_evaluation(train(cfg))["after"]["exact_match"] == 1.0
+    assert train(cfg).read_evaluation()["after"]["exact_match"] == 1.0
     text = rows[1]["messages"][0]["content"]
     assert generate_run(tmp_path / "run", text) == text
 
@@ -557,7 +551,7 @@ def test_harness_on_a_local_task(
     )
     results = harness_run(run, ["tiny_choice"], include_path=tmp_path)
     assert results["tiny_choice"]["acc,none"] == 0.5  # the same question with either answer
-    assert read_evaluation(RunFolder(run))["harness"] == results
+    assert RunFolder(run).read_evaluation()["harness"] == results
 
     class Index:
         def __init__(self, **options: Any):

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from plait.run import train as train_module
-from plait.run.card import read_metrics
 from plait.run.folder import RunFolder
 from plait.run.train import train
 from plait.run.trainer import latest_checkpoint
@@ -89,8 +88,8 @@ def test_resume_gives_the_same_weights(
     assert "training_args.bin" not in names
     assert not stopped.adapter.exists()
     assert_same(whole, train(cfg, resume=True))
-    lines = [row["step"] for row in read_metrics(whole.metrics)]
-    assert [row["step"] for row in read_metrics(stopped.metrics)] == lines
+    lines = [row["step"] for row in whole.read_metrics()]
+    assert [row["step"] for row in stopped.read_metrics()] == lines
 
 
 @pytest.mark.parametrize("stop", [3, 4])  # in the middle and at the end of an epoch
@@ -129,7 +128,7 @@ def test_resume_without_a_checkpoint_starts_anew(
     with pytest.raises(MemoryError):
         train(cfg, callbacks=[crash(4)])
     assert_same(whole, train(cfg, resume=True))
-    assert len(read_metrics(tmp_path / "b" / "metrics.jsonl")) == 11  # 10 steps and the summary
+    assert len(RunFolder(tmp_path / "b").read_metrics()) == 11  # 10 steps and the summary
 
 
 def test_resume_after_the_last_step_makes_no_further_one(
@@ -249,7 +248,7 @@ def test_full_disk_at_the_end_loses_nothing(
 
     cfg = run_config(llama, rows, tmp_path / "b")
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_save_trained", full)
+        patch.setattr("plait.run.trainer.save_trained", full)
         with pytest.raises(OSError) as caught:
             train(cfg)
     folder = RunFolder.open(tmp_path / "b")

@@ -15,10 +15,10 @@ from transformers import TrainerCallback
 
 from plait.run import train as train_module
 from plait.run.callbacks import ProgressBar
-from plait.run.card import read_environment, read_evaluation, read_metrics
-from plait.run.config import RunConfig, dump_config
+from plait.run.check import check
+from plait.run.config import RunConfig, config_from_dict, dump_config
 from plait.run.evaluate import evaluate_run
-from plait.run.prepare import load_run
+from plait.run.prepare import load_run, training_arguments
 from plait.run.train import train
 from plait.run.trainer import RunTrainer, scale_learning_rates
 from plait_cli import main
@@ -53,14 +53,14 @@ def test_run_folder(llama: Path, rows: Path, tmp_path: Path) -> None:
         "README.md", "adapter", "checkpoints", "config.yaml", "environment.json", "eval.json",
         "loss.png", "metrics.jsonl",
     }  # fmt: skip
-    logs = read_metrics(folder.metrics)
+    logs = folder.read_metrics()
     assert [row["step"] for row in logs] == [*range(1, 11), 10]
     assert {"loss", "learning_rate", "grad_norm", "train_tokens_per_second"} <= logs[3].keys()
-    evaluation = read_evaluation(folder)
+    evaluation = folder.read_evaluation()
     assert evaluation["split"] == "validation"
     assert evaluation["after"]["loss"] < evaluation["before"]["loss"]
     assert set(evaluation["after"]["tasks"]) == {"copy", "turn"}
-    run = read_environment(folder)["run"]
+    run = folder.read_environment()["run"]
     with safe_open(folder.adapter / "adapter_model.safetensors", "pt") as file:
         stored = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
     assert run["stored"] == stored
@@ -160,8 +160,8 @@ def test_best_checkpoint_is_loaded_by_its_final_name(
     folder = train(run_config(llama, rows, tmp_path / "run", training=options))
     state = json.loads((folder.checkpoints / "checkpoint-10" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(folder.checkpoints / "checkpoint-10")
-    measured = [row["eval_loss"] for row in read_metrics(folder.metrics) if "eval_loss" in row]
-    assert min(measured) == pytest.approx(read_evaluation(folder)["after"]["loss"], abs=1e-6)
+    measured = [row["eval_loss"] for row in folder.read_metrics() if "eval_loss" in row]
+    assert min(measured) == pytest.approx(folder.read_evaluation()["after"]["loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_half_precision_is_measured_as_it_is_loaded(
     section: dict[str, Any], llama: Path, rows: Path, tmp_path: Path, no_picture: None
 ) -> None:
     folder = train(run_config(llama, rows, tmp_path / "run", **section))
-    trained = read_evaluation(folder)["after"]
+    trained = folder.read_evaluation()["after"]
     again = evaluate_run(folder.path, "validation")
     assert again["loss"] == trained["loss"]
 
@@ -182,7 +182,7 @@ def test_quantised_base(
 ) -> None:
     pytest.importorskip("bitsandbytes", reason="the extra plait[quant] is not installed")
     folder = train(run_config(llama, rows, tmp_path / "run", model={"quantization": bits}))
-    trained = read_evaluation(folder)
+    trained = folder.read_evaluation()
     assert trained["after"]["loss"] < trained["before"]["loss"]
     again = evaluate_run(folder.path, "validation")
     assert again["loss"] == pytest.approx(trained["after"]["loss"], abs=1e-3)
@@ -407,7 +407,47 @@ def test_classification_trains_and_logs_metrics(tmp_path: Path, no_picture: None
         training={"eval_strategy": "steps", "eval_steps": 5, "max_steps": 10},
     )
     folder = train(cfg)
-    held_out = [row for row in read_metrics(folder.metrics) if "eval_loss" in row]
+    held_out = [row for row in folder.read_metrics() if "eval_loss" in row]
     assert [row["step"] for row in held_out] == [5, 10]
     assert {"eval_accuracy", "eval_macro_f1", "eval_matthews"} <= held_out[0].keys()
     assert "| labels | no, yes |" in folder.card.read_text()
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"method": {"name": "lora", "r": 2, "target_modules": ["nothing"]}},
+        {"method": {"name": "adalora", "r": 2, "total_step": 20}},
+        {"data": {"validation": None, "max_length": 2}},
+        {"training": {"push_to_hub": True}},
+        {"training": {"load_best_model_at_end": True}},
+    ],
+)
+def test_a_refused_run_leaves_no_folder(
+    section: dict[str, Any], llama: Path, rows: Path, tmp_path: Path
+) -> None:
+    cfg = run_config(llama, rows, tmp_path / "run", **section)
+    for refuse in (check, train):
+        with pytest.raises(ValueError):
+            refuse(cfg)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher"),
+    [("perplexity", False), ("eval_mse", False), ("loss", False), ("accuracy", True)],
+)
+def test_the_best_checkpoint_is_that_of_the_better_metric(metric: str, higher: bool) -> None:
+    raw: dict[str, Any] = {"metric_for_best_model": metric}
+    assert training_arguments(config_from_dict({"training": raw})).greater_is_better == higher
+    raw["greater_is_better"] = not higher
+    assert training_arguments(config_from_dict({"training": raw})).greater_is_better != higher
+
+
+def test_other_rows_than_the_model_reads(
+    llama: Path, rows: Path, tmp_path: Path, no_picture: None
+) -> None:
+    folder = train(run_config(llama, rows, tmp_path / "run", training={"max_steps": 1}))
+    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "a" * 600, "completion": "b"}])
+    with pytest.raises(ValueError, match=r"data: the longest row has \d+ tokens, the model reads"):
+        evaluate_run(folder.path, overrides=[f"data.test={long}", "data.max_length=900"])

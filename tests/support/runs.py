@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from plait.run.card import read_evaluation
 from plait.run.config import RunConfig, config_from_dict
 from plait.run.folder import RunFolder
 from tests.support import tiny
@@ -155,4 +154,4 @@ def assert_same(a: RunFolder, b: RunFolder) -> None:
     first, second = weights(a), weights(b)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert read_evaluation(a) == read_evaluation(b)
+    assert a.read_evaluation() == b.read_evaluation()

@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from plait.assets.generator import GENERATORS, pretraining_rows
 from plait.run.config import config_from_dict
-from plait.run.data import IGNORED, load_data
+from plait.run.data.bundle import load_data
+from plait.run.data.tokens import IGNORED
 from plait.run.evaluate import evaluate_model
 from plait.run.folder import environment, replace_dir, write_atomic
 

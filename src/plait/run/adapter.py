@@ -1,10 +1,12 @@
-"""Reading adapters back: every file checked, every weight accounted for, no pickles."""
+"""Save adapters and read them back: every file checked, every weight accounted for, no pickles."""
 
 import json
+import math
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -13,14 +15,60 @@ from peft import (
     get_peft_model_state_dict,
 )
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plait.chain import chain_of
+from plait.run.folder import replace_dir
 from plait.upstream.adalora import upstream_noise
+from plait.upstream.table import start_kind
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _REMEDY = "Copy it again, or train again."
 _PICKLES = ("adapter_model.bin", "pytorch_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+
+def keep_start(model: nn.Module, to: Path) -> None:
+    """Save the start of a method that moves a part of the base weight into the adapter.
+
+    `save_trained` needs it for PiSSA and its like. What is there already stays: a resumed run
+    began from it.
+    """
+    if splits_base(model) and not to.is_dir():
+        adapter: Any = model
+        replace_dir(to, lambda folder: adapter.save_pretrained(str(folder)))
+
+
+def save_trained(
+    model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, to: Path, start: Path
+) -> int:
+    """Save the trained adapter, or the whole model; return how many numbers it holds.
+
+    start: what `keep_start` saved; PiSSA and its like become a plain LoRA of twice the rank, which
+    is loaded on the whole base weight.
+    """
+    options: dict[str, Any] = {}
+    if splits_base(model):
+        options["path_initial_model_for_weight_conversion"] = str(start)
+
+    def write(folder: Path) -> int:
+        model.save_pretrained(str(folder), **options)
+        tokenizer.save_pretrained(str(folder))
+        chain = chain_of(model)
+        if chain is not None:
+            chain.save(folder)
+        if isinstance(model, PeftModel):
+            return stored_numbers(folder)
+        return sum(p.numel() for p in model.parameters())
+
+    with upstream_noise():
+        return replace_dir(to, write)
+
+
+def splits_base(model: nn.Module) -> bool:
+    """Whether upstream put a part of the base weight into the adapter at its start."""
+    return isinstance(model, PeftModel) and start_kind(model.active_peft_config) == "residual"
 
 
 def load_adapter(base: PreTrainedModel, path: Path, expected: PeftConfig) -> PeftModel:
@@ -53,7 +101,7 @@ def load_weights(model: PeftModel, path: Path, remedy: str = _REMEDY) -> None:
 def stored_numbers(path: Path, remedy: str = _REMEDY) -> int:
     """Return how many numbers the adapter's file holds.
 
-    Raises FileNotFoundError where there is none and ValueError where it is a pickle or damaged.
+    Raises FileNotFoundError if there is none and ValueError if it is a pickle or damaged.
     """
     file = path / WEIGHTS
     if not file.is_file():
@@ -66,13 +114,7 @@ def stored_numbers(path: Path, remedy: str = _REMEDY) -> int:
         raise FileNotFoundError(f"{path}: {WEIGHTS} is missing. Give a folder with an adapter.")
     with readable(file, remedy), safe_open(file, framework="pt") as opened:
         shapes = [opened.get_slice(key).get_shape() for key in opened.keys()]  # noqa: SIM118
-    total = 0
-    for shape in shapes:
-        count = 1
-        for size in shape:
-            count *= size
-        total += count
-    return total
+    return sum(map(math.prod, shapes))
 
 
 def _read_config(path: Path, expected: PeftConfig) -> PeftConfig:
@@ -83,11 +125,11 @@ def _read_config(path: Path, expected: PeftConfig) -> PeftConfig:
         saved = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: is not JSON ({error}). Save the adapter again.") from None
-    kind, wanted = saved.get("peft_type"), str(expected.peft_type).removeprefix("PeftType.")
-    if kind != wanted:
+    kind, asked = saved.get("peft_type"), str(expected.peft_type).removeprefix("PeftType.")
+    if kind != asked:
         known = kind in PEFT_TYPE_TO_CONFIG_MAPPING
         raise ValueError(
-            f"{file}: the adapter is of type {kind}, the run's config.yaml asks for {wanted}. "
+            f"{file}: the adapter is of type {kind}, the run's config.yaml asks for {asked}. "
             + (
                 "Put the adapter of this run back, or correct method.name."
                 if known
@@ -101,7 +143,7 @@ def _read_config(path: Path, expected: PeftConfig) -> PeftConfig:
 
 
 def _check_complete(model: PeftModel, path: Path) -> None:
-    """Raise where the file's tensors are not exactly those of the model's adapter."""
+    """Raise unless the file's tensors are exactly those of the model's adapter."""
     needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     with safe_open(path / WEIGHTS, framework="pt") as file:
         saved = set(file.keys())
@@ -115,7 +157,7 @@ def _check_complete(model: PeftModel, path: Path) -> None:
 
 @contextmanager
 def readable(where: Path, remedy: str) -> Iterator[None]:
-    """Turn the errors of reading a cut-off file, or weights of another shape, into ValueErrors."""
+    """Turn errors from reading a truncated file, or weights of another shape, into ValueErrors."""
     try:
         yield
     except RuntimeError as error:

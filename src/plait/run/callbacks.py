@@ -1,11 +1,9 @@
-"""What goes on beside the training loop: metrics.jsonl, the progress bar, stopping on Ctrl-C."""
+"""Callbacks of the Trainer: metrics.jsonl, the progress bar, stopping on Ctrl-C."""
 
-import json
 import math
 import signal
 import threading
 import time
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -20,8 +18,7 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from plait.run.card import read_metrics
-from plait.run.folder import write_atomic
+from plait.run.folder import RunFolder
 
 _SILENT_LINES = 20  # lines in all that a run prints where there is no terminal
 
@@ -29,23 +26,23 @@ _SILENT_LINES = 20  # lines in all that a run prints where there is no terminal
 class MetricsFile(TrainerCallback):
     """Appends every log to metrics.jsonl: one JSON object a line, flushed at once.
 
-    Numbers that are not finite become null. A resumed run drops the lines after its checkpoint,
-    which it is about to write again.
+    Numbers that are not finite become null. A resumed run drops the lines after its checkpoint and
+    writes them again.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the lines up to the step that training starts from, no summary of a part."""
+        """Keep the lines up to the step that training starts from, without earlier summaries."""
         kept = [
             row
-            for row in read_metrics(self.path)
+            for row in self.folder.read_metrics()
             if row["step"] <= state.global_step and "train_loss" not in row
         ]
-        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.folder.write_metrics(kept)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -57,15 +54,14 @@ class MetricsFile(TrainerCallback):
                 k: None if isinstance(v, float) and not math.isfinite(v) else v
                 for k, v in row.items()
             }
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite, default=float) + "\n")
+            self.folder.append_metrics(finite)
 
 
 class StopOnSignal(TrainerCallback):
     """Turns Ctrl-C (and SIGTERM) into a checkpoint at the end of the running step.
 
-    A context manager around training: signals can only be caught in the main thread; in another
-    one nothing is caught. A second Ctrl-C interrupts at once.
+    A context manager around training. Signals can only be caught in the main thread; in any other
+    it does nothing. A second Ctrl-C interrupts at once.
     """
 
     def __init__(self) -> None:
@@ -96,7 +92,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save and stop where a signal came during this step."""
+        """Save and stop if a signal came during this step."""
         if self.requested:
             control.should_save = True
             control.should_training_stop = True

@@ -1,59 +1,25 @@
 """Pictures and texts about one run: the loss curve, the table before / after, the model card."""
 
 import io
-import json
 from collections.abc import Mapping
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from plait.run.config import RunConfig, dump_config
+from plait.run.config import RunConfig
 from plait.run.folder import RunFolder, write_atomic
+from plait.run.metrics import HEADLINES, METRICS
 from plait.upstream.table import BASELINES
-
-# What each metric is called in tables, in the order of a table.
-METRIC_NAMES = {
-    "loss": "loss",
-    "perplexity": "perplexity",
-    "token_accuracy": "token accuracy",
-    "exact_match": "exact match",
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-    "matthews": "Matthews correlation",
-    "mse": "mean squared error",
-    "pearson": "Pearson correlation",
-    "spearman": "Spearman correlation",
-}
-_HEADLINES = ("exact_match", "accuracy", "mse", "loss")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a last line that a killed process left unfinished is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"{path}: line {number} is not JSON: {error.msg}. Remove that line."
-                ) from None
-    return rows
 
 
 def write_loss_curve(folder: RunFolder, title: str) -> None:
     """Draw training loss, held-out loss and learning rate over the steps as loss.png."""
-    rows = read_metrics(folder.metrics)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = folder.read_metrics()
     train = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
     held_out = [(r["step"], r["eval_loss"]) for r in rows if r.get("eval_loss") is not None]
-    evaluation = read_evaluation(folder)
+    evaluation = folder.read_evaluation()
     total = max((r["step"] for r in rows), default=0)
     if evaluation.get("split") == "validation":
         for name, step in (("before", 0), ("after", total)):
@@ -94,54 +60,26 @@ def write_loss_curve(folder: RunFolder, title: str) -> None:
     write_atomic(folder.loss_curve, picture.getvalue())
 
 
-def read_evaluation(folder: RunFolder) -> dict[str, Any]:
-    """Return eval.json, {} before the first evaluation."""
-    return _read_json(folder.evaluation, "Remove it and evaluate again.")
-
-
-def read_environment(folder: RunFolder) -> dict[str, Any]:
-    """Return environment.json, {} before training; its `run` holds what training measured."""
-    return _read_json(folder.environment, "Train again.")
-
-
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: line {error.lineno} is not JSON ({error.msg}). {remedy}"
-        ) from None
-
-
-def write_evaluation(folder: RunFolder, **parts: Any) -> dict[str, Any]:
-    """Set some keys of eval.json and keep the others; return the whole."""
-    evaluation = read_evaluation(folder) | parts
-    write_atomic(folder.evaluation, json.dumps(evaluation, indent=1) + "\n")
-    return evaluation
-
-
 def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (name, value) for each metric of one evaluation.
 
-    Of the single tasks and of the mean over tasks only the metric that says most.
+    For each task and for the mean over tasks only the headline.
     """
     rows = [
-        (METRIC_NAMES[key], f"{metrics[key]:.4g}")
-        for key in METRIC_NAMES
+        (metric.label, f"{metrics[key]:.4g}")
+        for key, metric in METRICS.items()
         if metrics.get(key) is not None
     ]
     parts = {"mean over tasks": metrics.get("task_mean", {}), **metrics.get("tasks", {})}
     for part, values in parts.items():
-        key = next((name for name in _HEADLINES if values.get(name) is not None), None)
+        key = next((name for name in HEADLINES if values.get(name) is not None), None)
         if key is not None:
-            rows.append((f"{part}: {METRIC_NAMES[key]}", f"{values[key]:.4g}"))
+            rows.append((f"{part}: {METRICS[key].label}", f"{values[key]:.4g}"))
     return rows
 
 
 def comparison_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return (metric, before, after) for eval.json; "-" where one side has no value."""
+    """Return (metric, before, after) for eval.json; "-" for a value that is missing."""
     before = dict(metric_rows(evaluation.get("before", {})))
     after = dict(metric_rows(evaluation.get("after", {})))
     names = [*before, *(name for name in after if name not in before)]
@@ -150,6 +88,8 @@ def comparison_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]
 
 def write_card(folder: RunFolder, cfg: RunConfig) -> str:
     """Write the model card README.md from the run's other files; return its text."""
+    from jinja2 import Environment, StrictUndefined
+
     if cfg.method.name in BASELINES:
         method = BASELINES[cfg.method.name]
     else:
@@ -162,14 +102,14 @@ def write_card(folder: RunFolder, cfg: RunConfig) -> str:
     template = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     ).from_string(source)
-    environment, evaluation = read_environment(folder), read_evaluation(folder)
+    environment, evaluation = folder.read_environment(), folder.read_evaluation()
     run, builtin = environment["run"], cfg.model.name.startswith("builtin:")
     text = template.render(
         cfg=cfg,
-        config=dump_config(cfg),
+        config=folder.config.read_text(encoding="utf-8"),
         sources=[cfg.data.train] if isinstance(cfg.data.train, str) else cfg.data.train,
         method=method,
-        own=cfg.method.name not in BASELINES,
+        of_plait=cfg.method.name not in BASELINES,
         full=cfg.method.name == "full",
         auto_class="AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification",
         builtin=builtin,

@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from plait.run.card import read_evaluation
 from plait.run.config import RunConfig, config_from_dict
 from plait.run.evaluate import Progress
 from plait.run.folder import RunFolder, write_atomic
@@ -64,7 +61,7 @@ def demo(
         path: a folder that is not there yet.
         steps: optimizer steps of each run.
         announce: called with the method's name before its run.
-        callbacks, progress: as for train, made anew for each run.
+        callbacks, progress: as for train; callbacks makes those of one run.
 
     Returns:
         Share of test completions reproduced exactly, by arm ("base", then the methods) and task,
@@ -79,7 +76,7 @@ def demo(
     for method in METHODS:
         announce(method)
         run = train(demo_config(method, folder, steps), callbacks=callbacks(), progress=progress)
-        measured = read_evaluation(run)
+        measured = run.read_evaluation()
         scores.setdefault("base", _exact_match(measured["before"]))
         scores[method] = _exact_match(measured["after"])
     write_atomic(folder / "exact_match.png", _picture(scores))
@@ -93,6 +90,9 @@ def _exact_match(metrics: dict[str, Any]) -> dict[str, float]:
 
 def _picture(scores: dict[str, dict[str, float]]) -> bytes:
     """Bars of exact match by task, one for each arm, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

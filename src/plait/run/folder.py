@@ -1,33 +1,70 @@
-"""The run folder: what one training leaves and later stages read."""
+"""The run folder: what one training leaves and later stages read, and the form of its JSON files.
 
+A JSON file names its schema and version in its first keys, a file of JSON lines in its first line.
+Files without them are of plait 0.1, which are of version 1.
+"""
+
+import json
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from plait.core.files import umask, write_atomic
+from plait.run.config import config_to_dict, load_config
 
-__all__ = ["RunFolder", "diff_configs", "environment", "replace_dir", "write_atomic"]
+__all__ = [
+    "CHECKPOINTS",
+    "RunFolder",
+    "append_line",
+    "diff_configs",
+    "environment",
+    "read_json",
+    "read_lines",
+    "replace_dir",
+    "write_atomic",
+    "write_json",
+    "write_lines",
+]
 
+Result = TypeVar("Result")
+
+CHECKPOINTS = "checkpoints"
+VERSION = 1  # of all schemas
 _PACKAGES = ("plait", "torch", "peft", "transformers", "accelerate", "datasets", "safetensors")
+# What a resumed run may change: none of these keys changes a weight.
+_FREE = (
+    "evaluation.batch_size",
+    "output.",
+    "training.logging_",
+    "training.log_level",
+    "training.report_to",
+    "training.run_name",
+    "training.project",
+    "training.save_steps",
+    "training.save_strategy",
+    "training.save_total_limit",
+    "training.disable_tqdm",
+)
+_EVALUATION, _ENVIRONMENT, _METRICS = "plait.eval", "plait.environment", "plait.metrics"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class RunFolder:
-    """The files of one run below `path`."""
+    """The files of one run below `path`, which need not be there yet."""
 
     path: Path
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
+    def __init__(self, path: str | Path) -> None:
+        object.__setattr__(self, "path", Path(path))
 
     @classmethod
-    def new(cls, path: str | Path) -> "RunFolder":
+    def free(cls, path: str | Path) -> Self:
         """Return a folder to be made; FileExistsError when there is something at `path` already."""
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -38,16 +75,46 @@ class RunFolder:
         return cls(path)
 
     @classmethod
-    def create(cls, path: str | Path) -> "RunFolder":
+    def create(cls, path: str | Path) -> Self:
         """Make a new run folder; FileExistsError when there is something at `path` already."""
-        folder = cls.new(path)
+        folder = cls.free(path)
         folder.path.mkdir(parents=True, exist_ok=True)
         return folder
 
     @classmethod
-    def open(cls, path: str | Path) -> "RunFolder":
+    def unfinished(cls, path: str | Path, config: dict[str, Any]) -> Self:
+        """Return the folder of a run to be resumed.
+
+        config: of the resumed run, as `config_to_dict` gives it.
+
+        Raises FileNotFoundError if there is no run at `path`, and ValueError if it is finished or
+        began with another config.
+        """
+        folder = cls(path)
+        if not folder.config.is_file():
+            raise FileNotFoundError(
+                f"{path}: there is no run to resume (config.yaml is missing). Train without "
+                "--resume."
+            )
+        if folder.card.is_file():
+            raise ValueError(
+                f"{path}: this run is finished, nothing is left to resume. Train to another "
+                f"output.dir, or evaluate it: plait evaluate {path}"
+            )
+        changes = diff_configs(config_to_dict(load_config(folder.config)), config)
+        changes = [line for line in changes if not line.startswith(_FREE)]
+        if changes:
+            lines = "".join(f"\n  {line}" for line in changes)
+            raise ValueError(
+                f"{path}: the config changed since this run began, so the result would be of "
+                f"neither:{lines}\nPut the values back, or train to another output.dir."
+            )
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
         """Return an existing run folder; FileNotFoundError when there is no run at `path`."""
-        folder = cls(Path(path))
+        folder = cls(path)
         if not folder.config.is_file():
             raise FileNotFoundError(
                 f"{path}: no run is here (config.yaml is missing). Give the output.dir of a "
@@ -78,7 +145,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """The Trainer's checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def evaluation(self) -> Path:
@@ -100,9 +167,151 @@ class RunFolder:
         """The picture of the loss."""
         return self.path / "loss.png"
 
+    @property
+    def start(self) -> Path:
+        """The start of an adapter that holds a part of the base weight."""
+        return self.checkpoints / "initial"
 
-def replace_dir(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write(folder)` fill a temporary folder, then put it at `path`.
+    def begin(self, config: str, seeds: Mapping[str, int], facts: Mapping[str, Any]) -> None:
+        """Make the folder and write what is known before training; a resumed run keeps its facts.
+
+        config: as YAML. seeds: what they seed -> number. facts: as for `note`.
+
+        Raises ValueError if a resumed run's training rows changed.
+        """
+        noted = self.read_facts()
+        for name in ("train_rows", "train_tokens"):
+            if name in noted and noted[name] != facts[name]:
+                raise ValueError(
+                    f"{self.path}: the data changed since this run began ({name}: {noted[name]} -> "
+                    f"{facts[name]}). Put the data back, or train to another output.dir."
+                )
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.config, config)
+        write_json(
+            self.environment,
+            _ENVIRONMENT,
+            environment() | {"seeds": dict(seeds), "run": {**noted, **facts}},
+        )
+
+    def read_environment(self) -> dict[str, Any]:
+        """Return versions, hardware, seeds, and as `run` the facts; {} before training."""
+        return read_json(self.environment, _ENVIRONMENT, "Train again.")
+
+    def read_facts(self) -> dict[str, Any]:
+        """Return what training noted of this run; {} before training."""
+        return self.read_environment().get("run", {})
+
+    def note(self, **facts: Any) -> None:
+        """Add facts about this run to environment.json."""
+        content = self.read_environment()
+        content["run"] = content.get("run", {}) | facts
+        write_json(self.environment, _ENVIRONMENT, content)
+
+    def read_evaluation(self) -> dict[str, Any]:
+        """Return metrics by occasion (before, after, test, ..); {} before the first evaluation."""
+        return read_json(self.evaluation, _EVALUATION, "Remove it and evaluate again.")
+
+    def write_evaluation(self, **parts: Any) -> None:
+        """Set some keys of eval.json and keep the others."""
+        write_json(self.evaluation, _EVALUATION, self.read_evaluation() | parts)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl; [] before training."""
+        return read_lines(self.metrics, _METRICS)
+
+    def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replace the lines of metrics.jsonl."""
+        write_lines(self.metrics, _METRICS, rows)
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl, which is there already."""
+        append_line(self.metrics, row)
+
+
+# ------------------------------------------------------------------------------------------- JSON
+
+
+def read_json(path: Path, schema: str, remedy: str) -> dict[str, Any]:
+    """Return the content of a JSON file without schema and version; {} if there is no file.
+
+    remedy: what the error about a damaged file says to do.
+
+    Raises ValueError for a damaged file, one of another schema or of a newer version.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path}: is not JSON ({error}). {remedy}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: is a {type(content).__name__}, not an object. {remedy}")
+    return _checked(content, path, schema, remedy)
+
+
+def write_json(path: Path, schema: str, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that `read_json` reads."""
+    write_atomic(path, json.dumps({**_header(schema), **content}, indent=1) + "\n")
+
+
+def read_lines(path: Path, schema: str) -> list[dict[str, Any]]:
+    """Return the rows of a file of JSON lines; [] if there is no file.
+
+    A last line that a killed process left unfinished is dropped.
+
+    Raises as `read_json` does.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}: line {number} is not JSON: {error.msg}. Remove that line."
+                ) from None
+    if rows and "schema" in rows[0]:
+        _checked(rows.pop(0), path, schema, "Give the file of a run.")
+    return rows
+
+
+def write_lines(path: Path, schema: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of JSON lines that `read_lines` reads."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in (_header(schema), *rows)))
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row to a file of JSON lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, default=float) + "\n")
+
+
+def _header(schema: str) -> dict[str, Any]:
+    return {"schema": schema, "version": VERSION}
+
+
+def _checked(content: dict[str, Any], path: Path, schema: str, remedy: str) -> dict[str, Any]:
+    """Take schema and version off a file's content and check them."""
+    actual, number = content.pop("schema", schema), content.pop("version", VERSION)
+    if actual != schema:
+        raise ValueError(f"{path}: schema is {actual!r}, it should be {schema!r}. {remedy}")
+    if not isinstance(number, int) or number > VERSION:
+        raise ValueError(
+            f"{path}: version is {number!r}, and this plait reads versions up to {VERSION}. "
+            "Upgrade plait: pip install --upgrade plait"
+        )
+    return content
+
+
+# ------------------------------------------------------------------------------- files and facts
+
+
+def replace_dir(path: str | Path, write: Callable[[Path], Result]) -> Result:
+    """Let `write(folder)` fill a temporary folder, then put it at `path`; return its result.
 
     A folder that was there stays untouched until the new one is complete, and comes back when
     the last rename fails.
@@ -111,7 +320,7 @@ def replace_dir(path: str | Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new."))
     try:
-        write(new)
+        result = write(new)
         for file in filter(Path.is_file, new.rglob("*")):  # some writers make files private
             file.chmod(0o666 & ~umask())
         new.chmod(0o777 & ~umask())
@@ -126,6 +335,7 @@ def replace_dir(path: str | Path, write: Callable[[Path], object]) -> None:
             shutil.rmtree(old)
         else:
             os.replace(new, path)
+        return result
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -1,11 +1,13 @@
 """transformers' Trainer, made safe: checkpoints that are whole or absent, and a stop at NaN.
 
 The Trainer's own files stay what they are: adapter or model weights as safetensors; optimizer,
-scheduler and RNG states as torch files, which the Trainer reads with `weights_only=True`. The
-pickled training arguments it adds are left out, the run folder's config.yaml holds them.
+scheduler and RNG states as torch files, which the Trainer reads with `weights_only=True`. Its
+pickled training arguments are left out: the run folder's config.yaml holds them.
 """
 
-from collections.abc import Iterator, Mapping
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,26 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from plait.chain import ChainCallback, chain_schedule, load
 from plait.chain.plan import SHAPES
 from plait.core.events import EventNeverFired
-from plait.run.adapter import first_line, load_weights, readable
+from plait.run.adapter import (
+    first_line,
+    load_weights,
+    readable,
+    save_trained,
+)
 from plait.run.callbacks import StopOnSignal
-from plait.run.config import RunConfig, did_you_mean
-from plait.run.data import DataBundle
+from plait.run.config import did_you_mean
 from plait.run.evaluate import evaluate_model
-from plait.run.folder import replace_dir
+from plait.run.folder import RunFolder, replace_dir
 from plait.run.optimizers import DEFAULT, make_optimizer
+from plait.run.prepare import Prepared
 from plait.upstream.adalora import adalora_of, load_adalora, save_adalora, upstream_noise
 
 _REMEDY = "Remove that checkpoint to resume from the one before it."
@@ -40,30 +48,80 @@ class RunTrainer(Trainer):
 
     def __init__(
         self,
-        cfg: RunConfig,
-        data: DataBundle,
-        stop: StopOnSignal,
-        model: PeftModel | PreTrainedModel,
-        args: TrainingArguments,
-        chain: ChainCallback | None = None,
-        **kwargs: Any,
+        run: Prepared,
+        folder: RunFolder,
+        callbacks: Sequence[TrainerCallback] = (),
     ):
-        self.cfg, self.data, self.stop, self.trained = cfg, data, stop, model
-        self.chain = chain
-        self.checkpoints = Path(str(args.output_dir))
+        """Make the Trainer of a run; it starts from the folder's last complete checkpoint."""
+        self.cfg, self.data, self.trained, self.steps = run.cfg, run.data, run.model, run.steps
+        self.folder, self.checkpoints = folder, folder.checkpoints
+        for unfinished in self.checkpoints.glob(f".{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(unfinished)
+        self.checkpoint = latest_checkpoint(self.checkpoints)
+        self.stop = StopOnSignal()
         self._staging: Path | None = None
-        own = [] if chain is None else [chain]
-        callbacks = [*kwargs.pop("callbacks", ()), *own]
-        super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
+        self.chain: ChainCallback | None = None
+        if run.chain is not None:
+            self.chain = ChainCallback(run.chain, checkpoint=self.checkpoint)
+        super().__init__(
+            model=run.model,
+            args=run.arguments,
+            data_collator=run.data.collator,
+            train_dataset=run.data.train,
+            eval_dataset=run.data.validation,
+            processing_class=run.tokenizer,
+            callbacks=[
+                self.stop,
+                *callbacks,
+                *([] if self.chain is None else [self.chain]),
+            ],
+        )
+        self.remove_callback(PrinterCallback)
+
+    # -------------------------------------------------------------------------------- training
+
+    def fit(self) -> None:
+        """Train from the checkpoint to the last step; note the seconds of all training so far.
+
+        Raises KeyboardInterrupt after a signal, and FloatingPointError for a loss or a weight that
+        is NaN or infinite.
+        """
+        start = 0 if self.checkpoint is None else int(self.checkpoint.name.rpartition("-")[2])
+        if self.checkpoint is not None and start >= self.steps:
+            # The Trainer would make one step too many from its last checkpoint.
+            self.load_weights(self.checkpoint)
+        else:
+            earlier, began = self.folder.read_facts().get("seconds", 0.0), time.monotonic()
+            with self.stop:
+                self.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
+            self.folder.note(seconds=earlier + time.monotonic() - began)
+            if self.stop.requested and self.state.global_step < self.steps:
+                raise KeyboardInterrupt(
+                    f"training: stopped after step {self.state.global_step} of {self.steps}; "
+                    f"{latest_checkpoint(self.checkpoints)} is complete."
+                )
+        self.check_finite()
+
+    def save(self) -> None:
+        """Save the trained adapter, or the whole model, and note its size and the steps."""
+        # Off with the autocast of mixed precision: the model is measured as it will be loaded.
+        self.accelerator.unwrap_model(self.trained, keep_fp32_wrapper=False)
+        full = not isinstance(self.trained, PeftModel)
+        to = self.folder.model if full else self.folder.adapter
+        with writable(to, self.checkpoints):
+            stored = save_trained(self.trained, self.data.tokenizer, to, self.folder.start)
+        self.folder.note(steps=self.steps, stored=stored)
 
     # ------------------------------------------------------------------------ optimizer, loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The run's own, or as upstream; then apply method.lr_scale."""
+        """Make the optimizer that the config names, or upstream's; then apply method.lr_scale."""
         first = self.optimizer is None
-        own = self.cfg.optimizer
-        if first and own.name != DEFAULT:
-            self.optimizer = make_optimizer(own.name, own.options, self.trained, self.cfg.training)
+        chosen = self.cfg.optimizer
+        if first and chosen.name != DEFAULT:
+            self.optimizer = make_optimizer(
+                chosen.name, chosen.options, self.trained, self.cfg.training
+            )
         optimizer = super().create_optimizer(model)
         if first and self.cfg.method.lr_scale:
             scale_learning_rates(optimizer, self.trained, self.cfg.method.lr_scale)
@@ -72,17 +130,17 @@ class RunTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """As upstream, or one that restarts with the links of a chain."""
+        """Make upstream's schedule, or one that restarts with the links of a chain."""
         plan = None if self.chain is None else self.chain.plan
         if self.lr_scheduler is None and plan is not None and plan.lr == "restart":
-            given: Any = self.optimizer if optimizer is None else optimizer
+            scheduled: Any = self.optimizer if optimizer is None else optimizer
             shape: Any = restarting_shape(self.args)
-            self.lr_scheduler = chain_schedule(plan, given, num_training_steps, shape)
+            self.lr_scheduler = chain_schedule(plan, scheduled, num_training_steps, shape)
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As upstream; a loss that is not finite ends the run before it reaches a weight."""
+        """Do upstream's step; raise FloatingPointError if the loss is NaN or infinite."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             step = self.state.global_step + 1
@@ -100,9 +158,9 @@ class RunTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure the validation rows as `plait evaluate` does, and log them.
+        """Measure the validation rows as `plait evaluate` does, and log the metrics.
 
-        Exact match is taken only where metric_for_best_model asks for it: it takes long.
+        Exact match takes long and is measured only if metric_for_best_model asks for it.
         """
         self.check_finite()
         wants = (self.args.metric_for_best_model or "").endswith("exact_match")
@@ -126,7 +184,7 @@ class RunTrainer(Trainer):
         return str(self._staging or super()._get_output_dir(trial))
 
     def check_finite(self) -> None:
-        """Raise FloatingPointError when a trained weight is not finite: such are never saved."""
+        """Raise FloatingPointError if a trained weight is not finite: it is never saved."""
         step = self.state.global_step
         for name, parameter in self.trained.named_parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():
@@ -135,7 +193,7 @@ class RunTrainer(Trainer):
                 )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint under a temporary name, then rename it: it is whole or absent."""
+        """Write a checkpoint under a temporary name and rename it: it is whole or absent."""
         step = self.state.global_step
         self.check_finite()
         if self.stop.requested:  # a checkpoint without optimizer state cannot be resumed
@@ -177,7 +235,7 @@ class RunTrainer(Trainer):
             self.chain.chain.save(folder)  # before the checkpoint gets its name: whole or absent
 
     def load_weights(self, checkpoint: Path) -> None:
-        """Load the weights of a checkpoint, all of them or an error; a chain's links, too."""
+        """Load all weights of a checkpoint and the links of a chain, or raise ValueError."""
         self._load_from_checkpoint(str(checkpoint))
         if self.chain is not None:
             load(self.trained, checkpoint)
@@ -206,7 +264,7 @@ class RunTrainer(Trainer):
 
 @contextmanager
 def writable(target: Path, checkpoints: Path) -> Iterator[None]:
-    """Say of a full disk and its like what could not be written, and where to go on from."""
+    """Report what could not be written (disk full, ..) and which checkpoint to resume from."""
     try:
         yield
     except EventNeverFired:
@@ -218,7 +276,7 @@ def writable(target: Path, checkpoints: Path) -> Iterator[None]:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint with the highest step; None where there is none."""
+    """Return the complete checkpoint with the highest step; None if there is none."""
     steps = {}
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
@@ -241,7 +299,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def restarting_shape(args: TrainingArguments) -> str:
-    """The shape of each link's learning rate; ValueError for a schedule that cannot restart."""
+    """Return the shape of each link's learning rate; ValueError if the schedule cannot restart."""
     name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     shape = name.removesuffix("_with_warmup")
     if shape not in SHAPES:

@@ -1,0 +1,296 @@
+"""Read what plait needs from the columns of the rows: texts, labels, tasks, types.
+
+The first training row decides what kind of data the rows are.
+"""
+
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from plait.run.config import ColumnsConfig, DataConfig, MethodConfig
+from plait.run.data.rows import Row
+
+Kind = Literal["completion", "messages", "text", "classification", "regression"]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The values of the rows, by role.
+
+    rows: split -> its rows. values: split -> for each row its raw strings (`messages` stays a
+    list), `label`, `task` and `sample_type`. labels: class names by index, classification only.
+    tasks: task names by index, those of the training rows first. routed: whether the method routes
+    by task. typed: whether it takes `sample_type`.
+    """
+
+    kind: Kind
+    rows: dict[str, list[Row]]
+    values: dict[str, list[dict[str, Any]]]
+    labels: list[str] | None
+    tasks: list[str] | None
+    routed: bool
+    typed: bool
+
+
+def read_columns(
+    data: DataConfig,
+    task: str,
+    method: MethodConfig,
+    source: list[Row],
+    rows: dict[str, list[Row]],
+    labels: list[str] | None = None,
+) -> Columns:
+    """Read the columns of all rows.
+
+    Args:
+        data: the `data` section.
+        task: `model.task`.
+        method: a method that routes by task needs a task for each row.
+        source: all training rows, before they were split and limited: labels and tasks are theirs.
+        rows: split -> its rows.
+        labels: class names by index, if `source` need not have all of them.
+
+    Raises ValueError for a column that is missing and a value that cannot be used.
+    """
+    delta = method.options.get("delta")  # of molora's balance loss
+    reader = _Reader(data, task, source[0], typed=bool(delta))
+    labels = labels or reader.label_names(source)
+    tasks = method.options.get("tasks") or reader.task_names(source)
+    routed = method.options.get("routing") == "task"
+    if routed and not reader.has_task:
+        raise ValueError(
+            "method.routing is 'task', but the rows have no task column. "
+            "Name it in data.columns.task."
+        )
+    if delta and not reader.has_type:
+        raise ValueError(
+            f"method.delta is {delta}, but the rows have no sample_type column. "
+            "Name it in data.columns.sample_type."
+        )
+    values = {split: [reader.read(row) for row in part] for split, part in rows.items()}
+    if tasks is not None:
+        tasks = _all_tasks(values, rows, tasks, routed)
+    return Columns(reader.kind, rows, values, labels, tasks, routed, bool(delta))
+
+
+class _Reader:
+    """Reads a row's columns as the config maps them; the first row decides what the data is."""
+
+    def __init__(self, data: DataConfig, task: str, first: Row, typed: bool):
+        self.data = data
+        self.columns = data.columns
+        self.first = first
+        self.kind: Kind = self._kind(task)
+        self.has_pair = self.columns.text_pair is not None or "text_pair" in first.values
+        self.has_task = self.columns.task is not None or "task" in first.values
+        there = self.columns.sample_type is not None or "sample_type" in first.values
+        self.has_type = there and typed  # else nobody reads it
+
+    def read(self, row: Row) -> dict[str, Any]:
+        """Return the row's raw strings (`messages` stays a list), `label` and `task`."""
+        values: dict[str, Any]
+        if self.kind == "completion":
+            values = {part: self._templated(row, part) for part in ("prompt", "completion")}
+            if not values["completion"]:
+                raise ValueError(
+                    f"{row.where}: the completion is empty, so nothing is trained. Remove the row."
+                )
+        elif self.kind == "messages":
+            values = {"messages": _conversation(self._value(row, "messages"), row.where)}
+        elif self.kind == "text":
+            values = {"prompt": "", "completion": self._text(row, "text")}
+        else:
+            values = {"text": self._text(row, "text")}
+            if self.has_pair:
+                values["text_pair"] = self._text(row, "text_pair")
+            label = self._value(row, "label")
+            values["label"] = (
+                _number(label, row.where) if self.kind == "regression" else _name(label, row.where)
+            )
+        if self.has_task:
+            values["task"] = _name(self._value(row, "task"), row.where, "task")
+        if self.has_type:
+            kind = _name(self._value(row, "sample_type"), row.where, "sample_type")
+            if kind not in ("0", "1"):
+                raise ValueError(f"{row.where}: the sample_type is {kind!r:.60}. Give 0 or 1.")
+            values["sample_type"] = int(kind)
+        return values
+
+    def label_names(self, rows: Iterable[Row]) -> list[str] | None:
+        """Return the sorted class names (by number where all are whole numbers)."""
+        if self.kind != "classification":
+            return None
+        names = {_name(self._value(row, "label"), row.where) for row in rows}
+        if len(names) < 2:
+            raise ValueError(
+                f"{self.data.train}: all training rows have the label {names.pop()!r}. "
+                "Give rows of at least two labels, or correct data.columns.label."
+            )
+        whole = all(name.lstrip("-").isdigit() for name in names)
+        return sorted(names, key=int) if whole else sorted(names)
+
+    def task_names(self, rows: Iterable[Row]) -> list[str] | None:
+        """Return the sorted task names of the training rows, None without a task column."""
+        if not self.has_task:
+            return None
+        return sorted({_name(self._value(row, "task"), row.where, "task") for row in rows})
+
+    def _kind(self, task: str) -> Kind:
+        if task == "classification":
+            return "classification"
+        if task == "regression":
+            return "regression"
+        mapped, there = self.columns, self.first.values
+        if self.data.completion_template is not None or self.data.prompt_template is not None:
+            return "completion"
+        roles: tuple[Kind, ...] = ("messages", "completion", "text")
+        for role in roles:
+            if _mapping(mapped, role) is not None:
+                return role
+        if mapped.prompt is not None:
+            return "completion"
+        for role in roles:
+            if role in there:
+                return role
+        raise ValueError(
+            f"{self.first.where}: no column to train on. A causal model needs prompt and "
+            f"completion, messages, or text; the columns are {_listed(there)}. Map them in "
+            "data.columns, or give data.prompt_template and data.completion_template."
+        )
+
+    def _templated(self, row: Row, part: str) -> str:
+        templates = {
+            "prompt": self.data.prompt_template,
+            "completion": self.data.completion_template,
+        }
+        template = templates[part]
+        if template is None:
+            return self._text(row, part)
+        values = {}
+        for name in template_columns(template, f"data.{part}_template"):
+            if name not in row.values:
+                raise ValueError(_missing(row, f"data.{part}_template", name))
+            values[name] = _string(row.values[name], row.where, name)
+        return template.format(**values)
+
+    def _text(self, row: Row, role: str) -> str:
+        return _string(self._value(row, role), row.where, str(_mapping(self.columns, role) or role))
+
+    def _value(self, row: Row, role: str) -> Any:
+        """Return the value of the column that plays this role."""
+        column = _mapping(self.columns, role)
+        if isinstance(column, int):
+            values = list(row.values.values())
+            if not 0 <= column < len(values):
+                raise ValueError(
+                    f"{row.where}: data.columns.{role} is {column}, but the row has "
+                    f"{len(values)} columns, counted from 0. Give a lower number."
+                )
+            return values[column]
+        name = role if column is None else column
+        if name not in row.values:
+            raise ValueError(_missing(row, f"data.columns.{role}", name))
+        return row.values[name]
+
+
+def _mapping(columns: ColumnsConfig, role: str) -> str | int | None:
+    return vars(columns)[role]
+
+
+def _missing(row: Row, key: str, name: str) -> str:
+    return (
+        f"{row.where}: there is no column {name!r}; the columns are {_listed(row.values)}. "
+        f"Correct {key}."
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(str, names)) or "none"
+
+
+def template_columns(template: str, key: str) -> list[str]:
+    """Return the column names in a template; ValueError when it cannot be filled."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(
+            f"{key} is {template!r}: {error}. Write {{{{ and }}}} for braces that are text."
+        ) from None
+    if not names or not all(name.isidentifier() for name in names):
+        raise ValueError(
+            f"{key} is {template!r}: it has to name columns, like {{question}}. "
+            "Write {{ and }} for braces that are text."
+        )
+    return names
+
+
+def _string(value: Any, where: str, column: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float):
+        return str(value)
+    raise ValueError(
+        f"{where}: column {column!r} is {value!r:.60}, not text. Correct or remove the row."
+    )
+
+
+def _name(value: Any, where: str, what: str = "label") -> str:
+    """Return a class or task name; a whole float such as 1.0 is the number 1."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool | int | str) and str(value).strip():
+        return str(value).strip()
+    raise ValueError(
+        f"{where}: the {what} is {value!r:.60}. Give a name or a whole number."
+        + (" For a number to predict, set model.task: regression." if what == "label" else "")
+    )
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if number - number != 0:  # NaN or infinite
+        raise ValueError(f"{where}: the label is {value!r:.60}. Regression needs a finite number.")
+    return number
+
+
+def _conversation(messages: Any, where: str) -> list[dict[str, Any]]:
+    """Check a list of messages; return it without what follows the last assistant turn."""
+    ok = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
+    )
+    if not ok:
+        raise ValueError(
+            f"{where}: messages is {messages!r:.60}. "
+            'Give a list of {"role": ..., "content": ...} objects.'
+        )
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not turns:
+        raise ValueError(
+            f"{where}: no message has the role assistant, so nothing is trained. Remove the row."
+        )
+    return messages[: turns[-1] + 1]
+
+
+def _all_tasks(
+    values: dict[str, list[dict[str, Any]]],
+    rows: dict[str, list[Row]],
+    tasks: list[str],
+    routed: bool,
+) -> list[str]:
+    """Return `tasks` and then further ones of the rows; these are an error if rows are routed."""
+    known = list(tasks)
+    for split, part in values.items():
+        for row, of_row in zip(rows[split], part, strict=True):
+            if of_row["task"] in known:
+                continue
+            if routed:
+                raise ValueError(
+                    f"{row.where}: the task {of_row['task']!r} is not among the tasks of the "
+                    f"method ({_listed(tasks)}). Remove the row."
+                )
+            known.append(of_row["task"])
+    return known

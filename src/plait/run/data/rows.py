@@ -1,0 +1,275 @@
+"""Read rows from files, the hub or a built-in generator; errors name the file and the line."""
+
+import csv
+import gzip
+import json
+import random
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from plait.run.config import DataConfig
+
+_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "txt",
+    ".parquet": "parquet",
+}
+_DELIMITERS = {"csv": ",", "tsv": "\t", "txt": None}
+
+
+class Row(NamedTuple):
+    """One row as it was read. where: file and line, for errors. values: column -> value."""
+
+    where: str
+    values: dict[str, Any]
+
+
+def read_splits(data: DataConfig) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Read all sources of a run; return the rows of data.train, and the rows of each split.
+
+    The former are all rows of the source, the latter what a fraction for validation and the limits
+    leave of it.
+
+    Raises as `read_rows` does.
+    """
+    source = read_rows(data.train, data, "train")
+    splits = {"train": source}
+    if isinstance(data.validation, int | float):
+        splits["train"], splits["validation"] = _split(source, data.validation, data.seed)
+    elif data.validation is not None:
+        splits["validation"] = read_rows(data.validation, data, "validation")
+    if data.test is not None:
+        splits["test"] = read_rows(data.test, data, "test")
+    limits = {"train": data.limit, "validation": data.validation_limit, "test": data.test_limit}
+    return source, {
+        split: _limited(rows, limits[split], data.seed) for split, rows in splits.items()
+    }
+
+
+def read_rows(sources: str | list[str], data: DataConfig, split: str) -> list[Row]:
+    """Read the rows of one split ("train", "validation", "test") from one source or several.
+
+    Raises FileNotFoundError for a source that is not there, and ValueError for an empty one or a
+    malformed line.
+    """
+    key = f"data.{split}"
+    rows = []
+    for source in [sources] if isinstance(sources, str) else sources:
+        read = _read_source(source, data, split, key)
+        if not read:
+            raise ValueError(f"{source}: no rows are here. Give {key} a source with rows.")
+        rows += read
+    if not rows:
+        raise ValueError(f"{key} is an empty list. Give at least one source.")
+    return rows
+
+
+def _read_source(source: str, data: DataConfig, split: str, key: str) -> list[Row]:
+    if source.startswith("builtin:"):
+        from plait.assets import builtin_rows
+
+        made = builtin_rows(source.removeprefix("builtin:"), split, data.seed)
+        return [Row(f"{source}: row {n}", values) for n, values in enumerate(made, 1)]
+    default_part = data.split if split == "train" else split
+    name, part = source, default_part
+    if "#" in source and not Path(source).exists():
+        name, _, part = source.partition("#")
+    path = Path(name).expanduser()
+    suffixes = [s for s in path.suffixes if s != ".gz"]
+    kind = data.format or _SUFFIXES.get(suffixes[-1] if suffixes else "")
+    if path.is_dir():
+        raise IsADirectoryError(f"{key}: {name} is a folder. Give its files: [a.jsonl, b.jsonl].")
+    if path.is_file():
+        if kind is None:
+            known = ", ".join(sorted(set(_SUFFIXES.values())))
+            raise ValueError(
+                f"{key}: the ending of {name} says no format. Set data.format to one of {known}."
+            )
+        return list(_read_file(path, kind, part, data))
+    if kind is not None or path.is_absolute() or name.startswith((".", "~")):
+        raise FileNotFoundError(f"{key}: there is no file {name}. Correct the path.")
+    return _read_hub(name, part, data, key)
+
+
+def _read_file(path: Path, kind: str, part: str, data: DataConfig) -> Iterator[Row]:
+    """Yield the rows of a file of this kind; a ValueError names the file and the line."""
+    if kind == "parquet":
+        yield from _read_parquet(path)
+        return
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        # utf-8-sig: a byte order mark is not part of the first column's name.
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            if kind == "jsonl":
+                yield from _read_jsonl(path, file)
+            elif kind == "json":
+                yield from _read_json(path, file, part)
+            else:
+                yield from _read_delimited(path, file, kind, data)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: byte {error.object[error.start]:#x} is not UTF-8 text. "
+            "Convert the file to UTF-8."
+        ) from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{path}: not a whole gzip file ({error}). Copy it again, or rename it without .gz."
+        ) from None
+
+
+def _read_jsonl(path: Path, file: IO[str]) -> Iterator[Row]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            value = json.loads(line.rstrip("\r\n"))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where}: not valid JSON ({error.msg}, column {error.colno}). Correct that line."
+            ) from None
+        yield Row(where, _columns(value, where))
+
+
+def _read_json(path: Path, file: IO[str], part: str) -> Iterator[Row]:
+    try:
+        value = json.load(file)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}). "
+            "Correct that line; one JSON object a line is data.format: jsonl."
+        ) from None
+    if isinstance(value, dict):
+        if not isinstance(value.get(part), list):
+            raise ValueError(
+                f"{path}: no list of rows under {part!r}. It has {', '.join(value)}: "
+                "choose with data.split, or write FILE#KEY."
+            )
+        value = value[part]
+    if not isinstance(value, list):
+        raise ValueError(
+            f"{path}: is a {type(value).__name__}. Give a list of rows, or lists by split."
+        )
+    for number, row in enumerate(value, 1):
+        where = f"{path}: row {number}"
+        yield Row(where, _columns(row, where))
+
+
+def _read_delimited(path: Path, file: IO[str], kind: str, data: DataConfig) -> Iterator[Row]:
+    delimiter = data.delimiter or _DELIMITERS[kind]
+    if delimiter is None:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield Row(f"{path}: line {number}", {"text": line.rstrip("\r\n")})
+        return
+    quotes = kind == "csv" if data.quotes is None else data.quotes
+    header = kind != "txt" if data.header is None else data.header
+    names: list[str] | None = None
+    for number, fields in _split_lines(path, file, delimiter, quotes):
+        where = f"{path}: line {number}"
+        if not header:
+            yield Row(where, _columns(fields, where))
+        elif names is None:
+            names = [name.strip() for name in fields]
+            if len(set(names)) < len(names):
+                raise ValueError(f"{where}: a column name stands twice: {names}. Rename one.")
+        elif len(fields) != len(names):
+            raise ValueError(
+                f"{where}: {len(fields)} values, but the header names {len(names)} columns. "
+                f"Correct that line (delimiter {delimiter!r}, quotes {str(quotes).lower()})."
+            )
+        else:
+            yield Row(where, dict(zip(names, fields, strict=True)))
+
+
+def _split_lines(
+    path: Path, file: IO[str], delimiter: str, quotes: bool
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield (number of the first line, fields) of each record that is not blank."""
+    if not quotes:
+        for number, line in enumerate(file, 1):
+            if line.strip("\r\n"):
+                yield number, line.rstrip("\r\n").split(delimiter)
+        return
+    if len(delimiter) > 1:
+        raise ValueError(
+            f"data.delimiter is {delimiter!r}: quoted values need one character. "
+            "Set data.quotes: false."
+        )
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    start = 1
+    try:
+        for fields in reader:
+            if fields:
+                yield start, fields
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}: line {start}: {error}. Correct its quotes, or set data.quotes: false."
+        ) from None
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(
+            f"{path}: not a readable Parquet file ({error}). Write it again."
+        ) from None
+    return [Row(f"{path}: row {n}", values) for n, values in enumerate(table.to_pylist(), 1)]
+
+
+def _read_hub(name: str, part: str, data: DataConfig, key: str) -> list[Row]:
+    from datasets import ClassLabel, load_dataset
+
+    try:
+        dataset = load_dataset(name, data.subset, split=part)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{key}: {name} is no file here, and the hub gives no such data set ({reason}). "
+            "Correct the path or the hub id, data.subset and the split."
+        ) from error
+    names = {n: f.names for n, f in dataset.features.items() if isinstance(f, ClassLabel)}
+    rows = []
+    for number, values in enumerate(dataset.to_list(), 1):
+        for column, known in names.items():
+            if values[column] in range(len(known)):  # an unlabelled row holds -1 or None
+                values[column] = known[values[column]]
+        rows.append(Row(f"{name}: row {number}", values))
+    return rows
+
+
+def _columns(value: Any, where: str) -> dict[str, Any]:
+    """Return a row as columns; a list has the columns c0, c1, ..."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list):
+        return {f"c{i}": v for i, v in enumerate(value)}
+    raise ValueError(f"{where}: is {value!r:.60}. A row is an object or a list of values.")
+
+
+def _split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Cut a fraction off, shuffled by the seed; at least one row stays on either side."""
+    if len(rows) < 2:
+        raise ValueError(
+            f"data.validation is {fraction}, but there is 1 training row. Give validation rows."
+        )
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    cut = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+    return [rows[i] for i in order[cut:]], [rows[i] for i in order[:cut]]
+
+
+def _limited(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i] for i in random.Random(seed).sample(range(len(rows)), limit)]

@@ -1,0 +1,267 @@
+"""Texts to token ids with the loss mask, and rows of ids to batches.
+
+A row of a causal model is cut into *segments* of text, each trained or not. The prompt's tokens are
+the same as those that generation starts from: the whole text is tokenized at once if that keeps the
+tokens of every leading part, and part by part if a token would cross a border.
+"""
+
+import bisect
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from plait.run.config import DataConfig, did_you_mean
+from plait.run.data.reader import Columns
+from plait.run.data.rows import Row
+
+IGNORED = -100  # the label of a token that is not trained
+_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def tokenize(
+    columns: Columns, data: DataConfig, causal: bool, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Dataset]:
+    """Turn the rows of each split into a data set of token ids and raw strings.
+
+    Raises ValueError for rows longer than data.max_length, rows without a token to train on, and
+    labels that the training rows do not have.
+    """
+    splits = {}
+    for split, values in columns.values.items():
+        rows = columns.rows[split]
+        if causal:
+            encoded = _encode_causal(values, rows, data, tokenizer)
+        else:
+            encoded = _encode_texts(values, data, tokenizer)
+            for of_row, row, item in zip(values, rows, encoded, strict=True):
+                item["labels"] = _label(of_row["label"], columns.labels, row.where)
+        for of_row, item in zip(values, encoded, strict=True):
+            item |= {k: v for k, v in of_row.items() if k != "messages"}
+            if columns.tasks is not None:
+                item["task_id"] = columns.tasks.index(of_row["task"])
+        _fit(encoded, split, data, causal)
+        splits[split] = Dataset.from_list(encoded)
+    return splits
+
+
+class Collator:
+    """Pads the rows of a batch to its longest one and keeps what the model takes.
+
+    task_ids, sample_types: also emit these, LongTensors (batch,), for a method that routes by task
+    or whose balance loss has a target for each type.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        causal: bool,
+        task_ids: bool = False,
+        sample_types: bool = False,
+    ):
+        inner = DataCollatorForSeq2Seq if causal else DataCollatorWithPadding
+        self.pad: Callable[[list[dict[str, Any]]], Any] = inner(tokenizer)
+        self.task_ids, self.sample_types = task_ids, sample_types
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return input_ids, attention_mask (batch, longest) and labels."""
+        names = (*_COLUMNS, "labels")
+        batch = dict(self.pad([{k: row[k] for k in names if k in row} for row in rows]))
+        if self.task_ids:
+            batch["task_ids"] = torch.tensor([row["task_id"] for row in rows])
+        if self.sample_types:
+            batch["sample_types"] = torch.tensor([row["sample_type"] for row in rows])
+        return batch
+
+
+def _label(label: Any, labels: list[str] | None, where: str) -> Any:
+    """Return the index of a class name; a number to predict stays what it is."""
+    if labels is None:
+        return label
+    if label not in labels:
+        raise ValueError(
+            f"{where}: the label {label!r} is not in the training set, which has {len(labels)}. "
+            f"{did_you_mean(label, labels)}"
+        )
+    return labels.index(label)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return the ids that generation starts from: what training saw as the prompt."""
+    return _start_ids(tokenizer) + _encode_segments([[prompt]], tokenizer)[0][0]
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
+    """Return the ids of a conversation with the assistant's turn opened."""
+    text = _rendered(tokenizer, messages, open_turn=True, where="messages")
+    return _encode_segments([[text]], tokenizer)[0][0]
+
+
+def _encode_texts(
+    values: list[dict[str, Any]], data: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    texts = [of_row["text"] for of_row in values]
+    pairs = [of_row["text_pair"] for of_row in values] if "text_pair" in values[0] else None
+    # The tokenizer cuts before it adds its closing special tokens.
+    columns = tokenizer(
+        texts,
+        pairs,
+        truncation=data.truncate,
+        max_length=data.max_length if data.truncate else None,
+    )
+    return [{k: columns[k][i] for k in _COLUMNS if k in columns} for i in range(len(texts))]
+
+
+def _encode_causal(
+    values: list[dict[str, Any]],
+    rows: list[Row],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[dict[str, Any]]:
+    cut = []
+    for of_row, row in zip(values, rows, strict=True):
+        if "messages" in of_row:
+            segments = _chat_segments(of_row["messages"], tokenizer, row.where)
+            of_row["prompt"] = "".join(text for text, _ in segments[:-1])
+            of_row["completion"] = segments[-1][0]
+        else:
+            segments = [(of_row["prompt"], False), (of_row["completion"], True)]
+        cut.append(segments)
+    tokens = _encode_segments([[text for text, _ in segments] for segments in cut], tokenizer)
+    start = _start_ids(tokenizer) if "messages" not in values[0] else []
+    encoded = []
+    for of_row, segments, parts in zip(values, cut, tokens, strict=True):
+        ids, labels = list(start), [IGNORED] * len(start)
+        for part, (_, trained) in zip(parts, segments, strict=True):
+            ids += part
+            labels += part if trained or data.train_on_prompt else [IGNORED] * len(part)
+        # A chat template ends its turns itself, mostly with this very token.
+        if data.add_eos and ("messages" not in of_row or _end_id(tokenizer) not in parts[-1]):
+            ids.append(_end_id(tokenizer))
+            labels.append(_end_id(tokenizer))
+        encoded.append(
+            {
+                "input_ids": ids,
+                "attention_mask": [1] * len(ids),
+                "labels": labels,
+                "prompt_length": len(start) + sum(len(part) for part in parts[:-1]),
+            }
+        )
+    return encoded
+
+
+def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return [bos] where the tokenizer puts one in front of a text, else []."""
+    ids = tokenizer("a")["input_ids"]
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+
+
+def _end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise ValueError(
+            "data.add_eos is true, but the model's tokenizer has no end-of-sequence token. "
+            "Set data.add_eos: false."
+        )
+    return end
+
+
+def _encode_segments(
+    rows: list[list[str]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[list[int]]]:
+    """Tokenize each row's consecutive texts so that each leading part keeps its own tokens.
+
+    The texts are tokenized together if the tokens of each leading part are a prefix of the whole,
+    else one by one.
+    """
+    leading = ["".join(texts[: n + 1]) for texts in rows for n in range(len(texts))]
+    runs = iter(tokenizer(leading, add_special_tokens=False)["input_ids"])
+    encoded = []
+    for texts in rows:
+        mine = list(itertools.islice(runs, len(texts)))
+        if all(mine[-1][: len(run)] == run for run in mine):
+            starts = [0, *(len(run) for run in mine)]
+            encoded.append([run[start:] for start, run in zip(starts, mine, strict=False)])
+        else:
+            encoded.append(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    return encoded
+
+
+def _chat_segments(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
+) -> list[tuple[str, bool]]:
+    """Cut a rendered conversation into (text, trained): trained are the assistant's turns.
+
+    A turn starts where the template, asked for an open assistant turn, stops, and ends where the
+    conversation up to it does. Both must be beginnings of the whole.
+    """
+    whole = _rendered(tokenizer, messages, open_turn=False, where=where)
+    segments, done = [], 0
+    for n, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        opened = _rendered(tokenizer, messages[:n], open_turn=True, where=where)
+        closed = _rendered(tokenizer, messages[: n + 1], open_turn=False, where=where)
+        if not (whole.startswith(opened) and whole.startswith(closed) and len(opened) >= done):
+            raise ValueError(
+                f"{where}: the chat template of this tokenizer changes earlier turns (message "
+                f"{n + 1} of {len(messages)}), so the trained part cannot be found. Give "
+                "conversations with one assistant turn, or prompt and completion."
+            )
+        segments += [(whole[done : len(opened)], False), (whole[len(opened) : len(closed)], True)]
+        done = len(closed)
+    return segments
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    open_turn: bool,
+    where: str,
+) -> str:
+    import jinja2
+
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{where}: the rows are messages, but the model's tokenizer has no chat template. "
+            "Use a chat model, or rows with prompt and completion."
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=open_turn
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(
+            f"{where}: the chat template refuses these messages ({error}). Correct their roles."
+        ) from None
+    return str(text)
+
+
+def _fit(encoded: list[dict[str, Any]], split: str, data: DataConfig, causal: bool) -> None:
+    """Cut rows to data.max_length in place if data.truncate is set; raise if it is not."""
+    limit = data.max_length
+    lengths = sorted(len(item["input_ids"]) for item in encoded)
+    long = len(lengths) - bisect.bisect_right(lengths, limit)
+    if long and not data.truncate:
+        raise ValueError(
+            f"data.max_length is {limit} tokens: {long} of {len(lengths)} {split} rows "
+            f"({100 * long / len(lengths):.1f} %) are longer, the longest {lengths[-1]}. "
+            "Raise data.max_length, or cut them with data.truncate: true."
+        )
+    if long:
+        for item in encoded:
+            for name in (*_COLUMNS, "labels"):
+                if name in item:
+                    item[name] = item[name][:limit]
+    if causal:
+        # The first token of a row is never predicted, so its label trains nothing.
+        empty = sum(all(label == IGNORED for label in item["labels"][1:]) for item in encoded)
+        if empty:
+            why = "Raise data.max_length." if long else "Remove them."
+            raise ValueError(
+                f"data: {empty} of {len(encoded)} {split} rows have no token to train on within "
+                f"{limit} tokens. {why}"
+            )
