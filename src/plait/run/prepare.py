@@ -245,6 +245,7 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
 
 def check_config(cfg: RunConfig) -> None:
     """Raise ValueError for what a config says wrong by itself, before anything is loaded."""
+    check_method(cfg)
     name, quantization = cfg.method.name, cfg.model.quantization
     reason = quantised_reason(name, quantization)
     if reason is not None:
@@ -252,7 +253,6 @@ def check_config(cfg: RunConfig) -> None:
             f"method.name: {name} does not work on a {quantization} base: {reason}. Set "
             "model.quantization: none, or use another method."
         )
-    check_method(cfg)
 
 
 def method_config(
