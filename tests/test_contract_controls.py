@@ -13,6 +13,7 @@ import plait
 from plait.core import DeltaConfig, LowRankDelta, registry
 from plait.core.init import gaussian, kaiming
 from plait.core.mix import TokenRouter
+from plait.core.route import NOWHERE, Rows
 from plait.testing import CHECKS, Case, checks
 
 Control = tuple[type[LowRankDelta], Callable[[Case], None], str, type[BaseException]]
@@ -266,7 +267,7 @@ class RoutesWithoutSoftmax(Plain):
 
 
 class WithoutSoftmax(TokenRouter):
-    def __call__(self, x: Tensor, z: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, x: Tensor, rows: Rows = NOWHERE) -> Tensor:
         w = (x @ self.G.to(x.dtype).T).sigmoid()
         return (w.unsqueeze(-2) @ z.unflatten(-1, (2, -1))).squeeze(-2)
 

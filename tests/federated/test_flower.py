@@ -378,6 +378,13 @@ def test_a_worker_marks_the_orders_that_it_receives(
     assert [path.name for path in tmp_path.iterdir()] == ["order"]
 
 
+def test_flwr_still_reads_its_telemetry_switch_from_this_constant() -> None:
+    """A simulation sets it, since flwr may have been imported before its environment was set."""
+    from flwr.supercore import telemetry
+
+    assert telemetry.FLWR_TELEMETRY_ENABLED in ("0", "1")
+
+
 def test_the_check_ends_an_exchange() -> None:
     def ended() -> None:
         raise RuntimeError("the simulation ended")

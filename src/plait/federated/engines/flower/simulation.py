@@ -104,7 +104,7 @@ def _ray(home: Path, workers: int) -> Iterator[Path]:
 
     if ray.is_initialized():
         raise RuntimeError("federated: Ray runs in this process. Call ray.shutdown() first.")
-    # flwr may have been imported before OFF was set.
+    # flwr reads this variable when it is imported, which may have been before OFF was applied.
     telemetry.FLWR_TELEMETRY_ENABLED = os.environ["FLWR_TELEMETRY_ENABLED"]
     home.mkdir(parents=True, exist_ok=True)
     flower, had_home = logging.getLogger("flwr"), os.environ.get("FLWR_HOME")
