@@ -124,7 +124,7 @@ def prepare(cfg: RunConfig, place: bool = True) -> Prepared:
     """Load and check everything that training takes.
 
     Sets the global seed to `training.seed`, from which new modules and the adapter are drawn.
-    place: move the model to the device where it trains.
+    place: move the model to its device.
 
     Raises:
         FileNotFoundError: a model, weights or rows that are not there.
