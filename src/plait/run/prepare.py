@@ -280,11 +280,10 @@ def method_config(
     if config is not None:
         baseline = BASELINES.get(cfg.method.name)
         if baseline is not None and baseline.check_layers is not None:
-            if config.target_modules == "all-linear":
-                targets = list(sizes)
-            else:
-                targets = targeted(config, sizes)
-            baseline.check_layers(config.to_dict(), {name: sizes[name] for name in targets})
+            values = config.to_dict()
+            everywhere = values["target_modules"] == "all-linear"
+            targets = list(sizes) if everywhere else targeted(config, sizes)
+            baseline.check_layers(values, {name: sizes[name] for name in targets})
     return config
 
 

@@ -1,4 +1,4 @@
-"""What the checks are written with: wrap a tiny model, train it, read it, compare tensors."""
+"""Helpers of the checks: wrap a tiny model, train it, read it, compare tensors."""
 
 import random
 from collections.abc import Iterator
@@ -31,6 +31,17 @@ def one_layer(
     return model, layers(model)[0]
 
 
+def one_delta(case: Case, n_in: int = 7, n_out: int = 5, **changes: Any) -> tuple[nn.Module, Any]:
+    """A model of one fp64 linear layer with random factors, in training mode, and its Delta."""
+    model, layer = one_layer(case, n_in, n_out, **changes)
+    return model.train(), layer.plait_delta["default"]
+
+
+def update(model: Any, x: Tensor, **inputs: Any) -> Tensor:
+    """What the adapter of a model of one layer adds to the layer's output."""
+    return model(x, **inputs) - layers(model)[0].base_layer(x)
+
+
 def layers(model: nn.Module) -> list[PlaitLayer]:
     """The adapted layers."""
     return [m for m in model.modules() if isinstance(m, PlaitLayer)]
@@ -42,27 +53,27 @@ def deltas(model: nn.Module, adapter: str = "default") -> list[Any]:
 
 
 def tasks(model: nn.Module) -> list[str] | None:
-    """Names of the tasks, where the first Delta has a task table."""
+    """Names of the tasks if the first Delta has a task table, else None."""
     first = next(iter(layers(model)[0].plait_delta.values()))
     mix = first.mix() if isinstance(first, LowRankDelta) else None
     return list(mix.tasks) if isinstance(mix, TaskTable) else None
 
 
 def batch(model: nn.Module, rows: int = 4, length: int = 8, key: int = 0) -> dict[str, Any]:
-    """Inputs of the tiny Llama, with task ids where the method wants them."""
+    """Inputs of the tiny Llama, with task ids if the method needs them."""
     ids = tiny.tokens(rows, length, key)
     return {"input_ids": ids, "labels": ids, **task_ids(model, rows)}
 
 
 def task_ids(model: nn.Module, rows: int) -> dict[str, Tensor]:
-    """`task_ids` 0, 1, .., 0, 1, .. where the method wants them."""
+    """`task_ids` 0, 1, .., 0, 1, .. if the method needs them, else nothing."""
     names = tasks(model)
     return {} if names is None else {"task_ids": torch.arange(rows) % len(names)}
 
 
 @torch.no_grad()
 def logits(model: Any, **changes: Any) -> Tensor:
-    """Logits of the batch, as the model's mode has them; changes: of the inputs."""
+    """Logits of the batch in the model's current mode; changes replace inputs."""
     return model(**{**batch(model), **changes}).logits
 
 
@@ -78,14 +89,14 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adamw(model: nn.Module, lr: float, **kwargs: Any) -> torch.optim.AdamW:
-    """AdamW over what trains."""
+    """AdamW over the trainable parameters, without weight decay."""
     return torch.optim.AdamW(trained(model).values(), lr=lr, weight_decay=0.0, **kwargs)
 
 
 def steps(
     model: Any, optimizer: torch.optim.Optimizer, count: int, key: int | None = 0
 ) -> list[float]:
-    """Train some steps; key None: another batch in each step. Returns the losses."""
+    """Train `count` steps and return the losses; with key None each step has another batch."""
     model.train()
     losses = []
     for step in range(count):
@@ -98,11 +109,11 @@ def steps(
     return losses
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest number expected."""
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference over the largest absolute number expected."""
     if expected.numel() == 0:
         return 0.0
-    difference = (found.detach() - expected.detach()).abs().max()
+    difference = (actual.detach() - expected.detach()).abs().max()
     return float(difference / expected.detach().abs().max().clamp_min(1e-30))
 
 
@@ -135,13 +146,13 @@ def naive(delta: Any, x: Tensor, ids: Tensor | None = None) -> Tensor:
 
 
 def choices(model: nn.Module) -> list[Any]:
-    """What merge and export need to be told, once for each weight that the adapter holds."""
+    """Arguments of merge and export, once for each weight that the adapter holds."""
     names = tasks(model)
     return [{}] if names is None else [{"task": name} for name in names]
 
 
 def depends_on_input(delta: Any) -> bool:
-    """Whether no weight holds the update."""
+    """Whether the update depends on the input, so that no weight holds it."""
     return isinstance(delta, LowRankDelta) and isinstance(delta.mix(), TokenRouter | TaskTable)
 
 

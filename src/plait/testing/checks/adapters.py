@@ -34,7 +34,10 @@ from plait.upstream.export import to_lora
 
 
 def merge_is_exact(case: Case) -> None:
-    """Merged equals unmerged, unmerge restores every bit; what depends on the input refuses."""
+    """The merged model equals the unmerged one, and unmerging restores every bit.
+
+    A method whose update depends on the input raises NotMergeable and changes nothing.
+    """
     model = wrap(case, init_weights=False)
     weights = [layer.get_base_weight().clone() for layer in layers(model)]
     expected = logits(model)
@@ -51,8 +54,8 @@ def merge_is_exact(case: Case) -> None:
         if not tasks(model):
             return
     for index, choice in enumerate(choices(model)):
-        own: dict[str, Any] = {"task_ids": torch.full((4,), index)} if router else {}
-        expected = logits(model, **own)
+        task_inputs: dict[str, Any] = {"task_ids": torch.full((4,), index)} if router else {}
+        expected = logits(model, **task_inputs)
         for safe in (False, True):
             model.merge_adapter(safe_merge=safe, **choice)
             merged = logits(model)
@@ -61,14 +64,14 @@ def merge_is_exact(case: Case) -> None:
             model.unmerge_adapter()
             for layer, weight in zip(layers(model), weights, strict=True):
                 assert torch.equal(layer.get_base_weight(), weight), "unmerge is not exact"
-            assert torch.equal(logits(model, **own), expected), "unmerge changed the model"
+            assert torch.equal(logits(model, **task_inputs), expected), "unmerge changed the model"
         plain = copy.deepcopy(model).merge_and_unload(safe_merge=True, **choice)
         assert not layers(plain), "a layer of plait is left after merge_and_unload"
         assert relative(base_logits(plain), expected) < 1e-5
 
 
 def save_and_load(case: Case) -> None:
-    """A saved adapter is loaded bit for bit, without a decomposition of the base weight."""
+    """A loaded adapter equals the saved one bit for bit; loading decomposes no base weight."""
     model = wrap(case)
     steps(model, adamw(model, case.lr), 3)
     with TemporaryDirectory() as folder:
@@ -90,7 +93,7 @@ def save_and_load(case: Case) -> None:
 
 
 def two_adapters_coexist(case: Case) -> None:
-    """Switch, disable, delete: no adapter changes another one or the base."""
+    """Switching, disabling and deleting adapters changes neither another adapter nor the base."""
     base = base_logits(tiny.llama())
     model = wrap(case, init_weights=False)
     first = logits(model)
@@ -127,8 +130,8 @@ def mixed_batch_is_separate_runs(case: Case) -> None:
         mixed = logits(model, adapter_names=names)
         for name in ("default", "other"):
             model.set_adapter(name)
-            own = [i for i, n in enumerate(names) if n == name]
-            assert relative(mixed[own], logits(model)[own]) < 1e-5, f"rows of {name} differ"
+            rows = [i for i, n in enumerate(names) if n == name]
+            assert relative(mixed[rows], logits(model)[rows]) < 1e-5, f"rows of {name} differ"
         with model.disable_adapter():
             assert relative(mixed[1], logits(model)[1]) < 1e-5, "rows of __base__ differ"
         model.set_adapter("default")
@@ -138,7 +141,7 @@ def mixed_batch_is_separate_runs(case: Case) -> None:
 
 
 def export_is_as_declared(case: Case) -> None:
-    """Stock LoRA layers give the same output where export is exact; else an error is given."""
+    """An export loaded by stock peft gives the same output; one that is not exact has an error."""
     model = wrap(case, init_weights=False)
     delta = deltas(model)[0]
     router = isinstance(delta, LowRankDelta) and isinstance(delta.mix(), TokenRouter)
@@ -146,9 +149,9 @@ def export_is_as_declared(case: Case) -> None:
         assert not case.method.exact_export, "the class fact `exact_export` is wrong"
         with pytest.raises(NotMergeable, match="cannot be merged"):
             to_lora(model)
-    told: list[Any] = [{"approx": "mean"}] if router else choices(model)
-    for index, choice in enumerate(told):
-        own: dict[str, Any] = {"task_ids": torch.full((4,), index)} if tasks(model) else {}
+    export_choices: list[Any] = [{"approx": "mean"}] if router else choices(model)
+    for index, choice in enumerate(export_choices):
+        task_inputs: dict[str, Any] = {"task_ids": torch.full((4,), index)} if tasks(model) else {}
         export = to_lora(model, **choice)
         full = export if export.error == 0 else to_lora(model, rank=1000, **choice)
         with TemporaryDirectory() as folder:
@@ -163,5 +166,6 @@ def export_is_as_declared(case: Case) -> None:
             assert 0 < export.error < 1, "an export that is not exact reports no error"
         if not router:
             with torch.no_grad():
-                found = stock(input_ids=tiny.tokens()).logits
-            assert relative(found, logits(model, **own)) < 1e-4, f"the export differs {choice}"
+                exported = stock(input_ids=tiny.tokens()).logits
+            error = relative(exported, logits(model, **task_inputs))
+            assert error < 1e-4, f"the export differs {choice}"

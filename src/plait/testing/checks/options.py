@@ -15,7 +15,7 @@ from plait.testing.helpers import (
 
 
 def config_is_strict(case: Case) -> None:
-    """A round trip keeps every option; wrong keys, types, ranks, targets are named."""
+    """A file keeps every option; errors name the wrong key, type, rank or target."""
     config = case.config(seed=3, rank_pattern={"q_proj": 6}, layers_to_transform=[0])
     cls = case.method.config
     with TemporaryDirectory() as folder:

@@ -57,16 +57,16 @@ def half_precision_is_bounded(case: Case) -> None:
 
     truth = run(through(exact), torch.float64)
     plain = run(through(half), torch.bfloat16)
-    found = run(lambda x: model(x, **ids), torch.bfloat16)
-    for name, y, ours, reference in zip(("output", "dx"), truth, found, plain, strict=True):
-        assert ours.dtype == torch.bfloat16, f"{name} is {ours.dtype}"
+    ours = run(lambda x: model(x, **ids), torch.bfloat16)
+    for name, y, actual, reference in zip(("output", "dx"), truth, ours, plain, strict=True):
+        assert actual.dtype == torch.bfloat16, f"{name} is {actual.dtype}"
         bound = 1.5 * float((reference.double() - y).detach().norm() / y.detach().norm()) + 1e-3
-        error = float((ours.double() - y).detach().norm() / y.detach().norm())
+        error = float((actual.double() - y).detach().norm() / y.detach().norm())
         assert error <= bound, f"{name}: relative error {error:.4f} in bf16, bound {bound:.4f}"
 
 
 def half_precision_trains(case: Case) -> None:
-    """A bf16 base and autocast: fp32 factors, finite numbers, nearly the fp32 loss."""
+    """On a bf16 base and under autocast factors stay fp32 and losses are close to those of fp32."""
     model = wrap(case)
     expected = steps(model, adamw(model, 1e-3), 3)
     half = wrap(case, tiny.llama().bfloat16())
@@ -78,12 +78,13 @@ def half_precision_trains(case: Case) -> None:
     for p in (*trained(half).values(), *trained(cast).values()):
         assert p.dtype == torch.float32, f"a factor became {p.dtype}"
         assert p.isfinite().all(), "training in bf16 gave numbers that are not finite"
-    for found in (losses, autocast):
-        assert found == pytest.approx(expected, rel=2e-2), "bf16 losses are far from those of fp32"
+    for half_losses in (losses, autocast):
+        near = pytest.approx(expected, rel=2e-2)
+        assert half_losses == near, "bf16 losses are far from those of fp32"
 
 
 def checkpointing_changes_nothing(case: Case) -> None:
-    """Gradients under gradient checkpointing have the bits of those without, dropout too."""
+    """Gradient checkpointing changes no bit of the gradients, with dropout either."""
     grads = []
     for checkpointing in (False, True):
         model = wrap(case, init_weights=False, lora_dropout=0.2)
@@ -101,7 +102,7 @@ def checkpointing_changes_nothing(case: Case) -> None:
 
 
 def quantised_bases_work(case: Case) -> None:
-    """8-bit and 4-bit bases: exact start, training, dW; merge refused with the remedy."""
+    """On 8-bit and 4-bit bases the start is exact, training works, merging names the remedy."""
     pytest.importorskip("bitsandbytes", reason='needs pip install "plait[quant]"')
     for bits in (8, 4):
         base = quantised(bits)

@@ -40,7 +40,7 @@ def start_is_the_base(case: Case) -> None:
 
 
 def random_start_differs(case: Case) -> None:
-    """init_weights=False: another function than the base, another for each adapter name."""
+    """init_weights=False gives a function that differs from the base and between adapters."""
     base = base_logits(tiny.llama())
     model = wrap(case, init_weights=False)
     assert relative(logits(model), base) > 1e-4, "init_weights=False starts at the base model"
@@ -53,7 +53,7 @@ def random_start_differs(case: Case) -> None:
 
 
 def starts_are_reproducible(case: Case) -> None:
-    """Equal seeds give equal factors; layers and other seeds differ."""
+    """Equal seeds give equal factors, other seeds other factors."""
     one, two, other = wrap(case), wrap(case), wrap(case, seed=1)
     for name, value in one.state_dict().items():
         assert torch.equal(value, two.state_dict()[name]), f"{name} is drawn anew"
@@ -70,7 +70,7 @@ def starts_are_reproducible(case: Case) -> None:
 
 
 def only_the_delta_trains(case: Case) -> None:
-    """Parameters outside the Delta keep their bytes and need no gradient."""
+    """Parameters outside the Delta need no gradient and keep their bits in training."""
     base = tiny.llama()
     frozen = {n: p.detach().clone() for n, p in base.named_parameters()}
     model = wrap(case, base)
@@ -87,7 +87,7 @@ def only_the_delta_trains(case: Case) -> None:
 
 
 def gradients_reach_everything(case: Case) -> None:
-    """Within three steps every trained tensor has a non-zero gradient from the loss."""
+    """Within three steps every trained tensor gets a gradient that is not zero."""
     model = wrap(case)
     optimizer = adamw(model, case.lr)
     reached: set[str] = set()
@@ -112,7 +112,7 @@ def loss_falls(case: Case) -> None:
 
 
 def optimizers_agree(case: Case) -> None:
-    """Fused, foreach and loop AdamW train alike; nothing stale is used after a step."""
+    """Fused, foreach and loop AdamW train alike; no cached value survives a step."""
     ends = []
     for kind in ({"fused": True}, {"foreach": True}, {"foreach": False}):
         model = wrap(case)
@@ -132,8 +132,8 @@ def optimizers_agree(case: Case) -> None:
 
 
 def micro_batches_add_up(case: Case) -> None:
-    """4 micro-batches of 2 give the update of one batch of 8, penalty included."""
-    found = []
+    """4 micro-batches of 2 give the gradients of one batch of 8, with the penalty."""
+    gradients = []
     for parts in (1, 4):
         model = wrap(case, init_weights=False, **case.additive)
         inputs = batch(model, rows=8)
@@ -144,13 +144,13 @@ def micro_batches_add_up(case: Case) -> None:
             loss = model(**{name: value[rows] for name, value in inputs.items()}).loss
             (loss / parts).backward()
         optimizer.step()
-        found.append({n: p.grad for n, p in trained(model).items()})
-    for name, grad in found[0].items():
-        assert relative(found[1][name], grad) < 1e-5, f"{name}: accumulation is not one batch"
+        gradients.append({n: p.grad for n, p in trained(model).items()})
+    for name, grad in gradients[0].items():
+        assert relative(gradients[1][name], grad) < 1e-5, f"{name}: accumulation is not one batch"
 
 
 def resume_is_exact(case: Case) -> None:
-    """5 steps, save, load, 5 steps give the bits of 10 steps, inside a schedule too."""
+    """A run that is saved after 5 steps and resumed for 5 has the bits of one of 10 steps."""
     whole = wrap(case)
     steps(whole, adamw(whole, case.lr), 10, key=None)
     half = wrap(case)
@@ -174,7 +174,7 @@ def resume_is_exact(case: Case) -> None:
 
 
 def events_fire(case: Case) -> None:
-    """Each optimizer step is counted once; training without events is refused."""
+    """Each optimizer step is counted once; training without events raises."""
     model = wrap(case)
     optimizer = torch.optim.SGD(trained(model).values(), lr=1e-3)
     steps(model, optimizer, 3)
@@ -200,7 +200,7 @@ def events_fire(case: Case) -> None:
 
 
 def experts_part(case: Case) -> None:
-    """Slices of what is called an expert differ after training, or stay equal as declared."""
+    """After training, slices of the `experts` differ and slices of the `alike` are equal."""
     model = wrap(case)
     steps(model, adamw(model, case.lr), 9, key=None)
     for delta in deltas(model):
@@ -230,7 +230,7 @@ def storages_are_distinct(case: Case) -> None:
 
 
 def random_state_is_kept(case: Case) -> None:
-    """Construction, evaluation, events, save and load leave the global generators alone."""
+    """Construction, evaluation, events, saving and loading leave the global generators alone."""
     base, again = tiny.llama(), tiny.llama()
     with TemporaryDirectory() as folder:
         with random_state_kept():

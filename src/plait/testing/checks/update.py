@@ -27,28 +27,28 @@ from plait.testing.helpers import (
 
 
 def forward_is_weight(case: Case, n_in: int = 7, n_out: int = 5) -> None:
-    """The forward applies weight(), in fp64; a router equals the loop over its terms."""
+    """In fp64 the forward applies weight(), and equals a loop over the terms of a router."""
     model, layer = one_layer(case, n_in, n_out)
     delta: Any = layer.plait_delta["default"]
     x = tiny.numbers(6, n_in)
     base = layer.base_layer(x)
     with torch.no_grad():
-        found = model(x, **task_ids(model, 6)) - base
+        update = model(x, **task_ids(model, 6)) - base
         if not depends_on_input(delta):
-            assert relative(found, x @ delta.weight().T) < 1e-12, "forward is not weight()"
+            assert relative(update, x @ delta.weight().T) < 1e-12, "forward is not weight()"
             assert torch.equal(layer.get_delta_weight("default"), delta.weight())
         for index, choice in enumerate(choices(model) if tasks(model) else []):
             ids = torch.full((6,), index)
             one = model(x, task_ids=ids) - base
             assert relative(one, x @ delta.weight(**choice).T) < 1e-12, f"{choice}: not weight()"
         ids = task_ids(model, 6).get("task_ids")
-        assert relative(found, naive(delta, x, ids)) < 1e-12, "forward is not the loop over terms"
+        assert relative(update, naive(delta, x, ids)) < 1e-12, "forward is not the loop over terms"
 
 
 def fast_is_naive(
     case: Case, n_in: int = 7, n_out: int = 5, rows: int = 3, tiles: Sequence[int] = (1, 2, 7, 20)
 ) -> None:
-    """Outputs and all gradients of the fast form equal autograd through the naive one, fp64."""
+    """In fp64 outputs and gradients of the fast form equal autograd through the naive form."""
     model, layer = one_layer(case, n_in, n_out)
     delta: Any = layer.plait_delta["default"]
     model.train()
@@ -69,12 +69,12 @@ def fast_is_naive(
     for height in tiles if isinstance(delta, DenseDelta) else (None,):
         delta.tile = height
         for form, forward in forms.items():
-            for name, found, wanted in zip(names, run(forward), expected, strict=True):
-                assert relative(found, wanted) < 1e-12, f"{form}, tile {height}: {name} differs"
+            for name, fast, slow in zip(names, run(forward), expected, strict=True):
+                assert relative(fast, slow) < 1e-12, f"{form}, tile {height}: {name} differs"
 
 
 def shapes_are_free(case: Case) -> None:
-    """Inputs of 2, 3 and 4 axes, one token, no row at all."""
+    """Inputs may have 2, 3 or 4 axes, one token, or no row at all."""
     model, _ = one_layer(case, 7, 5)
     model.train()
     x = tiny.numbers(4, 3, 2, 7)
@@ -97,7 +97,7 @@ def shapes_are_free(case: Case) -> None:
 
 
 def rows_are_independent(case: Case) -> None:
-    """A row alone equals the row in a batch; a position does not see later tokens."""
+    """A row does not depend on its batch, a position not on later tokens."""
     model, _ = one_layer(case, 7, 5)
     x = tiny.numbers(4, 3, 7)
     ids = task_ids(model, 4)
@@ -121,15 +121,15 @@ def rows_are_independent(case: Case) -> None:
 
 
 def counts_are_the_formula(case: Case) -> None:
-    """Trainable parameters follow the method's formula; rank(dW) is within rank()."""
+    """The number of trainable parameters is the formula's; the rank of dW is at most rank()."""
     model = wrap(case)
     delta_cls = case.method.delta
     expected = planned(
         (delta_cls, layer.plait_delta["default"].config, layer.in_features, layer.out_features)
         for layer in layers(model)
     )
-    found = sum(p.numel() for p in trained(model).values())
-    assert found == expected, f"{found} parameters train, the formula says {expected}"
+    trainable = sum(p.numel() for p in trained(model).values())
+    assert trainable == expected, f"{trainable} parameters train, the formula says {expected}"
     narrow, layer = one_layer(case, 20, 17, r=2)
     delta: Any = layer.plait_delta["default"]
     for choice in choices(narrow):
