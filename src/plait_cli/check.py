@@ -22,13 +22,16 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Print the report of a config."""
-    from plait.run.check import check
     from plait.run.config import load_config
+
+    cfg = load_config(args.file, args.overrides, import_plugins=True)
+
+    from plait.run.check import check  # loads torch: after the answer to a mistake in the file
     from plait_cli import console
     from plait_cli._show import quiet
 
     with quiet():
-        report = check(load_config(args.file, args.overrides))
+        report = check(cfg)
     render(report, console())
     return 0
 

@@ -1,16 +1,21 @@
-"""`plait federate simulate FILE`, `report RUN ..`, `export RUN OUT`: federated runs."""
+"""`plait federate ACTION`: federated runs, simulated on this machine or on a network.
+
+`_runs` holds what the actions on this machine and on run folders do, `_network` those of a network.
+"""
 
 import argparse
-import shlex
+import importlib
 import sys
-from typing import TYPE_CHECKING
 
-from plait_cli import _deploy
-
-if TYPE_CHECKING:
-    from plait.run.federated.report import Summary
-
-TOO_FEW = 3  # exit code of a round with too few updates
+_FILE = "the config file; the same for the server and all clients, see examples/federated/"
+_MORE = """\
+Three steps make a federation, all with one config file:
+  1  plait federate certs certs --host SERVER --clients a,b     once, anywhere
+  2  plait federate serve FILE                                  on the server; stays
+     plait federate join FILE --client a                        on the machine of client a; stays
+  3  plait federate run FILE                                    on the server, for each run
+`status` shows its progress; `resume` continues it after a stop or a failure.
+"""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:
@@ -22,25 +27,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         "over a network. With a server and clients it takes `certs`, `serve`, `join` and `run`.",
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    simulate_ = actions.add_parser("simulate", help="run all rounds of a config file")
-    simulate_.add_argument("file", help="the config file; see examples/federated/")
-    simulate_.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="set a key of the config"
-    )
-    simulate_.add_argument(
-        "--resume", action="store_true", help="go on after the last checkpoint in output.dir"
-    )
-    report = actions.add_parser("report", help="show finished runs side by side")
-    report.add_argument("runs", nargs="+", help="run folders")
-    report.add_argument("--out", metavar="FOLDER", help="write comparison.md and .png there")
-    export = actions.add_parser("export", help="write the clients' adapters as plain LoRAs")
-    export.add_argument("run_folder", metavar="RUN", help="the run folder")
-    export.add_argument("out", metavar="OUT", help="the folder to write, one folder a client in it")
-    export.add_argument("--client", metavar="NAME", help="this client alone")
-    simulate_.set_defaults(act=lambda args: simulate(args, args.resume))
-    report.set_defaults(act=_report)
-    export.set_defaults(act=_export)
-    for action in (simulate_, report, export, *_deploy.add_actions(actions)):
+    for action in (*_add_runs(actions), *_add_network(actions)):
         action.add_argument(
             "--debug",
             action="store_true",
@@ -51,97 +38,147 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do an action; 3 where a round had too few updates, 130 after Ctrl-C."""
-    return args.act(args)
-
-
-def simulate(args: argparse.Namespace, resume: bool) -> int:
-    """Run all rounds on this machine; 3 where a round had too few updates, 130 after Ctrl-C."""
-    from plait.federated.guard import TooFewUpdates
-    from plait.run.federated import conduct as federate
-    from plait_cli import console
-    from plait_cli._show import Status, quiet
-
-    screen = console()
-    config = federate.load_federate_config(args.file, args.overrides)
-    screen.print(config.dump(), soft_wrap=True)
-    again = shlex.join(["plait", "federate", "simulate", args.file, *args.overrides, "--resume"])
-
+    """Run an action; return 1 if Flower fails, 3 after too few updates, 130 after Ctrl-C."""
+    act = getattr(importlib.import_module(f"plait_cli.{args.module}"), args.action)
     try:
-        with quiet(), Status(screen, "clients") as status:
-            folder = federate.simulate(
-                config,
-                resume,
-                progress=lambda round, done, total, client: status(done, total),
-                done=lambda record: screen.print(str(record), soft_wrap=True),
-            )
-    except TooFewUpdates as error:
-        if args.debug:
+        return act(args)
+    except RuntimeError as error:
+        from plait.run.deploy.deployment import DeployError
+
+        if args.debug or not isinstance(error, DeployError):
             raise
-        print(f"plait federate: {error}\nGo on with: {again}", file=sys.stderr)
-        return TOO_FEW
-    except KeyboardInterrupt:
-        print(f"\nfederate: stopped.\nGo on with: {again}", file=sys.stderr)
-        return 130
-    _show([str(folder.path)])
-    screen.print(f"run folder: {folder.path}", soft_wrap=True)
-    return 0
+        print(f"plait federate {args.action}: {error}", file=sys.stderr)
+        return 1
 
 
-def _report(args: argparse.Namespace) -> int:
-    found = _show(args.runs)
-    if args.out:
-        from plait.run.federated.report import write_comparison
-        from plait_cli import console
+def _add_runs(actions: "argparse._SubParsersAction") -> list[argparse.ArgumentParser]:
+    simulate = actions.add_parser("simulate", help="run all rounds of a config file")
+    simulate.add_argument("file", help="the config file; see examples/federated/")
+    _add_overrides(simulate)
+    simulate.add_argument(
+        "--resume", action="store_true", help="continue after the last checkpoint in output.dir"
+    )
+    report = actions.add_parser("report", help="show finished runs side by side")
+    report.add_argument("runs", nargs="+", help="run folders")
+    report.add_argument("--out", metavar="FOLDER", help="write comparison.md and .png there")
+    export = actions.add_parser("export", help="write the clients' adapters as plain LoRAs")
+    export.add_argument("run_folder", metavar="RUN", help="the run folder")
+    export.add_argument("out", metavar="OUT", help="the folder to write, with a folder per client")
+    export.add_argument("--client", metavar="NAME", help="this client alone")
+    for action in (simulate, report, export):
+        action.set_defaults(module="_runs")
+    return [simulate, report, export]
 
-        out = write_comparison(args.out, found)
-        console().print(f"written: {out}", soft_wrap=True)
-    return 0
+
+def _add_overrides(action: argparse.ArgumentParser) -> None:
+    action.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="set a key of the config"
+    )
 
 
-def _export(args: argparse.Namespace) -> int:
-    from plait.run.federated.export import ClientExport, export_clients
-    from plait_cli._show import quiet
+def _add_network(actions: "argparse._SubParsersAction") -> list[argparse.ArgumentParser]:
+    added = []
 
-    def show(x: ClientExport) -> None:
-        if x.refused:
-            print(f"{x.client}: not exported: {x.refused}")
-            return
-        least, most = x.ranks
-        rank = f"rank {most}" if least == most else f"rank {least} to {most}"
-        print(
-            f"{x.client}: {x.layers} layers, {rank}, {x.error:.2%} of a layer's update left out at "
-            f"most; read back by peft, logits off by {x.logit_error:.2e} of {x.logit_shift:.2e}"
+    def add(name: str, help: str, text: str, module: str = "_network") -> argparse.ArgumentParser:
+        action = actions.add_parser(
+            name,
+            help=help,
+            description=text,
+            epilog=_MORE,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        action.set_defaults(module=module)
+        added.append(action)
+        return action
 
-    with quiet():
-        export_clients(args.run_folder, args.out, args.client, done=show)
-    print(f"written: {args.out}")
-    return 0
+    certs = add(
+        "certs",
+        "make test certificates and the clients' keys",
+        "Make a test CA, the server's certificate and a key pair for each client. The server gets\n"
+        "server.crt, server.key, ca.crt and all .pub files; each client gets ca.crt and its own\n"
+        "key, over a channel that you trust. Keep ca.key to yourself. This CA is for tests and\n"
+        "private networks: its key lies unencrypted in the folder, and no certificate can be\n"
+        "revoked. Existing files are never overwritten.",
+    )
+    certs.add_argument("folder", help="where to put them; deploy.certs of the config file")
+    certs.add_argument(
+        "--host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name or IP address at which clients reach the server; may be given several times. "
+        "Without it only client keys are made",
+    )
+    certs.add_argument(
+        "--clients",
+        default="",
+        metavar="A,B,..",
+        help="names of the clients, as in the config file's partition",
+    )
+    certs.add_argument(
+        "--days", type=int, default=30, help="until the certificates expire (default: 30)"
+    )
 
+    serve = add(
+        "serve",
+        "start the server, which waits for clients and runs",
+        "Start the server (Flower's SuperLink) at deploy.address and accept the clients whose\n"
+        ".pub files are in deploy.certs, also those that are added later. It runs until Ctrl-C.",
+    )
+    serve.add_argument("file", help=_FILE)
+    serve.add_argument(
+        "--bind",
+        metavar="HOST",
+        help="listen on this interface instead of deploy.address, such as 0.0.0.0 behind a router",
+    )
 
-def _show(runs: list[str]) -> "list[Summary]":
-    from dataclasses import asdict
+    join = add(
+        "join",
+        "start a client, which trains when a run asks it to",
+        "Load the model and this client's data, and connect to the server (as a Flower SuperNode\n"
+        "with the client's key). It runs until Ctrl-C, waits for a server that is offline, and\n"
+        "reconnects after a lost connection.",
+    )
+    join.add_argument("file", help=_FILE)
+    join.add_argument("--client", required=True, metavar="NAME", help="which client this is")
+    join.add_argument(
+        "--patience",
+        type=float,
+        metavar="S",
+        help="give up when the server has refused this client for S seconds (default: 90; after a "
+        "crash the server refuses its return for up to 60)",
+    )
 
-    from rich.table import Table
+    run = add(
+        "run",
+        "run all rounds on the clients that have joined",
+        "Submit the run to the server, show its log and wait until it ends. Exit code:\n"
+        "0 completed, 1 failed, 2 config error, 3 too few clients or updates, 130 after Ctrl-C,\n"
+        "which stops the run.",
+    )
+    run.add_argument("file", help=_FILE)
 
-    from plait.run.federated.conduct import load_federate_config
-    from plait.run.federated.report import fault_lines, summary, tables
-    from plait.run.folder import RunFolder
-    from plait_cli import console
+    status = add(
+        "status",
+        "show runs, rounds, clients, rejections and bytes",
+        "Show the runs that the server knows, if it answers, and the rounds, clients, rejections\n"
+        "and bytes recorded in the run folder.",
+        "_runs",
+    )
+    status.add_argument("file", help="the config file, or a run folder", metavar="FILE|DIR")
 
-    screen, found = console(), []
-    for path in runs:
-        folder = RunFolder.open(path)
-        config = load_federate_config(folder.config)
-        found.append(summary(folder, config.federated.method, asdict(config)))
-    for title, head, rows in tables(found):
-        table = Table(*head, title=title)
-        for row in rows:
-            table.add_row(*row)
-        screen.print(table)
-    for s in found:
-        lines = fault_lines(s) + ([f"privacy: {s.privacy}"] if s.privacy else [])
-        for line in lines:
-            screen.print(f"{s.path}: {line}", soft_wrap=True, markup=False)
-    return found
+    resume = add(
+        "resume",
+        "continue after the last checkpoint of the server",
+        "Continue a run after its last checkpoint: on a network as `run` does, or as\n"
+        "`simulate --resume` if the run folder has the private states of a simulation.",
+        "_runs",
+    )
+    resume.add_argument("file", help="the config file, or a run folder", metavar="FILE|DIR")
+    resume.add_argument(
+        "--local", action="store_true", help="simulate, whatever the run folder contains"
+    )
+
+    for action in (serve, join, run, resume):
+        _add_overrides(action)
+    return added

@@ -150,7 +150,7 @@ def test_fresh_starts_are_keyed() -> None:
         for name, x in one.items():
             if name.endswith(("/B", "/B2", "/B_bar")):
                 assert not x.any()
-    with pytest.raises(ValueError, match=r"q_proj cannot be drawn anew: .*A and B are shared by"):
+    with pytest.raises(ValueError, match=r"q_proj cannot be redrawn: .*A and B are shared by"):
         adapter.drawn(wrap(Case("tied")), (0,))
 
 

@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_one_before(
     assert kept.latest(CONFIG).state.round == 1  # type: ignore[union-attr]
     (tmp_path / "round-000001.ckpt").rename(path)
     with pytest.raises(
-        CorruptState, match=r"000002\.ckpt: holds round 1\. Remove it to start anew"
+        CorruptState, match=r"000002\.ckpt: holds round 1\. Remove it to start from the beginning"
     ):
         kept.latest(CONFIG)
     assert issubclass(CorruptState, StateError)

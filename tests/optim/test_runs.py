@@ -14,6 +14,7 @@ from plait.run import train as train_module
 from plait.run.check import check
 from plait.run.config import (
     OptimizerConfig,
+    check_method,
     config_from_dict,
     config_to_dict,
     dump_config,
@@ -174,7 +175,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("raw", "text"), WRONG)
 def test_wrong_sections(raw: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError) as caught:
-        config_from_dict(raw)
+        check_method(config_from_dict(raw))
     assert str(caught.value).startswith(text)
 
 

@@ -56,8 +56,7 @@ client = ClientApp()
 @client.train()
 def train(message, context):
     said = f"{context.node_config['client']} at {context.node_config['trainer']}"
-    answer = {"text": said, "cpu": time.process_time()}
-    return Message(RecordDict({"said": ConfigRecord(answer)}), reply_to=message)
+    return Message(RecordDict({"said": ConfigRecord({"text": said})}), reply_to=message)
 
 
 @server.main()
@@ -79,7 +78,6 @@ def main(grid, context):
     ]
     for reply in grid.send_and_receive(sent, timeout=90):
         print("reply:", reply.content["said"]["text"])
-        print("cpu seconds:", reply.content["said"]["cpu"])
 """
 
 

@@ -32,7 +32,7 @@ StateDict = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Layer:
-    """What a federated method may know of an adapted layer: dW (out, in) of rank r, scaling s."""
+    """What a federated method knows of an adapted layer: dW (out, in) of rank r, scaling s."""
 
     in_features: int
     out_features: int
@@ -93,15 +93,15 @@ def updates_of(model: nn.Module, adapter: str = "default") -> dict[str, tuple[An
             f"federated: the model has no adapter {adapter!r}. Wrap it with get_peft_model first."
         )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    found = {}
+    updates = {}
     for name, layer in base.named_modules():
         update = update_of(layer, adapter)
         if update is not None:
-            found[name] = (layer, update)
-    if not found:
+            updates[name] = (layer, update)
+    if not updates:
         reason = refusal(configs[adapter]) or "it adapts no linear layer"
         raise ValueError(f"federated: adapter {adapter!r}: {reason}.")
-    return found
+    return updates
 
 
 def layers_of(model: nn.Module, adapter: str = "default") -> dict[str, Layer]:
@@ -114,7 +114,7 @@ def layers_of(model: nn.Module, adapter: str = "default") -> dict[str, Layer]:
 
 
 def screened(model: nn.Module, adapter: str = "default") -> tuple[str, ...]:
-    """Names of parameters that a 0/1 mask of the client's own acts on."""
+    """Names of parameters on which a 0/1 mask of the client acts."""
     names: set[str] = set()
     for _, update in updates_of(model, adapter).values():
         gates = update.gates if isinstance(update, Delta) else []
@@ -215,10 +215,10 @@ def write(model: nn.Module, state: Mapping[str, Tensor], adapter: str = "default
             ) from None
 
 
-def _same_keys(wanted: set[str], given: set[str]) -> None:
-    apart = sorted(wanted ^ given)
+def _same_keys(expected: set[str], actual: set[str]) -> None:
+    apart = sorted(expected ^ actual)
     if apart:
-        side = "missing" if apart[0] in wanted else "unknown"
+        side = "missing" if apart[0] in expected else "unknown"
         raise ValueError(
             f"federated: {apart[0]} is {side} in the state (and {len(apart) - 1} more differ). "
             "Give a whole state, as read(model) returns it."
@@ -229,25 +229,25 @@ def _same_keys(wanted: set[str], given: set[str]) -> None:
 def drawn(model: nn.Module, key: Iterable[object], adapter: str = "default") -> StateDict:
     """A fresh start of the adapter, from generators keyed by `key` and the layer's name.
 
-    LoRA: A at U(-1, 1) / sqrt(in), B = 0, the draws of a chain's new link. A Delta: its own start.
-    What trains outside the adapted layers has no start of its own and is left out.
+    LoRA: A at U(-1, 1) / sqrt(in), B = 0, drawn as a chain draws a new link. A Delta: the start of
+    its method. What trains outside the adapted layers has no such start and is left out.
 
     Raises:
-        ValueError: the Delta cannot start anew by itself, with the reason.
+        ValueError: the Delta cannot be redrawn, with the reason.
     """
-    key, found = tuple(key), {}
+    key, start_state = tuple(key), {}
     for name, (layer, update) in updates_of(model, adapter).items():
         gen = seeded(*key, name)
         if isinstance(update, Delta):
             if update.no_restart:
-                raise ValueError(f"federated: {name} cannot be drawn anew: {update.no_restart}.")
+                raise ValueError(f"federated: {name} cannot be redrawn: {update.no_restart}.")
             start = type(update)(update.base, update.config, gen).to(update.base.dtype)
-            found |= {f"{name}/{n}": _copy(t) for n, t in start.state_dict().items()}
+            start_state |= {f"{name}/{n}": _copy(t) for n, t in start.state_dict().items()}
         else:
             factors: Any = factors_of(layer, adapter)
-            found[f"{name}/A"] = kaiming(gen, *factors.A.shape).to(factors.A.dtype)
-            found[f"{name}/B"] = torch.zeros(factors.B.shape, dtype=factors.B.dtype)
-    return found
+            start_state[f"{name}/A"] = kaiming(gen, *factors.A.shape).to(factors.A.dtype)
+            start_state[f"{name}/B"] = torch.zeros(factors.B.shape, dtype=factors.B.dtype)
+    return start_state
 
 
 def set_trunk(

@@ -1,12 +1,12 @@
 """The clients' side: adapters on one base model, private states, local training, answers.
 
     order  ->  put the round's start into the model  ->  train  ->  store what is private
-           ->  measure, where the order asks for it  ->  reply
+           ->  measure, if the order asks for it  ->  reply
 
-A `Roster` holds the models: clients of one adapter config share a model, whose adapter is swapped,
-and models share the frozen weights of the base. A `Site` answers for all clients of a machine, or
-for one. Everything random is keyed by (seed, round, client), so an order that is answered again
-gives the same bits (on the CPU, with the same libraries and the same number of threads).
+A `Roster` holds the models: clients with the same adapter config share a model whose adapter is
+swapped, and all models share the frozen weights of the base. A `Site` answers for all clients of a
+machine, or for one. Everything random is keyed by (seed, round, client), so an order that is
+answered twice gives the same bits (on the CPU, with the same libraries and number of threads).
 
 Limits: each round starts a new optimizer. A site answers one order at a time.
 """
@@ -38,9 +38,9 @@ _TRUNK = "trunk:"  # before the keys of a client's trunk among its private tenso
 
 @dataclass(frozen=True)
 class Trained:
-    """What a client says of its local training.
+    """What a client reports of its local training.
 
-    examples: training examples, its weight in the mean. metrics: such as the mean loss.
+    examples: number of training examples, its weight in the mean. metrics: such as the mean loss.
     """
 
     examples: int
@@ -53,7 +53,7 @@ Evaluate = Callable[[nn.Module, str], Mapping[str, Any]]  # (model, client) -> m
 
 @dataclass
 class _Kind:
-    """Clients of one adapter config: their model, its first state, and what it declares."""
+    """Clients with the same adapter config: their model, its first state, what it declares."""
 
     model: nn.Module
     first: StateDict
@@ -69,7 +69,7 @@ class Roster:
         method: of `plait.federated.algorithm`.
 
     Raises:
-        ValueError: adapters that the method cannot federate, or a name that cannot be one.
+        ValueError: the method cannot federate an adapter, or a name cannot name a file.
     """
 
     def __init__(
@@ -90,14 +90,14 @@ class Roster:
 
     def _kind(self, base: nn.Module, config: PeftConfig) -> _Kind:
         # The copy has its own modules and the base's own parameters: W0 is in memory once.
-        own = copy.deepcopy(base, {id(p): p for p in base.parameters()})
-        wanted = copy.deepcopy(config)
-        if isinstance(wanted, LoraConfig) and wanted.init_lora_weights is not True:
+        copied = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+        adapter = copy.deepcopy(config)
+        if isinstance(adapter, LoraConfig) and adapter.init_lora_weights is not True:
             raise ValueError(
-                f"federated: init_lora_weights = {wanted.init_lora_weights!r}: clients start at "
+                f"federated: init_lora_weights = {adapter.init_lora_weights!r}: clients start at "
                 "draws keyed by the method's seed. Use True."
             )
-        model: Any = get_peft_model(own, wanted)  # type: ignore[arg-type]
+        model: Any = get_peft_model(copied, adapter)  # type: ignore[arg-type]
         if any(p.requires_grad for p in base.parameters()):
             raise ValueError(
                 "federated: the adapter trains a weight of the base model (bias), and clients "
@@ -106,12 +106,12 @@ class Roster:
         self.method.check_model(model)
         adapters.freeze(model, self.method.frozen)
         first = adapters.read(model)
-        if isinstance(wanted, LoraConfig):  # upstream draws from the global generator
+        if isinstance(adapter, LoraConfig):  # upstream draws from the global generator
             first |= adapters.drawn(model, (self.method.seed, 0))
         return _Kind(model, first, Client.of("", model))
 
     def model(self, client: str) -> nn.Module:
-        """The model that a client shares with all others of its config."""
+        """The model that a client shares with all others that have its config."""
         return self._of[client].model
 
     def first(self, client: str) -> StateDict:
@@ -143,12 +143,12 @@ class Site:
 
     Args:
         roster: the clients.
-        train: a client's local training, on the model it is given; see `LocalTraining`. What it
-            raises is a failed reply of that client.
+        train: a client's local training of the model; see `LocalTraining`. Its exceptions become
+            failed replies of that client.
         folder: of the private states.
-        run: the name of the run. seed: of what is random in training.
-        evaluate: measures a client's model; it changes no weight and draws nothing. None: orders to
-            evaluate fail.
+        run: the name of the run. seed: of randomness in training.
+        evaluate: measures a client's model; it changes no weight and draws no random number. None:
+            orders to evaluate fail.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Site:
         self.folder, self.run, self.seed = Path(folder), check_name("run", run), seed
 
     def answer(self, order: bytes) -> bytes:
-        """Do what an order says; every fault becomes a reply that tells of it."""
+        """Carry out an order; every fault becomes a reply that reports it."""
         started, name = time.monotonic(), ""
         try:
             asked, down = Order.unpack(order)
@@ -178,7 +178,7 @@ class Site:
             else:
                 reply = self._train(asked, down)
         except Exception as error:
-            reply = Reply(name, failed=_told(error))
+            reply = Reply(name, failed=_describe(error))
         return replace(reply, seconds=time.monotonic() - started).pack()
 
     def put(self, order: Order, down: StateDict) -> tuple[nn.Module, StateDict]:
@@ -188,7 +188,7 @@ class Site:
             The model, valid until the next call, and the client's trunk.
 
         Raises:
-            ValueError: the order is for another run, another config or a client that is not here.
+            ValueError: the order is for another run, another config or an unknown client.
             StateError: the generation that it names is missing or damaged.
         """
         name, roster = order.client, self.roster
@@ -244,7 +244,7 @@ class Site:
             trained = self.train(model, name, order.round)
         local, declared = adapters.read(model), self.roster.clients[name]
         private = method.private(local, declared)
-        for key, x in private.items():  # the server does not see them, and all rounds start there
+        for key, x in private.items():  # the server cannot see them, and every round starts there
             if not torch.isfinite(x).all():
                 raise FloatingPointError(
                     f"{key}, which stays on the client, has NaN or infinite values after training. "
@@ -265,11 +265,11 @@ class Site:
         )
         upload = pack(header, method.payload_up(local, declared))
         held_out: dict[str, Any] = {}
-        if order.measure:  # the upload is made: measuring neither changes nor loses it
+        if order.measure:  # the upload is packed: measuring cannot change it
             try:
                 held_out = self._measured(model, name)
             except Exception as error:
-                held_out = {"failed": _told(error)}
+                held_out = {"failed": _describe(error)}
         return Reply(name, upload, dict(trained.metrics), held_out)
 
 
@@ -286,7 +286,7 @@ def stored(folder: str | Path, run: str, client: str, round: int) -> StateDict:
     return {k: x for k, x in saved.items() if not k.startswith(_TRUNK)}
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -302,7 +302,7 @@ def _described(config: PeftConfig) -> str:
 
 @contextmanager
 def keyed_randomness(*key: object) -> Iterator[None]:
-    """The global generators, as dropout uses them, at a state of their own; put back after."""
+    """Seed the global generators, which dropout uses, by a key; restore them afterwards."""
     gen = seeded(*key)
     with torch.random.fork_rng():
         torch.set_rng_state(gen.get_state())
@@ -390,7 +390,7 @@ class LocalTraining(LocalOptions):
         return Trained(len(self.rows[client]), {"loss": total / steps, "steps": steps})
 
     def _batches(self, client: str, round: int) -> Iterator[Mapping[str, Tensor]]:
-        """Batches without end, each pass in an order of its own."""
+        """Endless batches; each pass over the rows has its own order."""
         rows, gen = self.rows[client], seeded(self.seed, "rows", round, client)
         while True:
             order = torch.randperm(len(rows), generator=gen).tolist()

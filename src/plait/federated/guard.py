@@ -1,18 +1,19 @@
-"""The guard: which updates enter a round, with what weight, and means that bear bad ones.
+"""The guard: which updates enter a round, with what weight, and robust averages.
 
-    norm filter     with 3 or more updates, those whose norm is above max_norm_ratio x the median
-    counts          n_i is capped at max_count_ratio x the lower median of the claimed ones
-    quarantine      a client with quarantine_after rejections stays out
+    norm filter     rejects, of 3 or more updates, norms above max_norm_ratio x the median
+    counts          n_i is capped at max_count_ratio x the lower median of the claimed counts
+    quarantine      a client with quarantine_after rejections is excluded
     median          of each number over the clients            unweighted
     trimmed_mean    of each number, without the `trim` share at either end   unweighted
     krum            the update with the least sum of squared distances to its n - f - 2 nearest
     multi_krum      the mean of the n - f updates with the least sums     unweighted
 
-Blanchard et al. 2017 (Krum), Yin et al. 2018 (median, trimmed mean). The robust means need all
-updates in memory and equal shapes; they ignore n_i, so that no claim moves them.
+Blanchard et al. 2017 (Krum), Yin et al. 2018 (median, trimmed mean). The robust averages need all
+updates in memory and equal shapes; they ignore n_i, so that false claims have no effect.
 
-Limits: a norm filter sees scaled updates and not flipped ones; the robust means bear flipped ones
-and bias honest clients with unlike data. None of it bears a majority of bad clients.
+Limits: a norm filter detects scaled updates but not sign-flipped ones; the robust averages tolerate
+these, and bias the mean if honest clients have dissimilar data. Neither tolerates a malicious
+majority.
 """
 
 import math
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from plait.core.config import did_you_mean
 from plait.federated.adapter import StateDict
-from plait.federated.methods import Algorithm, Mean, Updates, weighted_mean
+from plait.federated.methods import ALGORITHMS, Algorithm, Mean, Updates, weighted_mean
 from plait.federated.payload import Reason, Rejected
 
 FEW = 3  # updates from which on a norm filter has a median to compare with
@@ -38,7 +39,7 @@ _TRANSPORT = frozenset(
 
 
 class TooFewUpdates(RuntimeError):
-    """A round that ends with fewer accepted updates than it needs."""
+    """A round has fewer accepted updates than it needs."""
 
 
 # Means ------------------------------------------------------------------------------------------
@@ -53,11 +54,11 @@ def _stacks(updates: Updates) -> dict[str, Tensor]:
 
 def median(updates: Updates, weights: Mapping[str, float], reference: StateDict) -> StateDict:
     """The median of each number over the clients; the mean of the middle two for an even count."""
-    found = {}
+    medians = {}
     for key, x in _stacks(updates).items():
         ordered, n = x.sort(0).values, len(x)
-        found[key] = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
-    return found
+        medians[key] = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    return medians
 
 
 def trimmed_mean(
@@ -86,12 +87,12 @@ def krum(
     faulty: int = 1,
     multi: bool = False,
 ) -> StateDict:
-    """The one update that is nearest to its n - faulty - 2 nearest others; ties by client id.
+    """The update with the least distance to its n - faulty - 2 nearest others; ties by client id.
 
-    multi: the mean of the n - faulty best ones.
+    multi: the mean of the n - faulty best updates instead.
 
     Raises:
-        ValueError: fewer than 2 faulty + 3 updates, for which Krum promises nothing.
+        ValueError: fewer than 2 faulty + 3 updates, for which Krum guarantees nothing.
     """
     n = len(updates)
     if n < 2 * faulty + 3:
@@ -120,8 +121,8 @@ class GuardOptions:
 
     max_norm_ratio: of the norm filter. max_count_ratio: cap of claimed examples. aggregator: one of
     AGGREGATORS. trim: of trimmed_mean, a share. faulty: of krum, a number of clients.
-    quarantine_after: rejections after which a client stays out. min_updates: least accepted updates
-    of a round.
+    quarantine_after: rejections after which a client is excluded. min_updates: how many accepted
+    updates a round needs.
     """
 
     max_norm_ratio: float = 10.0
@@ -151,13 +152,13 @@ class GuardOptions:
         """The mean that a method uses under these options.
 
         Raises:
-            ValueError: a robust mean, and the method has none to replace.
+            ValueError: a robust average, for a method whose mean cannot be replaced.
         """
         if self.aggregator != "mean" and not method.robust:
+            robust = [key for key, cls in ALGORITHMS.items() if cls.robust]
             raise ValueError(
                 f"guard.aggregator = {self.aggregator!r}: {method.key} does not average one "
-                "payload shape. Use 'mean', or one of fedit, ffa, fedsa, fedalora, fedalora_het, "
-                "fedavg."
+                f"payload shape. Use 'mean', or one of {', '.join(robust)}."
             )
         means: dict[str, Mean] = {
             "mean": weighted_mean,
@@ -171,7 +172,7 @@ class GuardOptions:
 
 @dataclass
 class Guard:
-    """The rejections of a run, and the decisions that need all updates of a round.
+    """Counts the rejections of a run, and decides what depends on all updates of a round.
 
     options: see GuardOptions. rejections: client -> reason -> how often; the server saves it.
     """
@@ -180,14 +181,14 @@ class Guard:
     rejections: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def count(self, rejected: Rejected) -> None:
-        """Note a rejection, under the client that the transport named."""
-        own = self.rejections.setdefault(rejected.client, {})
-        own[rejected.reason.value] = own.get(rejected.reason.value, 0) + 1
+        """Count a rejection for the client that the transport named."""
+        reasons = self.rejections.setdefault(rejected.client, {})
+        reasons[rejected.reason.value] = reasons.get(rejected.reason.value, 0) + 1
 
     def quarantined(self, client: str) -> bool:
-        """Whether a client stays out: what it computed was rejected too often."""
-        own = self.rejections.get(client, {})
-        faults = sum(n for reason, n in own.items() if Reason(reason) not in _TRANSPORT)
+        """Whether a client is excluded, because its updates were rejected too often."""
+        reasons = self.rejections.get(client, {})
+        faults = sum(n for reason, n in reasons.items() if Reason(reason) not in _TRANSPORT)
         return faults >= self.options.quarantine_after
 
     def quarantine(self, client: str) -> Rejected:
@@ -196,30 +197,30 @@ class Guard:
         return Rejected(Reason.QUARANTINED, client, text)
 
     def screen(self, sizes: Mapping[str, float]) -> dict[str, Rejected]:
-        """Client -> rejection, of the updates that passed the checks of the payload.
+        """Client -> rejection, among the updates that passed the checks of the payload.
 
-        A quarantined client is out whatever it sends, and does not move the median.
+        A quarantined client is rejected whatever it sends, and does not affect the median.
 
         Args:
             sizes: client -> norm of its update, `Algorithm.size`.
         """
         free = [n for client, n in sizes.items() if not self.quarantined(client)]
         middle = statistics.median(free) if len(free) >= FEW else 0.0
-        found = {}
+        rejections = {}
         for client in sorted(sizes):
             size, limit = sizes[client], self.options.max_norm_ratio * middle
             if middle and not size <= limit:
                 text = f"norm {size:.4g}, above {self.options.max_norm_ratio:g} x the median "
                 text += f"{middle:.4g} of {len(free)} updates"
-                found[client] = Rejected(Reason.NORM_OUTLIER, client, text)
+                rejections[client] = Rejected(Reason.NORM_OUTLIER, client, text)
             elif self.quarantined(client):
-                found[client] = self.quarantine(client)
-        return found
+                rejections[client] = self.quarantine(client)
+        return rejections
 
     def counts(self, claimed: Mapping[str, int]) -> dict[str, int]:
-        """The claimed numbers of examples, none above the cap.
+        """The claimed numbers of examples, capped by their lower median.
 
-        The lower median: of two clients, the smaller claim counts.
+        Of two clients, the smaller claim is that median.
         """
         if not claimed:
             return {}
@@ -227,7 +228,7 @@ class Guard:
         return {client: n if n <= cap else int(cap) for client, n in claimed.items()}
 
     def require(self, accepted: Iterable[str], round: int) -> None:
-        """Refuse a round with too few updates.
+        """Raise if a round has too few updates.
 
         Raises:
             TooFewUpdates: fewer than min_updates, with the reasons counted so far.
@@ -236,12 +237,12 @@ class Guard:
         if number >= self.options.min_updates:
             return
         reasons: dict[str, int] = {}
-        for own in self.rejections.values():
-            for reason, n in own.items():
+        for by_reason in self.rejections.values():
+            for reason, n in by_reason.items():
                 reasons[reason] = reasons.get(reason, 0) + n
         text = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items())) or "none"
         raise TooFewUpdates(
             f"round {round}: {number} updates were accepted, {self.options.min_updates} are needed "
-            f"(rejections of the run: {text}). Look after the clients, or lower "
+            f"(rejections of the run: {text}). Check the clients, or lower "
             "guard.min_updates."
         )

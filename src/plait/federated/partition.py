@@ -3,12 +3,12 @@
     iid         rows shuffled, dealt out evenly
     dirichlet   each value of a column is split by p ~ Dirichlet(alpha, .., alpha) over the clients
     by_column   one client for each value of a column, such as a user or a task
-    shards      rows sorted by a column, cut into shards, so many drawn for each client
+    shards      rows sorted by a column and cut into shards; each client draws some of them
     files       one client for each file, named by its stem
 
-A partition maps client names to sorted row numbers; each row stands exactly once. It depends on its
-arguments and the seed alone: the same on every machine and for any number of workers, as long as
-numpy keeps its streams; save the result beside a run that has to be repeated for years.
+A partition maps client names to sorted row indices; each row occurs exactly once. It depends only
+on its arguments and the seed: it is the same on every machine and for any number of workers, as
+long as numpy keeps its random streams. Save it with a run that must be reproducible for years.
 """
 
 import math
@@ -29,10 +29,10 @@ _TRIES = 100  # draws of a Dirichlet split until every client has its least numb
 
 
 def names_of(clients: int | Sequence[str]) -> list[str]:
-    """Client names: those given, or client-0, client-1, .. with leading zeros.
+    """Client names: the names themselves, or client-0, client-1, .. with leading zeros.
 
     Raises:
-        ValueError: no client, a name twice, or one that cannot name a file.
+        ValueError: no client, a duplicate name, or one that cannot name a file.
     """
     if isinstance(clients, int):
         if clients < 1:
@@ -70,10 +70,10 @@ def dirichlet(
     Args:
         labels: the column, one value a row. clients: number or names. alpha: above 0; 0.1 to 1 is
             usual. seed: of the draws.
-        min_rows: least rows of a client; the split is drawn anew, up to 100 times, until it holds.
+        min_rows: least rows of a client; the split is redrawn up to 100 times until all have them.
 
     Raises:
-        ValueError: alpha that is not positive, or a least size that no draw gave.
+        ValueError: alpha is not positive, or no draw gave every client min_rows.
     """
     names = names_of(clients)
     if not (alpha > 0 and math.isfinite(alpha)):
@@ -81,15 +81,15 @@ def dirichlet(
     _enough(len(labels), len(names) * min_rows, min_rows)
     random, groups = _random("dirichlet", seed), _groups(labels)
     for _ in range(_TRIES):
-        found: Partition = {name: [] for name in names}
+        partition: Partition = {name: [] for name in names}
         for rows in groups.values():
             order = random.permutation(rows)
             shares = random.dirichlet([alpha] * len(names))
             cuts = (np.cumsum(shares)[:-1] * len(rows)).round().astype(int)
             for name, part in zip(names, np.split(order, cuts), strict=True):
-                found[name] += map(int, part)
-        if min(map(len, found.values())) >= min_rows:
-            return {name: sorted(rows) for name, rows in found.items()}
+                partition[name] += map(int, part)
+        if min(map(len, partition.values())) >= min_rows:
+            return {name: sorted(rows) for name, rows in partition.items()}
     raise ValueError(
         f"partition: no Dirichlet split in {_TRIES} draws gave each of {len(names)} clients "
         f"{min_rows} of {len(labels)} rows with alpha = {alpha}. Raise alpha, lower min_rows or "
@@ -103,17 +103,17 @@ def by_column(values: Sequence[Hashable]) -> Partition:
     Raises:
         ValueError: no row, or a value that cannot be a name, or two values of one name.
     """
-    found: Partition = {}
+    partition: Partition = {}
     for value, rows in _groups(values).items():
         name = check_name("partition.by_column: client", str(value))
-        if name in found:
+        if name in partition:
             raise ValueError(
                 f"partition: two values of the column are written {name!r}. Make them one type."
             )
-        found[name] = rows
-    if not found:
+        partition[name] = rows
+    if not partition:
         raise ValueError("partition: by_column of no rows. Give a data set.")
-    return found
+    return partition
 
 
 def shards(
@@ -147,19 +147,19 @@ def files(paths: Sequence[str | Path]) -> dict[str, Path]:
         ValueError: no file, or two of one stem.
         FileNotFoundError: a file is missing.
     """
-    found: dict[str, Path] = {}
+    paths_of: dict[str, Path] = {}
     for path in map(Path, paths):
         name = check_name("partition.files: client", path.stem)
-        if name in found:
+        if name in paths_of:
             raise ValueError(
-                f"partition: {found[name]} and {path} would both be client {name!r}. Rename one."
+                f"partition: {paths_of[name]} and {path} would both be client {name!r}. Rename one."
             )
         if not path.is_file():
             raise FileNotFoundError(f"partition: {path} is missing. Give one file for each client.")
-        found[name] = path
-    if not found:
+        paths_of[name] = path
+    if not paths_of:
         raise ValueError("partition: no files. Give one for each client.")
-    return found
+    return paths_of
 
 
 def split(
@@ -197,7 +197,7 @@ def histogram(
     """Client -> label -> rows, labels in one order for all, for a table."""
     known = list(_groups(labels))
     counts = {name: Counter(labels[row] for row in rows) for name, rows in partition.items()}
-    return {name: {label: own[label] for label in known} for name, own in counts.items()}
+    return {name: {label: counted[label] for label in known} for name, counted in counts.items()}
 
 
 def select(
@@ -234,10 +234,10 @@ def _random(kind: str, seed: object) -> np.random.Generator:
 
 def _groups(values: Sequence[Hashable]) -> dict[Hashable, list[int]]:
     """Value -> its rows, values in the order of their text."""
-    found: dict[Hashable, list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for row, value in enumerate(values):
-        found.setdefault(value, []).append(row)
-    return {value: found[value] for value in sorted(found, key=lambda v: (str(v), str(type(v))))}
+        groups.setdefault(value, []).append(row)
+    return {value: groups[value] for value in sorted(groups, key=lambda v: (str(v), str(type(v))))}
 
 
 def _enough(rows: int, least: int, each: int = 1) -> None:

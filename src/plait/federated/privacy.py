@@ -27,7 +27,7 @@ from torch import Tensor
 
 from plait.federated.adapter import StateDict
 from plait.federated.guard import GuardOptions
-from plait.federated.methods import Algorithm, FedALoraHet, Mean, Updates, norm
+from plait.federated.methods import ALGORITHMS, Algorithm, FedALoraHet, Mean, Updates, norm
 
 # Orders of the Renyi divergence; the best one is reported.
 ORDERS: list[float] = [
@@ -62,9 +62,9 @@ def gaussian_noise(key: str, round: int, name: str, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PrivacyReport:
-    """(epsilon, delta) of a run so far, and all that it rests on.
+    """(epsilon, delta) of a run so far, and the quantities that it follows from.
 
-    epsilon: for the stated delta. order: of the divergence that gave it. clip, noise: C and z.
+    epsilon: for the stated delta. order: of the divergence that gives it. clip, noise: C and z.
     rate: probability that a client takes part. clients: n. rounds: with noise, failed ones
     included.
     """
@@ -88,12 +88,12 @@ class PrivacyReport:
 
 @dataclass(frozen=True)
 class Privacy:
-    """Options.
+    """Options of differential privacy.
 
     clip: C. noise: z, the standard deviation of the noise in units of C. delta: below 1 / n.
-    key: secret of the noise, 16 characters or more. A `Server` joins it with the hash of its
-        config, so runs of one secret draw noises of their own. Two runs of one config draw the
-        same: give each its own secret where their data differ.
+    key: secret behind the noise, 16 characters or more. A `Server` joins it with the hash of its
+        config, so runs that share a secret draw different noise. Two runs of one config draw the
+        same noise: if their data differ, give each its own secret.
     """
 
     clip: float
@@ -113,20 +113,21 @@ class Privacy:
             raise ValueError(f"privacy.delta = {self.delta}. Give a probability, such as 1e-5.")
         if len(self.key) < 16:
             raise ValueError(
-                f"privacy.key has {len(self.key)} characters: who guesses it takes the noise off. "
-                "Give 16 or more, such as secrets.token_hex(16)."
+                f"privacy.key has {len(self.key)} characters: whoever guesses it can subtract "
+                "the noise. Give 16 or more, such as secrets.token_hex(16)."
             )
 
     def check(self, method: Algorithm, guard: GuardOptions, clients: int) -> None:
-        """Refuse what the guarantee does not cover.
+        """Raise for a setting that the guarantee does not cover.
 
         Raises:
             ValueError: with the reason.
         """
         if not method.robust:
+            robust = [key for key, cls in ALGORITHMS.items() if cls.robust]
             raise ValueError(
                 f"privacy: {method.key} does not average one payload shape, so no norm bounds what "
-                "a client changes. Use fedit, ffa, fedsa, fedalora, fedalora_het or fedavg."
+                f"a client changes. Use one of {', '.join(robust)}."
             )
         if isinstance(method, FedALoraHet) and method.payload != "product":
             raise ValueError(
@@ -150,7 +151,7 @@ class Privacy:
             )
 
     def mean(self, expected: float, round: int) -> Mean:
-        """The private mean of a round, in place of the weighted one.
+        """The private mean of a round, which replaces the weighted mean.
 
         Args:
             expected: q n, the expected number of clients. round: 1, 2, ...
@@ -165,17 +166,17 @@ class Privacy:
                 change = {key: update[key].double() - x.double() for key, x in reference.items()}
                 for key, x in clip(change, self.clip).items():
                     total[key] += x
-            found = {}
+            average = {}
             for key, x in reference.items():
                 noise = self.noise * self.clip * gaussian_noise(self.key, round, key, total[key])
                 wide = torch.promote_types(x.dtype, torch.float32)
-                found[key] = (x.double() + (total[key] + noise) / expected).to(wide)
-            return found
+                average[key] = (x.double() + (total[key] + noise) / expected).to(wide)
+            return average
 
         return private
 
     def report(self, rate: float, clients: int, rounds: int) -> PrivacyReport:
-        """(epsilon, delta) after so many rounds.
+        """(epsilon, delta) after a number of rounds.
 
         Args:
             rate: q, probability that a client takes part. clients: n. rounds: noised so far.

@@ -1,12 +1,12 @@
-"""What a server and its clients say to each other: an order and its reply, both plain bytes.
+"""What a server and its clients exchange: an order and its reply, both plain bytes.
 
     order    a frame of `payload`: JSON header (`Order`), tensors of the method's `payload_down`
     reply    4 bytes length, JSON (`Reply` without the upload), the upload, b"" without one
 
-A client is a function from an order to a reply; what carries the bytes is an `Exchange`: a loop in
-this process, worker processes, or a network. It looks at neither, and gives a reply for each order:
-where none came, one that says why (`failure`). So a fault of a client, of its machine or of the
-wire is a line in the round's record, and never the end of a run.
+A client is a function from an order to a reply. An `Exchange` carries the bytes: a loop in this
+process, worker processes, or a network. It reads neither, and yields a reply for each order: if
+none came, one that says why (`failure`). So a fault of a client, of its machine or of the
+connection is a line in the round's record, and never ends a run.
 """
 
 import json
@@ -29,10 +29,10 @@ Exchange = Callable[[Mapping[str, bytes]], Iterable[tuple[str, bytes]]]
 class Order:
     """What a client is to do.
 
-    kind: "hello" asks for the client's name alone. run: its name. round: 1, 2, ... client: whom it
-    is for. generation: the private state to start from, 0: the first one. dtype: of the upload.
-    config: digest of the method and the client's adapter, which both sides must have alike.
-    measure: after training, take held-out metrics of the client's own model, too.
+    kind: "hello" asks for the client's name alone. run: its name. round: 1, 2, ... client: the
+    receiver. generation: the private state to start from, 0: the first one. dtype: of the upload.
+    config: digest of the method and the client's adapter, which must be the same on both sides.
+    measure: after training, also take held-out metrics of the client's own model.
     """
 
     kind: Kind
@@ -45,7 +45,7 @@ class Order:
     measure: bool = False
 
     def pack(self, tensors: StateDict | None = None) -> bytes:
-        """The order as bytes, with what the client gets."""
+        """The order as bytes, with the tensors for the client."""
         return pack_tensors(asdict(self), tensors or {})
 
     @classmethod
@@ -53,7 +53,7 @@ class Order:
         """Read an order.
 
         Raises:
-            CorruptFrame: damaged, or no order.
+            CorruptFrame: it is damaged, or not an order.
         """
         header, tensors = unpack_tensors(data)
         try:
@@ -64,12 +64,12 @@ class Order:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client says.
+    """What a client answers.
 
-    client: its name. upload: as `payload.pack` made it, b"" without one. metrics: of its training
-    or evaluation. held_out: of its own model after training, where the order asks for them; their
-    `failed` says what went wrong with that alone. seconds: that it took. failed: what went wrong,
-    "" for nothing.
+    client: its name. upload: as packed by `payload.pack`, b"" without one. metrics: of training or
+    evaluation. held_out: metrics of its own model after training, if the order asks for them; the
+    key `failed` holds the error of that measurement alone. seconds: that the order took. failed:
+    the error, "" for none.
     """
 
     client: str
@@ -88,10 +88,10 @@ class Reply:
 
     @classmethod
     def unpack(cls, data: bytes) -> "Reply":
-        """Read a reply; nothing in it is trusted, the upload is checked by `payload.unpack`.
+        """Read a reply without trusting it; `payload.unpack` checks the upload.
 
         Raises:
-            CorruptFrame: damaged, or no reply.
+            CorruptFrame: it is damaged, or not a reply.
         """
         length = int.from_bytes(data[:_LENGTH], "big")
         try:
@@ -108,5 +108,5 @@ class Reply:
 
 
 def failure(client: str, text: str) -> bytes:
-    """The reply that stands for one that did not come."""
+    """The reply in place of one that did not come."""
     return Reply(client, failed=text).pack()

@@ -5,10 +5,9 @@
            -> checkpoint -> next round
 
 The server trains nothing and opens no connection: an `Exchange` carries the orders to the clients
-and brings what they reply. The order in which replies come changes no bit. Accepted uploads wait on
-the disk, and a mean reads one at a time. What a client or its machine does wrong is noted in the
-round's record; a round with too few good updates is run again up to `retries` times, then it is an
-error.
+and their replies back. The order in which replies arrive changes no bit. Accepted uploads wait on
+the disk, and a mean reads one at a time. Faults of a client or its machine are noted in the round's
+record; a round with too few good updates is retried up to `retries` times, then it is an error.
 
 Limits: downloads are fp32, whatever the dtype of the uploads.
 """
@@ -26,8 +25,6 @@ from plait.federated.adapter import StateDict
 from plait.federated.client import Roster
 from plait.federated.guard import Guard, GuardOptions, TooFewUpdates
 from plait.federated.methods import (
-    FedEx,
-    FedIt,
     Mapped,
     Mean,
     State,
@@ -57,8 +54,8 @@ class ServerOptions:
     """Options of a run.
 
     run: its name. rounds: of the whole run. fraction: share of the clients in a round. seed: of
-    the selection and of what is random in training. dtype: of the uploads. guard: see there.
-    keep: server checkpoints. retries: of a round with too few updates.
+    the selection and of randomness in training. dtype: of the uploads. guard: see there.
+    keep: number of server checkpoints. retries: of a round with too few updates.
     """
 
     run: str = "run"
@@ -106,12 +103,12 @@ class RoundRecord:
     """What happened in a round.
 
     round: 1, 2, ... selected, accepted: clients. metrics: client -> what its training returned.
-    held_out: accepted client -> metrics of its own model right after its training, where they were
-    asked for; `failed` -> why there are none. weights: client -> w_i. capped: clients whose claimed
-    examples were cut by the guard. rejected: (client, reason, text), in the order of the clients.
-    failed: client -> what went wrong there. traffic: client -> bytes. aggregation_error: layer ->
-    of fedit's mean, where A and B are sent with one rank. similarity: of the clients' factors, see
-    `factor_similarity`. seconds: client -> of its reply, by its own clock.
+    held_out: accepted client -> metrics of its own model right after its training, if requested;
+    `failed` -> why there are none. weights: client -> w_i. capped: clients whose claimed examples
+    the guard capped. rejected: (client, reason, text), in the order of the clients. failed: client
+    -> its error. traffic: client -> bytes. aggregation_error: layer -> that of averaging A and B
+    separately, for methods that do. similarity: of the clients' factors, see `factor_similarity`.
+    seconds: client -> of its reply, by its own clock.
     """
 
     round: int
@@ -150,15 +147,15 @@ class Server:
         folder: for the checkpoints and the uploads of the round.
         options: see ServerOptions.
         facts: what else decides the result, such as the data; a resumed run must have the same.
-        resume: go on from the newest checkpoint; from the start where there is none.
+        resume: continue from the newest checkpoint, or from the start if there is none.
         privacy: clip and noise the updates; None: neither.
-        stored: (client, round) -> what the client stored, where its private state is on this
-            machine too, for the similarity of private factors; None: of those that are sent.
+        stored: (client, round) -> what the client stored, if its private state is on this machine
+            too, for the similarity of private factors; None: compare only what is sent.
         progress: called after each reply.
 
     Raises:
-        ValueError: clients that the method cannot serve, a checkpoint that is there without
-            `resume`, or one of another config.
+        ValueError: the method cannot serve the clients, a checkpoint exists without `resume`, or it
+            is one of another config.
     """
 
     def __init__(
@@ -179,12 +176,12 @@ class Server:
         self.progress = progress or (lambda round, done, total, client: None)
         self._mean = self.options.guard.mean(self.method)
         first, self._frozen = roster.start()
-        own = asdict(self.options)
+        decisive = asdict(self.options)
         for name in ("rounds", "keep", "retries"):  # change no bit of a round
-            del own[name]
+            del decisive[name]
         hidden = None if privacy is None else {"clip": privacy.clip, "noise": privacy.noise}
         self._config = config_hash(
-            {"method": [self.method.key, asdict(self.method)], "options": own}
+            {"method": [self.method.key, asdict(self.method)], "options": decisive}
             | {"clients": roster.described, "facts": dict(facts or {}), "privacy": hidden}
         )
         if privacy is not None:
@@ -193,13 +190,15 @@ class Server:
             self._check_privacy(self.privacy)
         self._checkpoints = Checkpoints(Path(folder), self.options.keep)
         self._spool = Spool(Path(folder) / "spool")  # of the round that runs
-        found = self._checkpoints.latest(self._config)
-        if found is not None and not resume:
+        checkpoint = self._checkpoints.latest(self._config)
+        if checkpoint is not None and not resume:
             raise ValueError(
-                f"{self._checkpoints.folder}: holds round {found.state.round} of a run. Resume it, "
-                "or use another folder."
+                f"{self._checkpoints.folder}: holds round {checkpoint.state.round} of a run. "
+                "Resume it, or use another folder."
             )
-        self._last = found or Checkpoint(self.options.run, self.method.key, self._config, first)
+        self._last = checkpoint or Checkpoint(
+            self.options.run, self.method.key, self._config, first
+        )
         self.guard = Guard(self.options.guard, copy.deepcopy(self._last.rejections))
 
     def _check_privacy(self, privacy: Privacy) -> None:
@@ -237,7 +236,7 @@ class Server:
         return self.privacy.report(self.options.fraction, len(self.clients), self.round)
 
     def order(self, kind: Kind, client: str, measure: bool = False) -> tuple[Order, StateDict]:
-        """What a client is to do next, and what it gets for that; measure: see `step`."""
+        """A client's next order, and the tensors that go with it; measure: see `step`."""
         last = self._last
         order = Order(
             kind,
@@ -266,14 +265,14 @@ class Server:
         Args:
             exchange: carries the orders.
             done: called with the record before the checkpoint is written: after a crash in between
-                the round is run again, to the same record.
-            measure: each client of the round also measures its own model on its held-out rows,
-                after its training. That changes no bit of the result.
+                the round is repeated, with the same record.
+            measure: each client of the round also measures its own model on its held-out rows after
+                its training. That changes no bit of the result.
 
         Raises:
-            TooFewUpdates: fewer accepted updates than guard.min_updates in each try; the state
-                stays.
-            FloatingPointError: the aggregate is not finite; the state stays.
+            TooFewUpdates: every try had fewer accepted updates than guard.min_updates; the state is
+                unchanged.
+            FloatingPointError: the aggregate is not finite; the state is unchanged.
         """
         for left in reversed(range(self.options.retries + 1)):
             try:
@@ -289,19 +288,19 @@ class Server:
         A client that fails has its text under `failed` in place of metrics.
         """
         orders = _Orders(clients, lambda name: self._packed("evaluate", name))
-        found: dict[str, dict[str, Any]] = {}
+        metrics: dict[str, dict[str, Any]] = {}
         for number, (name, data) in enumerate(exchange(orders), 1):
             reply = _read(name, data)
-            found[name] = _held_out({"failed": reply.failed} if reply.failed else reply.metrics)
+            metrics[name] = _held_out({"failed": reply.failed} if reply.failed else reply.metrics)
             self.progress(self.round, number, len(clients), name)
-        return dict(sorted(found.items()))
+        return dict(sorted(metrics.items()))
 
     def _packed(self, kind: Kind, client: str) -> bytes:
         order, down = self.order(kind, client)
         return order.pack(down)
 
     def _selected(self, number: int) -> list[str]:
-        """Private runs draw by the secret key: who knows the draw gains from no sampling."""
+        """Select the clients of a round; private runs draw by the secret key."""
         private = self.privacy
         seed = self.options.seed if private is None else f"{private.key}/select"
         names = list(self.clients)
@@ -311,7 +310,7 @@ class Server:
         self, exchange: Exchange, done: Callable[[RoundRecord], None] | None, measure: bool
     ) -> RoundRecord:
         number, last = self.round + 1, self._last
-        # From the checkpoint: a round that failed and is run again counts once.
+        # From the checkpoint: a round that failed and is retried counts once.
         self.guard = Guard(self.options.guard, copy.deepcopy(last.rejections))
         names = self._selected(number)
         record, self._spool = RoundRecord(number, names), Spool(self._spool.folder)
@@ -319,7 +318,7 @@ class Server:
         for name, rejected in self.guard.screen(sizes).items():
             self._note(record, rejected)
             self._spool.drop(name)
-            record.held_out.pop(name, None)  # of a training that is taken back
+            record.held_out.pop(name, None)  # of an update that is not accepted
             del claimed[name]
         _in_order(record)
         self._require(record)
@@ -328,7 +327,7 @@ class Server:
         record.capped = [name for name in record.accepted if counts[name] < claimed[name]]
         # A private mean weighs all the same, for the numbers of examples are private too.
         record.weights = weights_of(dict.fromkeys(counts, 1) if self.privacy else counts)
-        if isinstance(self.method, FedIt | FedEx):
+        if self.method.mean_of_factors:
             record.aggregation_error = aggregation_error(self._spool, record.weights, self.clients)
         states = Mapped(self._spool, lambda name, sent: sent | self.stored(name, number))
         record.similarity = {  # the last digits depend on where a tensor lies in memory
@@ -448,7 +447,7 @@ class Server:
 
 
 class _Orders(Mapping[str, bytes]):
-    """Client -> order, made when it is asked for: one in memory at a time."""
+    """Client -> order, built on access: one in memory at a time."""
 
     def __init__(self, clients: Sequence[str], make: Callable[[str], bytes]) -> None:
         self.clients, self.make = clients, make
@@ -471,7 +470,7 @@ def _read(client: str, data: bytes) -> Reply:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of what a client says of its training."""
+    """The finite numbers among the metrics that a client reports."""
     return {
         name: value
         for name, value in metrics.items()
@@ -480,21 +479,21 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _held_out(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what a client says of its model: finite numbers, or why there are none.
+    """The finite numbers among a client's held-out metrics, or why there are none.
 
-    One model that is measured on the rows of several clients has their numbers under `clients`.
+    If one model is measured on the rows of several clients, their numbers are under `clients`.
     """
     if metrics.get("failed"):
         return {"failed": str(metrics["failed"])}
     apart = metrics.get("clients")
     if isinstance(apart, Mapping):
-        own = {name: x for name, x in apart.items() if isinstance(x, Mapping)}
-        return {"clients": {name: _numbers(x) for name, x in own.items()}}
+        by_client = {name: x for name, x in apart.items() if isinstance(x, Mapping)}
+        return {"clients": {name: _numbers(x) for name, x in by_client.items()}}
     return _numbers(metrics)
 
 
 def _in_order(record: RoundRecord) -> None:
-    """By the names of the clients, whatever the order the replies came in."""
+    """Sort by the names of the clients, so that the order of the replies does not matter."""
     record.rejected.sort(key=lambda row: row[0])
     for name in ("metrics", "held_out", "failed", "traffic", "seconds"):
         setattr(record, name, dict(sorted(getattr(record, name).items())))

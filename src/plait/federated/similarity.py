@@ -1,19 +1,19 @@
-"""How alike the clients' factors are: the A's, the B's, and what a method has in their places.
+"""How similar the clients' factors are: the A's, the B's, or what a method has in their place.
 
     cosine    mean of <X_i, X_j>_F / (||X_i||_F ||X_j||_F)   over pairs i < j of one shape
     overlap   mean of ||Q_i^T Q_j||_F^2 / min(k_i, k_j)      over pairs, Q an orthonormal basis
     chance    mean of max(r_i, r_j) / n, the overlap that independent random spans have on average
 
-over the layers, too. A stands for the span of its rows in R^in, B for that of its columns in
-R^out. The overlap, in [0, 1], does not change with the basis of the r ranks (R A and B R^-1 are the
-same update) and takes unequal ranks; the cosine does change with it. Numbers are fp64. The spans
-are those of `plait.inspect`, where zero matrices span nothing: their pairs are left out.
+The means also run over the layers. A stands for the span of its rows in R^in, B for that of its
+columns in R^out. The overlap, in [0, 1], is independent of the basis of the r ranks (R A and B R^-1
+are the same update) and allows unequal ranks; the cosine depends on the basis. Numbers are fp64.
+The spans are those of `plait.inspect`, where zero matrices span nothing: their pairs are left out.
 
     lora, fedavg    A, A_s, ..: (r, in)     B, B_s, ..: (out, r)
     fedalora_het    A, M A: (q, in)         P = B2 B1: (out, q)
 
-Limits: stacks of experts (three axes) are left out. All pairs are taken, and all their factors are
-in memory, so large federations are measured on `most` clients, evenly taken in the order of their
+Limits: stacks of experts (three axes) are left out. All pairs are compared with all factors in
+memory, so large federations are measured on `most` clients, evenly spaced in the order of their
 names.
 """
 
@@ -38,9 +38,9 @@ def factor_similarity(
 
     Args:
         states: client -> its factors, `<layer>/<name>`: a whole local state, or what a server
-            sees of it, which gives fewer kinds. Each is asked for once.
-        clients: what is declared of them.
-        most: clients to measure at most.
+            sees of it, which gives fewer kinds. Each is read once.
+        clients: what the config declares of them.
+        most: largest number of clients to measure.
 
     Returns:
         Kind -> "cosine", "overlap", "chance"; a number that no pair has is absent.
@@ -53,12 +53,12 @@ def factor_similarity(
     names = sorted(states)
     if len(names) > most:
         names = [names[k * len(names) // most] for k in range(most)]
-    found: dict[tuple[str, str], dict[str, Tensor]] = {}  # (kind, layer) -> client -> (n, k)
+    columns_of: dict[tuple[str, str], dict[str, Tensor]] = {}  # (kind, layer) -> client -> (n, k)
     for name in names:
         for kind, layer, columns in _factors(states[name], clients[name].layers):
-            found.setdefault((kind, layer), {})[name] = columns
+            columns_of.setdefault((kind, layer), {})[name] = columns
     sums: dict[str, dict[str, list[float]]] = {}
-    for (kind, _), factors in found.items():
+    for (kind, _), factors in columns_of.items():
         of_kind = sums.setdefault(kind, {"cosine": [], "overlap": [], "chance": []})
         for measure, values in _pairs(list(factors.values())).items():
             of_kind[measure] += values

@@ -1,15 +1,15 @@
-"""What survives: the server's checkpoint after each round and each client's private state.
+"""What survives a restart: the server's checkpoints and each client's private state.
 
 Both are frames of `payload`: a digest, a JSON header, safetensors. A file is whole or absent.
 
     server   <folder>/round-000012.ckpt       after round 12; the last two are kept
     client   <folder>/<run>/<client>/round-000012.state   written before the client answers
 
-A client's private state is versioned by round: the server names the generation to start from, the
-round of the client's last accepted update (0: its first start). The client takes exactly that one
-and discards newer ones, so a rejected, late or lost update rolls back the private side too, and a
-resumed server replays a round from the same private state. A missing or damaged generation is an
-error, never a silent new start.
+A client's private state is versioned by round: the server names the generation to start from,
+which is the round of the client's last accepted update (0: its first start). The client takes
+exactly that one and discards newer ones, so a rejected, late or lost update rolls back the private
+side too, and a resumed server repeats a round from the same private state. A missing or damaged
+generation is an error, never a silent fresh start.
 """
 
 import hashlib
@@ -45,15 +45,15 @@ class StateError(RuntimeError):
 
 
 class MissingState(StateError):
-    """A saved state that is not there."""
+    """A saved state that is missing."""
 
 
 class CorruptState(StateError):
-    """A saved state that is damaged, or another one than its place says."""
+    """A saved state that is damaged, or that belongs elsewhere."""
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """SHA-256 of a config, whatever the order of its keys."""
+    """SHA-256 of a config, independent of the order of its keys."""
     text = json.dumps(config, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -79,13 +79,13 @@ def _read(path: Path, remedy: str) -> tuple[dict[str, Any], StateDict]:
 
 
 def _rounds(folder: Path) -> dict[int, Path]:
-    """Round -> file, in order; what a killed writer left behind is not among them."""
-    found = {}
+    """Round -> file, in order, without what a killed writer left behind."""
+    files = {}
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _FILE.fullmatch(path.name)
         if match:
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+            files[int(match[1])] = path
+    return dict(sorted(files.items()))
 
 
 def _sweep(folder: Path) -> None:
@@ -99,7 +99,7 @@ def _sweep(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that the server needs to go on after a round.
+    """All that the server needs to continue after a round.
 
     run: its name. method: key. config: hash of the run's config. state: the method's.
     last_accepted: client -> round of its last accepted update. trunks: client -> completed rounds
@@ -139,18 +139,18 @@ class Checkpoints:
         return path
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint, whatever its config; None where there is none yet.
+        """The newest checkpoint, of any config; None if there is none yet.
 
         Nothing is changed on the disk, so a reader does not disturb a server at work.
 
         Raises:
-            CorruptState: it is damaged; the message names the one before.
+            CorruptState: it is damaged; the message names the one before it.
         """
-        found = _rounds(self.folder)
-        if not found:
+        files = _rounds(self.folder)
+        if not files:
             return None
-        *older, (number, path) = found.items()
-        remedy = "Remove it to start anew."
+        *older, (number, path) = files.items()
+        remedy = "Remove it to start from the beginning."
         if older:
             remedy = f"Remove it to go on after round {older[-1][0]}, from {older[-1][1].name}."
         facts, tensors = _read(path, remedy)
@@ -165,10 +165,10 @@ class Checkpoints:
         return checkpoint
 
     def latest(self, config: str) -> Checkpoint | None:
-        """The newest checkpoint, to go on from; None where there is none yet.
+        """The newest checkpoint, to continue from; None if there is none yet.
 
         Args:
-            config: hash of the config that is to go on.
+            config: hash of the config of the run that continues.
 
         Raises:
             CorruptState: as `newest`.
@@ -186,7 +186,7 @@ class Checkpoints:
 
 
 class Spool(Mapping[str, StateDict]):
-    """Accepted uploads on the disk, each read when a mean asks for it: one in memory at a time.
+    """Accepted uploads on the disk, each read when a mean needs it: one in memory at a time.
 
     A file is mapped into memory and not copied: a mean holds its sum and one upload. The spool
     starts empty: what a killed server left there is removed.
@@ -201,7 +201,7 @@ class Spool(Mapping[str, StateDict]):
             path.unlink()
 
     def add(self, client: str, data: bytes) -> None:
-        """Keep the tensors of an upload; they need not outlive this process: nothing is synced.
+        """Keep the tensors of an upload. They need not outlive this process, so nothing is synced.
 
         Args:
             client: who sent it. data: the upload as it came, after its checks.
@@ -211,19 +211,19 @@ class Spool(Mapping[str, StateDict]):
         self.files[client], self._digests[client] = path, hashlib.sha256(blob).digest()
 
     def drop(self, client: str) -> None:
-        """Forget an upload that the guard refused."""
+        """Remove an upload that the guard rejected."""
         self.files.pop(client).unlink()
 
     def clear(self) -> None:
-        """Forget all, at the end of a round."""
+        """Remove all uploads, at the end of a round."""
         for client in list(self.files):
             self.drop(client)
 
     def __getitem__(self, client: str) -> StateDict:
         path = self.files[client]
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").digest()
-        if found != self._digests[client]:
+            digest = hashlib.file_digest(file, "sha256").digest()
+        if digest != self._digests[client]:
             text = "the digest does not match the content: damaged or cut off"
             raise CorruptState(f"{path}: {text}. Run the round again.")
         return load_file(path)
@@ -250,7 +250,7 @@ class ClientStore:
         return self.folder / f"round-{generation:06d}.state"
 
     def generations(self) -> list[int]:
-        """Those that are there, in order."""
+        """The generations that exist, in order."""
         return list(_rounds(self.folder))
 
     def save(self, generation: int, tensors: StateDict) -> None:
@@ -269,8 +269,8 @@ class ClientStore:
         """The state after a round.
 
         Raises:
-            MissingState: it is not there.
-            CorruptState: it is damaged, or another one.
+            MissingState: it does not exist.
+            CorruptState: it is damaged, or that of another client or round.
         """
         remedy = "Bring the file back, or let the client join under another name, from its start."
         path = self.path(generation)
@@ -281,16 +281,13 @@ class ClientStore:
             )
         facts, tensors = _read(path, remedy)
         facts = {key: facts.get(key) for key in ("run", "client", "round")}
-        wanted = {"run": self.run, "client": self.client, "round": generation}
-        if facts != wanted:
-            raise CorruptState(f"{path}: holds {facts}, not {wanted}. {remedy}")
+        expected = {"run": self.run, "client": self.client, "round": generation}
+        if facts != expected:
+            raise CorruptState(f"{path}: holds {facts}, not {expected}. {remedy}")
         return tensors
 
     def load(self, generation: int) -> StateDict | None:
-        """The state that the server named, as `read` does; all others are removed.
-
-        None for generation 0.
-        """
+        """Read the generation that the server named, remove all others; None for generation 0."""
         _sweep(self.folder)
         tensors = self.read(generation) if generation else None
         for number, other in _rounds(self.folder).items():

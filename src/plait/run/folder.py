@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from plait.core.files import umask, write_atomic
 from plait.run.config import config_to_dict, load_config
@@ -64,7 +64,7 @@ class RunFolder:
         object.__setattr__(self, "path", Path(path))
 
     @classmethod
-    def free(cls, path: str | Path) -> "RunFolder":
+    def free(cls, path: str | Path) -> Self:
         """Return a folder to be made; FileExistsError when there is something at `path` already."""
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -75,14 +75,14 @@ class RunFolder:
         return cls(path)
 
     @classmethod
-    def create(cls, path: str | Path) -> "RunFolder":
+    def create(cls, path: str | Path) -> Self:
         """Make a new run folder; FileExistsError when there is something at `path` already."""
         folder = cls.free(path)
         folder.path.mkdir(parents=True, exist_ok=True)
         return folder
 
     @classmethod
-    def unfinished(cls, path: str | Path, config: dict[str, Any]) -> "RunFolder":
+    def unfinished(cls, path: str | Path, config: dict[str, Any]) -> Self:
         """Return the folder of a run to be resumed.
 
         config: of the resumed run, as `config_to_dict` gives it.
@@ -112,7 +112,7 @@ class RunFolder:
         return folder
 
     @classmethod
-    def open(cls, path: str | Path) -> "RunFolder":
+    def open(cls, path: str | Path) -> Self:
         """Return an existing run folder; FileNotFoundError when there is no run at `path`."""
         folder = cls(path)
         if not folder.config.is_file():

@@ -35,6 +35,7 @@ from plait.run.adapter import load_adapter
 from plait.run.config import (
     RunConfig,
     allocates,
+    check_method,
     load_config,
     method_options,
     peft_config,
@@ -55,6 +56,7 @@ from plait.run.model import (
     to_device,
 )
 from plait.run.optimizers import OPTIMIZERS
+from plait.upstream.adalora import check_total_step
 from plait.upstream.layers import targeted
 from plait.upstream.table import BASELINES
 
@@ -147,6 +149,7 @@ def prepare(cfg: RunConfig, place: bool = True) -> Prepared:
             "rows. Give a source or a fraction of train."
         )
     model = base.model if config is None else get_peft_model(base.model, config)
+    check_total_step(model, steps)
     delta = next((m for m in model.modules() if isinstance(m, Delta)), None)
     if delta is not None and plan is None:  # a chain checks the steps of a link
         delta.check_schedule()
@@ -242,6 +245,7 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
 
 def check_config(cfg: RunConfig) -> None:
     """Raise ValueError for what a config says wrong by itself, before anything is loaded."""
+    check_method(cfg)
     name, quantization = cfg.method.name, cfg.model.quantization
     reason = quantised_reason(name, quantization)
     if reason is not None:
@@ -249,10 +253,6 @@ def check_config(cfg: RunConfig) -> None:
             f"method.name: {name} does not work on a {quantization} base: {reason}. Set "
             "model.quantization: none, or use another method."
         )
-    try:  # one name stands for the data's tasks
-        peft_config(cfg.method, cfg.model.task, tasks=["unknown"])
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"method: {error}") from error
 
 
 def method_config(
@@ -276,22 +276,14 @@ def method_config(
     try:
         config = peft_config(method, cfg.model.task, total_steps, tasks)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"method: {error}") from error
+        raise ValueError(f"{cfg.source.at('method')}: {error}") from error
     if config is not None:
-        planned = getattr(config, "total_step", None)  # adalora's; 2**31 - 1 is "not known yet"
-        if total_steps is not None and planned not in (None, total_steps):
-            raise ValueError(
-                f"method.total_step is {planned}, but training has {total_steps} optimizer steps, "
-                f"so {cfg.method.name}'s schedule would not end where training does. Set it to "
-                f"{total_steps}, or leave it out."
-            )
         baseline = BASELINES.get(cfg.method.name)
         if baseline is not None and baseline.check_layers is not None:
-            if config.target_modules == "all-linear":
-                targets = list(sizes)
-            else:
-                targets = targeted(config, sizes)
-            baseline.check_layers(config.to_dict(), {name: sizes[name] for name in targets})
+            values = config.to_dict()
+            everywhere = values["target_modules"] == "all-linear"
+            targets = list(sizes) if everywhere else targeted(config, sizes)
+            baseline.check_layers(values, {name: sizes[name] for name in targets})
     return config
 
 

@@ -4,10 +4,12 @@ What takes minutes is in test_deploy_long.py.
 """
 
 import datetime
+import importlib
 import os
 import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,9 +17,19 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("psutil", reason="needs plait[federated]")
+
+from plait.federated.engines.flower.switches import OFF
 from plait.run.deploy import certs
 from plait.run.deploy import deployment as deploy
-from plait.run.deploy.deployment import DeployConfig, DeployError, Deployment, join, serve, submit
+from plait.run.deploy import join as joining
+from plait.run.deploy import program as programs
+from plait.run.deploy.deployment import DeployConfig, DeployError, Deployment
+from plait.run.deploy.join import join
+from plait.run.deploy.program import Program, Signals
+from plait.run.deploy.serve import serve
+from plait.run.deploy.submit import submit
+from plait.run.federated.report import client_rows
 from plait_cli import main
 from tests.support.deployed import Background, cleaned, deployment, toy
 
@@ -43,7 +55,7 @@ def test_addresses(tmp_path: Path) -> None:
 def test_switches_are_off_unless_the_user_set_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (*deploy.OFF, *deploy.POLL):
+    for name in (*OFF, *deploy.POLL):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
     found = Deployment(DeployConfig(home=str(tmp_path))).environment()
@@ -65,6 +77,15 @@ def test_a_missing_file_and_missing_programs_are_named(
         own.program("flwr")
 
 
+def test_without_psutil_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    for name in ("program", "serve", "join", "submit"):
+        monkeypatch.delitem(sys.modules, f"plait.run.deploy.{name}")
+    for name in ("serve", "join", "submit"):
+        with pytest.raises(ImportError, match=r'Install it with: pip install "plait\[federated\]"'):
+            importlib.import_module(f"plait.run.deploy.{name}")
+
+
 TEXTS = {
     "Exit Code: 305. .. certificate verify failed: certificate has expired (_ssl.c:1006)": (
         "the certificate has expired"
@@ -84,7 +105,7 @@ TEXTS = {
 def test_what_no_second_try_can_change_is_an_error_at_once(tmp_path: Path, last: str) -> None:
     own = Deployment(DeployConfig(certs=str(tmp_path), home=str(tmp_path / "home")))
     with pytest.raises(ValueError, match=TEXTS[last]):
-        deploy._give_up(own, tmp_path / "a", last, late=False)
+        joining._give_up(own, tmp_path / "a", last, late=False)
 
 
 @pytest.mark.parametrize(
@@ -99,9 +120,9 @@ def test_what_may_pass_is_an_error_later(
     tmp_path: Path, last: str, error: type[Exception], text: str
 ) -> None:
     own = Deployment(DeployConfig(certs=str(tmp_path), home=str(tmp_path / "home")))
-    deploy._give_up(own, tmp_path / "a", last, late=False)
+    joining._give_up(own, tmp_path / "a", last, late=False)
     with pytest.raises(error, match=text):
-        deploy._give_up(own, tmp_path / "a", last, late=True)
+        joining._give_up(own, tmp_path / "a", last, late=True)
 
 
 def test_the_answer_is_the_json_at_the_end() -> None:
@@ -129,14 +150,14 @@ def test_clients_in_rounds() -> None:
             "traffic": {"a": {"up_frame": 0, "down_frame": 5}},
         },
     ]
-    assert deploy.client_rows(rounds) == [("a", 1, 1, 0, 1, 10, 25), ("b", "-", 1, 1, 1, 1, 0)]
+    assert client_rows(rounds) == [("a", 1, 1, 0, 1, 10, 25), ("b", "-", 1, 1, 1, 1, 0)]
 
 
 def test_held_signals_come_later() -> None:
     done = []
 
     def work() -> None:
-        with deploy.Signals() as signals, signals.held():
+        with Signals() as signals, signals.held():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
             done.append("whole")
@@ -148,7 +169,7 @@ def test_held_signals_come_later() -> None:
 
 def test_a_second_signal_does_not_cut_the_cleaning_short() -> None:
     done = []
-    with deploy.Signals():
+    with Signals():
         try:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
@@ -208,7 +229,7 @@ def test_a_failing_run_and_one_with_too_few_nodes_have_exit_codes(
     assert any("mode fail" in text for text in said)  # the log was streamed
     assert submit(server, app, said.append, {"mode": "few", "nodes": 2}) == 3
     assert "TooFewNodes: fewer than 2 nodes are online" in said[-1]
-    found = deploy.runs(server)
+    found = server.runs()
     assert found is not None
     assert [row["status"] for row in found] == ["finished:failed"] * 2
 
@@ -267,7 +288,7 @@ def test_without_a_server_a_run_is_not_submitted(tmp_path: Path) -> None:
     own = deployment(tmp_path, ["a"])
     with pytest.raises(DeployError, match="does not answer"):
         submit(own, tmp_path, print)
-    assert deploy.runs(own) is None
+    assert own.runs() is None
 
 
 # The commands -----------------------------------------------------------------------------------
@@ -309,10 +330,10 @@ def test_what_a_program_started_ends_with_it(tmp_path: Path) -> None:
     # The grandchild has a session of its own and does not listen to SIGTERM.
     script = f"setsid sh -c 'trap : TERM; while :; do sleep 0.1; done' {tmp_path} & wait"
     with cleaned(tmp_path):
-        program = deploy.Program(["sh", "-c", script], own, tmp_path / "log")
+        program = Program(["sh", "-c", script], own, tmp_path / "log")
         while len(program._known) < 3:
             assert program.running()
             time.sleep(0.05)
         known = [p for p in program._known if p.pid != program.process.pid]
         program.stop(grace=1.0)
-        assert not [p for p in known if deploy._lives(p)]
+        assert not [p for p in known if programs._lives(p)]

@@ -1,6 +1,5 @@
 """Faults and whole runs of Flower's programs, which take minutes: make test-deploy."""
 
-import json
 import os
 import signal
 import time
@@ -12,8 +11,11 @@ import psutil
 import pytest
 import yaml
 
-from plait.run.deploy import deployment as deploy
-from plait.run.deploy.deployment import Deployment, join, serve, submit
+from plait.run.deploy.deployment import Deployment
+from plait.run.deploy.join import join
+from plait.run.deploy.serve import serve
+from plait.run.deploy.submit import submit
+from plait.run.federated.folder import read_rounds
 from plait_cli import main
 from tests.support.deployed import Background, cleaned, deployment, free_port, programs, toy
 
@@ -37,7 +39,7 @@ def program(folder: Path, name: str) -> psutil.Process:
 
 def statuses(own: Deployment) -> list[str]:
     """Of all runs, newest first."""
-    found = deploy.runs(own)
+    found = own.runs()
     assert found is not None
     return [row["status"] for row in found]
 
@@ -56,7 +58,7 @@ def test_a_lost_node_comes_back_and_ctrl_c_stops_a_run(tmp_path: Path) -> None:
         assert run.result() == "returned 130"
         assert statuses(own) == ["finished:stopped"]
         # Lost without a word, the node counts as online for up to 60 s.
-        program(tmp_path, "supernode.py").kill()
+        program(tmp_path, "flower-supernode").kill()
         node.wait_for("Starting it again.")
         node.wait_for("counts as online for up to 60 s.")
         end = time.monotonic() + 110
@@ -67,8 +69,6 @@ def test_a_lost_node_comes_back_and_ctrl_c_stops_a_run(tmp_path: Path) -> None:
         said: list[str] = []
         assert submit(own, tmp_path / "toy", said.append) == 0
         assert any(f"reply: a at {tmp_path / 'socket'}" in text for text in said)
-        (cpu,) = [text for text in said if "cpu seconds:" in text]
-        assert float(cpu.rpartition(" ")[2]) < 0.6  # a fork; a new process imports for 1.3 s
         node.stop()
         assert node.shown.splitlines()[-1] == "returned None"
         # It left in order, so it may come back at once.
@@ -162,5 +162,5 @@ def test_a_deployed_run_has_the_bits_of_a_simulated_one(
     states = [sorted((f / "server").glob("*.ckpt"))[-1] for f in (tmp_path / "run", alone)]
     assert states[0].name == states[1].name == "round-000003.ckpt"
     assert states[0].read_bytes() == states[1].read_bytes()
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    rows = read_rounds(tmp_path / "run" / "metrics.jsonl")
     assert [row["round"] for row in rows] == [1, 2, 3]

@@ -8,8 +8,10 @@ import pytest
 import yaml
 
 from plait.federated.server import RoundRecord
-from plait.run.federated.conduct import FederateConfig, load_federate_config, simulate
-from plait.run.federated.report import read_rounds, summary
+from plait.run.federated.config import FederateConfig, load_federate_config
+from plait.run.federated.engines import simulate
+from plait.run.federated.folder import FederatedFolder, read_rounds
+from plait.run.federated.report import summary
 from plait.run.folder import RunFolder
 from plait_cli import main
 from tests.support.contract import ROOT
@@ -53,7 +55,7 @@ def test_simulate_fills_the_run_folder_and_report_reads_it(
     run = tmp_path / "run"
     assert main(["federate", "simulate", write(run)]) == 0
     assert "round 2: 3 of 3 updates, training loss" in capsys.readouterr().out
-    partition = json.loads((run / "partition.json").read_text())
+    partition = FederatedFolder(run).read_partition()
     assert sorted(row for rows in partition.values() for row in rows) == list(range(24))
     rows = read_rounds(run / "metrics.jsonl")
     assert [(x["kind"], x["round"]) for x in rows] == [
@@ -193,7 +195,7 @@ def test_a_file_for_each_client(tmp_path: Path) -> None:
         "local": {"rounds": 1},
     }
     folder = simulate(config(tmp_path / "run", changes))
-    assert json.loads((folder.path / "partition.json").read_text()) == {
+    assert folder.read_partition() == {
         "ann": [0, 1, 2], "bob": [3, 4],
     }  # fmt: skip
     assert read_rounds(folder.metrics)[0]["weights"] == {"ann": 0.6, "bob": 0.4}

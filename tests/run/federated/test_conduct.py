@@ -11,7 +11,11 @@ import yaml
 
 from plait.federated.payload import unpack_tensors
 from plait.federated.privacy import Privacy
-from plait.run.federated.conduct import conduct, load_federate_config, setting, simulate, site
+from plait.run.federated.clients import make_clients
+from plait.run.federated.conduct import conduct
+from plait.run.federated.config import load_federate_config
+from plait.run.federated.engines import simulate
+from plait.run.federated.setup import prepare_federation
 from plait.run.folder import RunFolder
 from plait_cli import main
 from tests.run.federated.test_cli import config, lines, write
@@ -95,7 +99,7 @@ def test_what_cannot_be_is_refused_with_exit_code_2(
 
 def test_one_scaling_for_unequal_ranks(tmp_path: Path) -> None:
     federated = {"method": "zeropad", "ranks": [8, 4, 2], "scaling": 2.0}
-    loaded = setting(config(tmp_path / "run", {"federated": federated}))
+    loaded = prepare_federation(config(tmp_path / "run", {"federated": federated}))
     found = [layer for c in loaded.roster.clients.values() for layer in c.layers.values()]
     assert {layer.r for layer in found} == {8, 4, 2}
     assert {layer.scaling for layer in found} == {2.0}
@@ -126,12 +130,12 @@ def test_a_server_without_data_and_sites_with_their_own_rows(tmp_path: Path) -> 
     for name, file in zip(names, files, strict=True):
         data = {"train": file, "validation": files[0]}
         its = config(tmp_path / f"its-{name}", {**changes, "partition": own, "data": data})
-        sites[name] = site(its, tmp_path / f"private-{name}", name)
+        sites[name] = make_clients(prepare_federation(its, name), tmp_path / f"private-{name}")
 
     def exchange(orders: Mapping[str, bytes]) -> Any:
         return ((name, sites[name].answer(orders[name])) for name in reversed(list(orders)))
 
-    apart = conduct(server, exchange)
+    apart = conduct(prepare_federation(server), exchange)
     assert equal(states(apart), states(together))
     for row in (found := lines(apart)) + (all_ := lines(together)):
         alike = row.pop("similarity", {})
@@ -141,7 +145,7 @@ def test_a_server_without_data_and_sites_with_their_own_rows(tmp_path: Path) -> 
         tmp_path / "private-north" / "run" / "north"
     ]
     with pytest.raises(ValueError, match="client 'east' is none of the run's"):
-        site(server, tmp_path / "private", "east")
+        prepare_federation(server, "east")
 
 
 # Privacy ----------------------------------------------------------------------------------------

@@ -83,11 +83,11 @@ def test_worker_processes_give_the_bits_of_one_process(alone: Any, tmp_path: Pat
 @pytest.mark.slow
 def test_flower_gives_the_bits_of_one_process(alone: Any, tmp_path: Path) -> None:
     pytest.importorskip("flwr", reason="Flower needs plait[federated]")
-    from plait.federated.engines import flower
+    from plait.federated.engines.flower import simulation
 
     same(
         alone,
-        flower.simulate(
+        simulation.simulate(
             partial(servers, tmp_path),
             partial(answer_all, tmp_path),
             NAMES,

@@ -11,7 +11,10 @@ import torch
 
 from benchmarks.federated.faults import kill_runs, poison_runs, saved
 from plait.federated.protocol import Order, Reply
-from plait.run.federated.conduct import conduct, setting, simulate, site
+from plait.run.federated.clients import make_clients
+from plait.run.federated.conduct import conduct
+from plait.run.federated.engines import simulate
+from plait.run.federated.setup import prepare_federation
 from tests.run.federated.test_cli import config, lines
 from tests.run.federated.test_conduct import equal, states
 
@@ -98,13 +101,16 @@ def test_a_poisoned_fifth_changes_the_loss_by_little(tmp_path: Path) -> None:
 def test_a_client_of_another_config_or_run_says_so(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"federated": {"method": "fedit"}, "evaluation": {"every": 0}}
     server = config(tmp_path / "server", changes)
-    good = site(server, tmp_path / "private")
+    setup = prepare_federation(server)
+    good = make_clients(setup, tmp_path / "private")
     others = {
         "client-1": {"method": {"name": "lora", "r": 3, "target_modules": ["q_proj"]}},
         "client-2": {"federated": {"method": "fedit", "run": "second"}},
     }
     sites = {
-        name: site(config(tmp_path / name, changes | change), tmp_path / "other")
+        name: make_clients(
+            prepare_federation(config(tmp_path / name, changes | change)), tmp_path / "other"
+        )
         for name, change in others.items()
     }
     seen: dict[str, str] = {}
@@ -115,7 +121,7 @@ def test_a_client_of_another_config_or_run_says_so(tmp_path: Path) -> None:
             seen[name] = Reply.unpack(data).failed
             yield name, data
 
-    conduct(server, exchange)
+    conduct(setup, exchange)
     assert "has another method or adapter than the server" in seen["client-1"]
     assert "of run 'run'; here are client-0, client-1, client-2 of run 'second'" in seen["client-2"]
     assert seen["client-0"] == ""
@@ -123,8 +129,8 @@ def test_a_client_of_another_config_or_run_says_so(tmp_path: Path) -> None:
 
 def test_what_is_no_order_or_no_reply_is_a_failure_and_no_crash(tmp_path: Path) -> None:
     server = config(tmp_path / "server", {"evaluation": {"every": 0}, "local": {"rounds": 1}})
-    loaded = setting(server)
-    answer = site(server, tmp_path / "private", loaded=loaded).answer
+    loaded = prepare_federation(server)
+    answer = make_clients(loaded, tmp_path / "private").answer
     assert "CorruptFrame" in Reply.unpack(answer(b"no order")).failed
     assert Reply.unpack(answer(Order("hello").pack())).client == "client-0"
     sent = iter((b"", b"\x00\x00\xff\xff{", b"\x00\x00\x00\x02{}"))
@@ -135,7 +141,7 @@ def test_what_is_no_order_or_no_reply_is_a_failure_and_no_crash(tmp_path: Path) 
             yield name, data
             yield name, next(sent)  # a second, broken reply loses nothing
 
-    folder = conduct(server, exchange, loaded=loaded)
+    folder = conduct(loaded, exchange)
     plain = simulate(
         config(tmp_path / "plain", {"evaluation": {"every": 0}, "local": {"rounds": 1}})
     )
@@ -145,8 +151,8 @@ def test_what_is_no_order_or_no_reply_is_a_failure_and_no_crash(tmp_path: Path) 
 def test_metrics_of_a_client_are_numbers_or_left_out(tmp_path: Path) -> None:
     changes = {"evaluation": {"after_training": True}, "local": {"rounds": 1}}
     server = config(tmp_path / "server", changes)
-    loaded, records = setting(server), []
-    answer = site(server, tmp_path / "private", loaded=loaded).answer
+    loaded, records = prepare_federation(server), []
+    answer = make_clients(loaded, tmp_path / "private").answer
 
     def exchange(orders: Any) -> Any:
         for name in orders:
@@ -155,7 +161,7 @@ def test_metrics_of_a_client_are_numbers_or_left_out(tmp_path: Path) -> None:
             own = {"failed": ["<b>"]} if name == "client-1" else told
             yield name, replace(reply, metrics=told, held_out=own).pack()
 
-    folder = conduct(server, exchange, loaded=loaded, done=records.append)
+    folder = conduct(loaded, exchange, done=records.append)
     assert records[0].metrics["client-0"] == {"steps": 1}
     assert records[0].held_out["client-0"] == {"steps": 1}
     assert records[0].held_out["client-1"] == {"failed": "['<b>']"}

@@ -16,9 +16,10 @@ from plait.federated.state import MissingState
 from plait.run import stock_check
 from plait.run.data import load_data
 from plait.run.evaluate import evaluate_model
-from plait.run.federated.conduct import load_federate_config, simulate
+from plait.run.federated.config import load_federate_config
+from plait.run.federated.engines import simulate
 from plait.run.federated.export import export_clients
-from plait.run.federated.report import read_rounds
+from plait.run.federated.folder import read_rounds
 from plait.run.folder import RunFolder
 from plait.run.model import load_base, load_tokenizer, source_of
 from plait.upstream.export import to_lora

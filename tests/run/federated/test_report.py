@@ -12,7 +12,8 @@ from PIL import Image
 
 from plait.federated import algorithm
 from plait.federated.privacy import PrivacyReport
-from plait.run.federated.conduct import simulate
+from plait.run.federated.engines import simulate
+from plait.run.federated.folder import FederatedFolder
 from plait.run.federated.report import (
     Summary,
     differences,
@@ -24,7 +25,6 @@ from plait.run.federated.report import (
     write_comparison,
     write_report,
 )
-from plait.run.folder import RunFolder
 from plait_cli import main
 from tests.run.federated.test_cli import config
 
@@ -78,11 +78,11 @@ LINES: list[dict[str, Any]] = [
 ]
 
 
-def made(path: Path, lines: list[dict[str, Any]] | None = None) -> RunFolder:
+def made(path: Path, lines: list[dict[str, Any]] | None = None) -> FederatedFolder:
     path.mkdir(parents=True)
     text = "".join(json.dumps(line) + "\n" for line in lines or LINES)
     (path / "metrics.jsonl").write_text(text)
-    return RunFolder(path)
+    return FederatedFolder(path)
 
 
 def loss_rows(summaries: list[Summary]) -> Any:
@@ -335,8 +335,8 @@ def test_training_rows_by_client_and_label(tmp_path: Path) -> None:
         "evaluation": {"every": 0},
     }
     folder = simulate(config(tmp_path / "run", changes))
-    counts = json.loads((folder.path / "rows.json").read_text())
-    partition = json.loads((folder.path / "partition.json").read_text())
+    counts = folder.read_row_counts()
+    partition = folder.read_partition()
     assert {name: sum(own.values()) for name, own in counts.items()} == {
         name: len(rows) for name, rows in partition.items()
     }

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from benchmarks.federated import study
-from plait.run.federated.conduct import load_federate_config
+from plait.run.federated.config import load_federate_config
 
 SETTING = {"score": "accuracy", "grid": [0.004, 0.01]}
 

@@ -2,10 +2,10 @@
 
     Federation = Server + Site,   exchange: for each client, site.answer(order)
 
-Payloads are encoded and decoded as if they travelled, so what is measured is what a network would
-carry, and other transports (`workers`, `flower`) give the same bits.
+Payloads are encoded and decoded as for a network, so the measured bytes are those of a network, and
+the other engines (`workers`, `flower`) give the same bits.
 
-Limits: no time-outs, since one process cannot end itself; `workers` has them.
+Limits: no time-outs, because one process cannot stop its own client; `workers` has them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,18 +26,18 @@ Deliver = Callable[[str, int, bytes], Sequence[bytes]]  # (client, round, upload
 
 
 class Federation:
-    """A federated run in one process; `step` runs a round, `run` all that are left.
+    """A federated run in one process; `step` runs a round, `run` all remaining ones.
 
     Args:
         base: the base model. It is shared and frozen; its weights do not change.
         configs: client -> peft config of its adapter.
         method: of `plait.federated.algorithm`.
-        train: a client's local training, on the model it is given; see `client.LocalTraining`. What
-            it raises is a failure of that client and not of the run.
+        train: a client's local training of the model; see `client.LocalTraining`. An exception
+            that it raises is a failure of that client and not of the run.
         folder: for the checkpoints and the clients' private states.
         options: see ServerOptions.
         facts: what else decides the result, such as the data; a resumed run must have the same.
-        resume: go on from the newest checkpoint; from the start where there is none.
+        resume: continue from the newest checkpoint, or from the start if there is none.
         privacy: clip and noise the updates.
         evaluate: measures a client's model, for `server.evaluate` and `step(measure=True)`.
         deliver: what arrives of an upload; for tests of faults. None: the upload, once.
@@ -64,14 +64,14 @@ class Federation:
         progress: Progress | None = None,
     ) -> None:
         roster, folder = Roster(base, configs, method), Path(folder)
-        own = options or ServerOptions()
+        options = options or ServerOptions()
         self.site = Site(
-            roster, train, folder / "clients", run=own.run, seed=own.seed, evaluate=evaluate
+            roster, train, folder / "clients", run=options.run, seed=options.seed, evaluate=evaluate
         )
         self.server = Server(
             roster,
             folder / "server",
-            own,
+            options,
             facts=facts,
             resume=resume,
             privacy=privacy,
@@ -93,20 +93,20 @@ class Federation:
     def model_of(self, client: str) -> nn.Module:
         """A client's model as it would start the next round; valid until the next call or step.
 
-        For `private_policy` "reset" and "redraw" that is with the private part started anew.
+        For `private_policy` "reset" and "redraw" its private part is a fresh start.
         """
         model, _ = self.site.put(*self.server.order("evaluate", client))
         return model.eval()
 
     def run(self, done: Callable[[RoundRecord], None] | None = None) -> None:
-        """All rounds that are left; see `Server.step`."""
+        """Run all remaining rounds; see `Server.step`."""
         while self.round < self.server.options.rounds:
             self.step(done)
 
     def step(
         self, done: Callable[[RoundRecord], None] | None = None, *, measure: bool = False
     ) -> RoundRecord:
-        """One round; see `Server.step`."""
+        """Run one round; see `Server.step`."""
         return self.server.step(self.exchange, done, measure=measure)
 
     def exchange(self, orders: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:

@@ -1,13 +1,15 @@
 """Clients in worker processes: several at a time, each with a deadline, each allowed to die.
 
     exchange: an idle worker gets the next order; a worker that is silent at the deadline is killed;
-              one that dies takes its order with it; both are replaced before the next order
+              the order of a worker that dies fails; both are replaced before the next order
 
-A worker is a new Python process that builds its own answerer (base model, adapters, data) once and
-answers order after order. Private states are files, so any worker can answer for any client.
+A worker is a process that builds its own answerer (base model, adapters, data) once and answers
+order after order. Workers are forked from a server process that has imported torch and plait, so
+that starting or replacing one takes a fraction of a second. Private states are files, so any worker
+can answer for any client.
 
-Limits: one machine. A worker holds a base model of its own. Time spent in an order cannot be told
-from time spent hanging, but by the deadline.
+Limits: one machine. Each worker holds its own base model. Only the deadline distinguishes a slow
+order from one that hangs.
 """
 
 import multiprocessing as mp
@@ -25,16 +27,16 @@ from typing import Any
 from plait.federated.protocol import Answer, failure
 
 _BUILT = b"built"
-# What a config file can put right stays what it is, so that it is shown as such.
+# Errors that a change of the config can fix keep their type, which decides how they are shown.
 _TOLD = {kind.__name__: kind for kind in (ValueError, FileNotFoundError, ImportError)}
 
 
 class Deadlines:
     """How long a reply may take.
 
-    `first` seconds until one has come, for the cold start; then max(`floor`, 3 x the largest median
-    of an exchange so far). An exchange is the training or the evaluation of a round; a few slow
-    clients do not move its median.
+    `first` seconds until a reply has come, for the cold start; then max(`floor`, 3 x the largest
+    median of an exchange so far). An exchange is the training or the evaluation of a round; a few
+    slow clients do not move its median.
     """
 
     def __init__(self, first: float, floor: float) -> None:
@@ -45,11 +47,11 @@ class Deadlines:
         self._slowest, self._now = 0.0, list[float]()
 
     def begin(self) -> None:
-        """An exchange begins."""
+        """Begin an exchange."""
         self._slowest, self._now = self._median(), []
 
     def note(self, seconds: float) -> None:
-        """A reply took so long."""
+        """Note how long a reply took."""
         self._now.append(seconds)
 
     def limit(self) -> float:
@@ -77,11 +79,11 @@ class Workers:
     Args:
         make: builds the answerer, in the worker; a picklable function of no arguments.
         count: processes.
-        deadlines: None: a reply may take for ever.
+        deadlines: of the replies; None: no limit.
         threads: torch's, in each worker; None: torch's own choice.
 
     Raises:
-        Exception: when an exchange begins, if a worker could not build its answerer: its own
+        Exception: when an exchange begins, if a worker could not build its answerer: the same
             ValueError, ImportError or FileNotFoundError, else a RuntimeError.
     """
 
@@ -134,12 +136,12 @@ class Workers:
                         taken = self._give(worker, left[0], orders[left[0]])
                         left = left[taken:]
                 yield from self._heard()
-        finally:  # an exchange that is left half way leaves nobody with an old order
+        finally:  # an abandoned exchange leaves no worker with an old order
             for worker in [w for w in self._pool if w.client]:
                 self._end(worker)
 
     def _give(self, worker: _Worker, client: str, order: bytes) -> bool:
-        """Whether the worker took the order; one that died while it was idle is removed."""
+        """Send an order; False if the worker had died while idle, which removes it."""
         try:
             worker.pipe.send_bytes(order)
         except OSError:
@@ -151,7 +153,7 @@ class Workers:
         return True
 
     def _heard(self) -> Iterator[tuple[str, bytes]]:
-        """What came, until something did."""
+        """Wait until something happens; yield the replies, and the failures of lost workers."""
         now = time.monotonic()
         first = min((w.until for w in self._pool), default=now)
         ready = wait([w.pipe for w in self._pool], max(0.0, min(first - now, 1.0)))
@@ -161,7 +163,7 @@ class Workers:
                 try:
                     data = worker.pipe.recv_bytes()
                 except (EOFError, OSError):
-                    if not client:  # it had no order, so it died of itself or while it was built
+                    if not client:  # it had no order: it died idle or while it was built
                         self._died(worker)
                     else:
                         yield client, self._lost(worker)
@@ -201,7 +203,9 @@ class Workers:
         return failure(worker.client, f"ChildProcessError: its process ended, exit code {code}")
 
     def _start(self) -> _Worker:
-        context = mp.get_context("spawn")  # a fork of a process with threads can hang
+        # The server has no threads: a fork of this process, which may have some, could hang.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["plait.federated.client"])
         here, there = context.Pipe()
         process = context.Process(target=_work, args=(there, self.make, self.threads), daemon=True)
         process.start()
@@ -220,7 +224,7 @@ class Workers:
 
 
 def _work(pipe: Connection, make: Callable[[], Answer], threads: int | None) -> None:
-    """A worker's life."""
+    """What a worker process does."""
     import torch
 
     threading.Thread(target=_watch, daemon=True).start()
@@ -239,7 +243,7 @@ def _work(pipe: Connection, make: Callable[[], Answer], threads: int | None) -> 
 
 
 def _watch() -> None:
-    """End with the head, also in the middle of an order."""
+    """End with the head process, even in the middle of an order."""
     head = mp.parent_process()
     if head is not None:
         head.join()

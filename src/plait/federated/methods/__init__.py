@@ -17,6 +17,8 @@ Tensors outside the adapted layers (a new head) are averaged by w in every metho
 """
 
 from dataclasses import fields
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from plait.core.config import did_you_mean
@@ -30,7 +32,7 @@ from plait.federated.methods.average import (
     Local,
     fedavg_for,
 )
-from plait.federated.methods.base import Algorithm, Private, refusal
+from plait.federated.methods.base import ALGORITHMS, Algorithm, Private, refusal
 from plait.federated.methods.het import FedALoraHet
 from plait.federated.methods.products import FlexLora, HetLora, ZeroPad
 from plait.federated.methods.trunk import FedEx, Flora, Trunked
@@ -48,13 +50,8 @@ from plait.federated.methods.updates import (
     weights_of,
 )
 
-ALGORITHMS: dict[str, type[Algorithm]] = {
-    cls.key: cls
-    for cls in (
-        Local, Central, FedIt, FfaLora, FedSaLora, FedALora, FedALoraHet,
-        Flora, HetLora, ZeroPad, FlexLora, FedEx, FedAvg,
-    )
-}  # fmt: skip
+for _module in iter_modules(__path__):  # each registers its methods
+    import_module(f"{__name__}.{_module.name}")
 
 
 def algorithm(key: str, **options: Any) -> Algorithm:

@@ -51,6 +51,7 @@ class FedIt(Algorithm):
 
     key: ClassVar[str] = "fedit"
     exact: ClassVar[str] = "no"
+    mean_of_factors: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,29 +115,29 @@ class FedAvg(Algorithm):
     def share(self, client: Client) -> dict[str, tuple[int, ...]]:
         """By the patterns."""
         keys = [k for k in client.shapes if k not in client.head or self.head == "shared"]
-        wanted, kept = self.shared_names, self.private_names
-        for pattern in (*wanted, *kept):
+        shared, private = self.shared_names, self.private_names
+        for pattern in (*shared, *private):
             if not any(matches(key, [pattern]) for key in client.shapes):
                 names = sorted({key.rpartition("/")[2] for key in client.shapes})
                 raise ValueError(
                     f"fedavg: the pattern {pattern!r} fits no parameter. There are: "
                     f"{', '.join(names)}."
                 )
-        found = {}
+        shapes = {}
         for key in keys:
-            ours = matches(key, wanted) if wanted else not matches(key, kept)
-            theirs = matches(key, kept) if kept else not matches(key, wanted or ("*",))
-            if key in client.head and not matches(key, (*wanted, *kept)):
+            ours = matches(key, shared) if shared else not matches(key, private)
+            theirs = matches(key, private) if private else not matches(key, shared or ("*",))
+            if key in client.head and not matches(key, (*shared, *private)):
                 ours, theirs = True, False
             if ours == theirs:
                 state = "both shared and private" if ours else "neither shared nor private"
                 raise ValueError(
-                    f"fedavg: {key} is {state} by shared_names = {list(wanted)}, private_names = "
-                    f"{list(kept)}. Name it in one of them."
+                    f"fedavg: {key} is {state} by shared_names = {list(shared)}, private_names = "
+                    f"{list(private)}. Name it in one of them."
                 )
             if ours:
-                found[key] = client.shapes[key]
-        return found
+                shapes[key] = client.shapes[key]
+        return shapes
 
     def numbers_up(self, client: Client) -> int:
         """The shapes of what is shared."""
@@ -151,11 +152,11 @@ class FedAvg(Algorithm):
         super().check(clients)
         shapes = {client.id: self.share(client) for client in clients.values()}
         first = shapes[min(shapes)]
-        for client, own in shapes.items():
-            apart = [key for key in {*own, *first} if own.get(key) != first.get(key)]
+        for client, share in shapes.items():
+            apart = [key for key in {*share, *first} if share.get(key) != first.get(key)]
             if apart:
                 raise ValueError(
-                    f"fedavg: {min(apart)} has the shape {own.get(min(apart))} on client "
+                    f"fedavg: {min(apart)} has the shape {share.get(min(apart))} on client "
                     f"{client!r} and {first.get(min(apart))} on {min(shapes)!r}. Give all clients "
                     "one config, or keep it private."
                 )
@@ -186,6 +187,6 @@ def fedavg_for(model: nn.Module, adapter: str = "default", **options: Any) -> Fe
     Raises:
         ValueError: the adapter cannot be federated, with the reason.
     """
-    found = FedAvg(private_names=adapters.screened(model, adapter), **options)
-    found.check_model(model, adapter)
-    return found
+    method = FedAvg(private_names=adapters.screened(model, adapter), **options)
+    method.check_model(model, adapter)
+    return method

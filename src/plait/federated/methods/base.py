@@ -26,10 +26,14 @@ Private = Literal["keep", "reset", "redraw"]
 Head = Literal["shared", "private"]
 Init = Literal["common", "per_client"]
 
+ALGORITHMS: dict[str, type["Algorithm"]] = {}  # key -> class, of every subclass that has a key
+
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """A federated method. One that states nothing else averages the parameters in `names`.
+    """A federated method. By default it averages the parameters in `names`.
+
+    A subclass with a key is known to config files under that key.
 
     Attributes:
         key: its name in configs. exact: whether the new common function is W0 + sum w_i D_i.
@@ -37,9 +41,11 @@ class Algorithm:
         uses: the adapter's method it needs; "lora" is upstream's LoRA, "" any.
         ranks: whether clients may have different ranks. robust: whether another mean can replace
             the weighted one. frozen: patterns of what does not train.
-        private_policy: what a client's own factors do at a round's start.
+        mean_of_factors: whether it averages A and B separately, so that the server reports how far
+            the mean of the factors is from the mean of the products.
+        private_policy: what happens to a client's private factors at the start of a round.
         head: whether what trains outside the adapted layers is averaged or stays private.
-        init: whether factors that are drawn anew are common to all clients or each client's own.
+        init: whether redrawn factors are common to all clients or each client's own.
         seed: of all draws.
     """
 
@@ -50,11 +56,16 @@ class Algorithm:
     ranks: ClassVar[bool] = False
     robust: ClassVar[bool] = True
     frozen: ClassVar[tuple[str, ...]] = ()
+    mean_of_factors: ClassVar[bool] = False
 
     private_policy: Private = "keep"
     head: Head = "shared"
     init: Init = "common"
     seed: int = 0
+
+    def __init_subclass__(cls) -> None:
+        if "key" in vars(cls):
+            ALGORITHMS[cls.key] = cls
 
     def __post_init__(self) -> None:
         for name, kind in (("private_policy", Private), ("init", Init), ("head", Head)):
@@ -70,8 +81,8 @@ class Algorithm:
     def share(self, client: Client) -> dict[str, tuple[int, ...]]:
         """Key -> shape of a client's upload: the named parameters of each layer, and the head."""
         shapes = {k: s for k, s in client.shapes.items() if k not in client.head}
-        own = {k: s for k, s in shapes.items() if k.rpartition("/")[2] in self.names}
-        return own | self.heads(client)
+        named = {k: s for k, s in shapes.items() if k.rpartition("/")[2] in self.names}
+        return named | self.heads(client)
 
     def up(self, layer: Layer) -> int:
         """Numbers that a client sends for one layer: r in for A and r out for B, if sent."""
@@ -103,7 +114,7 @@ class Algorithm:
         return old
 
     def payload_down(self, state: State, client: Client, held: int = 0) -> StateDict:
-        """What a client needs at the start of the round after `state`.
+        """What a client gets at the start of the round after `state`.
 
         Args:
             state: the server's. client: the receiver.
@@ -112,14 +123,14 @@ class Algorithm:
         return dict(state.tensors)
 
     def pairs(self, client: Client) -> list[tuple[str, str, float]]:
-        """Keys of A and B, and s, where an upload counts by its s B A and not by its change."""
+        """Keys of A and B, and s, of uploads whose size is that of s B A, not of their change."""
         return []
 
     def renewed(self, round: int, kept: bool) -> tuple[str, ...]:
-        """Names of factors that are drawn anew at a round's start, whatever `private_policy` says.
+        """Names of factors that are redrawn at a round's start, whatever `private_policy` says.
 
         Args:
-            round: the one that begins. kept: whether the client has a private part to go on from.
+            round: the one that begins. kept: whether the client has a private part to continue.
         """
         return ()
 
@@ -146,7 +157,7 @@ class Algorithm:
         return State(state.round + 1, self.combine(accepted, state.tensors))
 
     def check(self, clients: Mapping[str, Client]) -> None:
-        """Refuse clients that the method cannot serve.
+        """Raise if the method cannot serve these clients.
 
         Raises:
             ValueError: no client, or ranks, scalings, layers or shapes that differ.
@@ -178,15 +189,15 @@ class Algorithm:
                 f"{client.id!r}. Give all the same base model."
             )
         if not self.ranks and (layer.r, layer.scaling) != (other.r, other.scaling):
+            *most, last = [key for key, cls in ALGORITHMS.items() if cls.ranks and cls.uses]
             raise ValueError(
                 f"{self.key}: {name} has r = {layer.r}, s = {layer.scaling:g} on client "
                 f"{client.id!r} and r = {other.r}, s = {other.scaling:g} on {first.id!r}. It needs "
-                "one rank and scaling; flora, flexlora, zeropad, hetlora and fedalora_het take "
-                "different ranks."
+                f"one rank and scaling; {', '.join(most)} and {last} take different ranks."
             )
 
     def check_model(self, model: nn.Module, adapter: str = "default") -> None:
-        """Refuse an adapter that the method cannot federate.
+        """Raise if the method cannot federate this adapter.
 
         Raises:
             ValueError: with the reason.
@@ -197,7 +208,7 @@ class Algorithm:
             raise ValueError(reason)
 
     def check_configs(self, configs: Mapping[str, Any]) -> None:
-        """Refuse clients whose adapters the method cannot serve together, by client -> peft config.
+        """Raise if the method cannot serve these adapters together: client -> peft config.
 
         Raises:
             ValueError: with the reason.
@@ -214,8 +225,8 @@ class Algorithm:
 
     def private(self, state: StateDict, client: Client) -> StateDict:
         """The part of a local state that stays on the client, with its buffers and counters."""
-        given = self.shared(state, client)
-        return {k: x for k, x in state.items() if k not in given and not matches(k, self.frozen)}
+        shared = self.shared(state, client)
+        return {k: x for k, x in state.items() if k not in shared and not matches(k, self.frozen)}
 
     def payload_up(self, state: StateDict, client: Client) -> StateDict:
         """What a client sends, from its local state after training."""
@@ -241,8 +252,8 @@ class Algorithm:
         state = dict(first)
         if self.private_policy == "keep" and kept is not None:
             # Without what the adapter has dropped since, such as averages of a finished schedule.
-            own = self.private(first, client)
-            state = {key: x for key, x in state.items() if key not in own} | kept
+            private = self.private(first, client)
+            state = {key: x for key, x in state.items() if key not in private} | kept
         if self.private_policy == "redraw":
             state |= self.private({**first, **draw()}, client)
         state |= {key: x for key, x in down.items() if key in state}
@@ -279,7 +290,7 @@ class Algorithm:
     def set_trunk(
         self, model: nn.Module, trunk: StateDict, down: StateDict, adapter: str
     ) -> StateDict:
-        """Put the client's trunk on the model, where the method has one."""
+        """Put the client's trunk on the model, if the method has one."""
         return {}
 
     def fingerprint(self, state: StateDict) -> str:
@@ -319,7 +330,7 @@ class Algorithm:
 
 
 def refusal(algorithm: Algorithm, config: Any) -> str | None:
-    """Why a federated method does not work with an adapter's config; None where it does.
+    """Why a federated method does not work with an adapter's config; None if it does.
 
     Args:
         algorithm: the method. config: peft's.

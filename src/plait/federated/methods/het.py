@@ -83,14 +83,14 @@ class FedALoraHet(Algorithm):
 
     def share(self, client: Client) -> dict[str, tuple[int, ...]]:
         """P (out, q), or B1 (r, q) and B2 (out, r)."""
-        q, found = self.common_rank, {}
+        q, shapes = self.common_rank, {}
         for name, layer in client.layers.items():
             if self.factored(layer):
-                found[f"{name}/B1"] = (layer.r, q)
-                found[f"{name}/B2"] = (layer.out_features, layer.r)
+                shapes[f"{name}/B1"] = (layer.r, q)
+                shapes[f"{name}/B2"] = (layer.out_features, layer.r)
             else:
-                found[f"{name}/P"] = (layer.out_features, q)
-        return found | self.heads(client)
+                shapes[f"{name}/P"] = (layer.out_features, q)
+        return shapes | self.heads(client)
 
     def up(self, layer: Layer) -> int:
         """Q out, or r (out + q)."""
@@ -107,9 +107,9 @@ class FedALoraHet(Algorithm):
 
     def private(self, state: StateDict, client: Client) -> StateDict:
         """A and M; B1 and B2 start every round anew."""
-        given = {f"{name}/{x}" for name in client.layers for x in ("B_bar", "B1", "B2")}
-        given |= set(self.heads(client))
-        return {key: x for key, x in state.items() if key not in given}
+        received = {f"{name}/{x}" for name in client.layers for x in ("B_bar", "B1", "B2")}
+        received |= set(self.heads(client))
+        return {key: x for key, x in state.items() if key not in received}
 
     def payload_up(self, state: StateDict, client: Client) -> StateDict:
         """P = B2 B1, or the two."""

@@ -76,11 +76,11 @@ class ZeroPad(Factors):
     def payload_down(self, state: State, client: Client, held: int = 0) -> StateDict:
         """The first r_i ranks, B for the client's own scaling, and the head."""
         s = state.tensors
-        found = {key: s[key] for key in self.heads(client)}
+        down = {key: s[key] for key in self.heads(client)}
         for name, x in client.layers.items():
-            found[f"{name}/A"] = s[f"{name}/A"][: x.r].contiguous()
-            found[f"{name}/B"] = (s[f"{name}/B"][:, : x.r] / x.scaling).contiguous()
-        return found
+            down[f"{name}/A"] = s[f"{name}/A"][: x.r].contiguous()
+            down[f"{name}/B"] = (s[f"{name}/B"][:, : x.r] / x.scaling).contiguous()
+        return down
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +98,11 @@ class HetLora(ZeroPad):
                 size = product_norm(update[f"{name}/A"], update[f"{name}/B"])
                 norms[name][client] = layer.scaling * size
             del update
-        found = {}
+        shares = {}
         for name, sizes in norms.items():
             total = sum(sizes.values())
-            found[name] = {c: n / total for c, n in sizes.items()} if total else accepted.weights
-        return found
+            shares[name] = {c: n / total for c, n in sizes.items()} if total else accepted.weights
+        return shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +130,12 @@ class FlexLora(Factors):
     def payload_down(self, state: State, client: Client, held: int = 0) -> StateDict:
         """A = V^T, B = U S / s_i, r_i ranks; where D has fewer, LoRA's start for the others."""
         s = state.tensors
-        found = {key: s[key] for key in self.heads(client)}
+        down = {key: s[key] for key in self.heads(client)}
         for name, x in client.layers.items() if f"{next(iter(client.layers))}/Vh" in s else ():
             A, B = s[f"{name}/Vh"][: x.r], s[f"{name}/US"][:, : x.r] / x.scaling
             if len(A) < x.r:
                 gen = seeded(self.seed, self.key, state.round, name)
                 A = torch.cat([A, kaiming(gen, x.r - len(A), x.in_features).to(A)])
                 B = torch.cat([B, B.new_zeros(len(B), x.r - B.shape[1])], dim=1)
-            found |= {f"{name}/A": A.contiguous(), f"{name}/B": B.contiguous()}
-        return found
+            down |= {f"{name}/A": A.contiguous(), f"{name}/B": B.contiguous()}
+        return down

@@ -144,6 +144,7 @@ class FedEx(Trunked):
 
     key: ClassVar[str] = "fedex"
     exact: ClassVar[str] = "yes"
+    mean_of_factors: ClassVar[bool] = True
 
     def down(self, layer: Layer, cohort: Sequence[Layer] = ()) -> int:
         """R (in + out), and K r (in + out) for the residual or in out where that is smaller."""

@@ -156,8 +156,13 @@ class Accepted:
             for name in held:
                 A = wide(torch.cat([update[f"{name}/A"] for update in loaded]))
                 B = wide(torch.cat([update[f"{name}/B"] for update in loaded], dim=1))
-                own = [(self.weights[c], self.clients[c].layers[name]) for c in clients]
-                yield name, A, B, A.new_tensor([w * x.scaling for w, x in own for _ in range(x.r)])
+                scaled = [(self.weights[c], self.clients[c].layers[name]) for c in clients]
+                yield (
+                    name,
+                    A,
+                    B,
+                    A.new_tensor([w * x.scaling for w, x in scaled for _ in range(x.r)]),
+                )
             del loaded  # before the next part is read
 
 
@@ -185,7 +190,7 @@ def aggregation_error(
         updates: client id -> A and B of each layer, of one rank. weights, clients: as elsewhere.
     """
     accepted = Accepted(updates, weights, clients)
-    average, found = weighted_mean(updates, weights, {}), {}
+    average, errors = weighted_mean(updates, weights, {}), {}
     for name, A, B, p in accepted.layers():
         A, scaling = p[:, None] * A, accepted.first.layers[name].scaling
         mean_A, mean_B = average[f"{name}/A"], scaling * average[f"{name}/B"]
@@ -193,5 +198,5 @@ def aggregation_error(
         sides = torch.cat([A, mean_A]).double().T, torch.cat([B, -mean_B], dim=1).double()
         Ra, Rb = (torch.linalg.qr(side, mode="r").R for side in sides)
         gap, whole = float(torch.linalg.norm(Rb @ Ra.T)), product_norm(A, B)
-        found[name] = gap / whole if whole else 0.0
-    return found
+        errors[name] = gap / whole if whole else 0.0
+    return errors

@@ -1,12 +1,12 @@
-"""Certificates and node keys for a federation of one's own: a test CA, and no more than that.
+"""Certificates and node keys for a private federation, signed by a CA for tests.
 
     ca.key, ca.crt           the CA: signs the server's certificate and nothing else
     server.key, server.crt   the server's; subjectAltName holds its hosts, serverAuth, no CA
     CLIENT, CLIENT.pub       a client's key pair: NIST P-384, OpenSSH format
 
-The server gets the two of its own, ca.crt and all .pub files; a client gets ca.crt and its own key.
-ca.key stays with whoever made it. The CA has no revocation and its key lies unencrypted on a disk:
-good for trying things out and for a network that its users run themselves.
+The server gets its key and certificate, ca.crt and all .pub files; a client gets ca.crt and its
+key. ca.key stays with whoever made it. The CA cannot revoke anything, and its key lies unencrypted
+on a disk: use it for trying things out and for a network that its users run themselves.
 
 Keys are elliptic (P-256 for certificates). Needs the package cryptography, which flwr brings along.
 """
@@ -37,14 +37,14 @@ def make_certs(
 ) -> list[Path]:
     """Make certificates for a server and key pairs for clients; return the files.
 
-    folder: made with mode 0700; private keys get mode 0600. hosts: names and addresses that clients
-    reach the server by, this machine's own are added; none: key pairs only. days: how long the
-    certificates hold; key pairs do not expire.
+    folder: made with mode 0700; private keys get mode 0600. hosts: names and addresses at which
+    clients reach the server; those of this machine are added; none: key pairs only. days: how long
+    the certificates are valid; key pairs do not expire.
 
     Raises:
         ImportError: cryptography is not installed.
-        ValueError: nothing to make, a name that cannot be used, days below 1.
-        FileExistsError: one of the files is there already. Nothing is written then.
+        ValueError: there is nothing to make, a name cannot be used, or days is below 1.
+        FileExistsError: one of the files exists; nothing is written.
     """
     _check(hosts, clients, days)
     folder = Path(folder)

@@ -1,14 +1,15 @@
-"""A trainer that stays in memory: answers orders over a local socket, one after another.
+"""A trainer that stays in memory and answers orders over a local socket, one after another.
 
     client program  --order-->  AF_UNIX socket  -->  answer(order)  --reply-->  client program
 
 Flower starts a new process for every message. Loading torch and a base model there would cost more
-than most rounds, so that process only forwards bytes to a `Resident`, which has both. An order and
-a reply are one byte string each, as `multiprocessing.connection` frames them; no object is sent, so
-nothing is unpickled. Who may use the socket is a matter of its folder, which is for its owner only.
+than most rounds, so that process only forwards bytes to a `Resident`, which has loaded both. An
+order and a reply are one byte string each, framed by `multiprocessing.connection`; no object is
+sent, so nothing is unpickled. The socket's folder, accessible to its owner only, decides who may
+use it.
 
-Limits: POSIX. Orders wait for each other, a `hello` for a training, too. A training that has begun
-is not stopped when whoever ordered it goes away; one that waits is dropped.
+Limits: POSIX. Orders wait for each other, even a `hello` for a training. A training that has begun
+continues if the program that ordered it goes away; an order that still waits is dropped.
 """
 
 import os
@@ -30,15 +31,15 @@ class Resident:
     """Serves `answer` on a socket while the context is open.
 
     Args:
-        address: of the socket. Its folder is made, with mode 0700; one that is there must have it.
-            `Resident.folder()` makes a short one.
+        address: of the socket. Its folder is made with mode 0700; an existing one must have that
+            mode. `Resident.folder()` makes one with a short path.
         answer: an order -> its reply; see `plait.federated.protocol`.
-        largest: longest order that is read, in bytes.
+        largest: size of the longest order that is read, in bytes.
 
     Raises:
-        ValueError: an address that is too long.
-        PermissionError: a folder that others may enter.
-        FileExistsError: another trainer answers there, or a file that is no socket lies there.
+        ValueError: the address is too long.
+        PermissionError: others may enter the folder.
+        FileExistsError: another trainer answers there, or the address is another kind of file.
     """
 
     def __init__(self, address: str | Path, answer: Answer, *, largest: int = LARGEST) -> None:
@@ -48,7 +49,7 @@ class Resident:
 
     @staticmethod
     def folder() -> Path:
-        """A new folder for a socket, mode 0700, with a short path; the caller removes it."""
+        """Make a folder for a socket, with mode 0700 and a short path; the caller removes it."""
         return Path(tempfile.mkdtemp(prefix="plait-"))
 
     def __enter__(self) -> "Resident":
@@ -62,7 +63,7 @@ class Resident:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Stop listening. An order that is being answered is not waited for."""
+        """Stop listening, without waiting for the order that is being answered."""
         self._closing = True
         self._orders.put(None)
         Client(str(self.address), family="AF_UNIX").close()  # wakes accept()
@@ -70,7 +71,7 @@ class Resident:
         self._listener.close()
 
     def _claim(self) -> None:
-        """Make the address free, and its folder safe."""
+        """Free the address of a stale socket, and check that its folder is private."""
         where, folder = self.address, self.address.parent
         if len(os.fsencode(where)) > _LONGEST:
             raise ValueError(
@@ -107,7 +108,7 @@ class Resident:
             threading.Thread(target=self._read, args=(connection,), daemon=True).start()
 
     def _read(self, connection: Connection) -> None:
-        """One order; whoever sends none, or half of one, holds this thread and nothing else."""
+        """Read one order; a client that sends none, or half of one, blocks this thread alone."""
         try:
             if connection.poll(_IDLE):
                 self._orders.put((connection, connection.recv_bytes(self.largest)))
@@ -120,7 +121,7 @@ class Resident:
         while (waiting := self._orders.get()) is not None:
             connection, order = waiting
             try:
-                # Nobody sends twice, so what can be read now is the end: nobody waits any more.
+                # A client sends once, so readable now means end of file: it has gone.
                 if not connection.poll():
                     connection.send_bytes(self._reply(order))
             except OSError:  # gone while its order was answered

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
 from plait.federated import algorithm
-from plait.federated.client import LocalOptions, LocalTraining
+from plait.federated.client import LocalOptions
 from plait.federated.engines.workers import Deadlines
 from plait.federated.guard import GuardOptions
 from plait.federated.methods import Algorithm, refusal
@@ -230,11 +230,6 @@ class FederateConfig:
             keep=self.checkpoints.keep,
             retries=self.sampling.retries,
         )
-
-    def training(self, rows: Any, collate: Any) -> LocalTraining:
-        """Of a client. rows: client -> its examples. collate: makes a batch."""
-        given = {f.name: getattr(self.local, f.name) for f in fields(LocalOptions)}
-        return LocalTraining(rows, collate, seed=self.sampling.seed, **given)
 
     def run_config(self) -> RunConfig:
         """What loading the data and evaluating takes."""

@@ -2,15 +2,15 @@
 
     OUT/<client>/adapter_config.json, adapter_model.safetensors      OUT/README.md
 
-What is exported is the model that the client would start the next round with, the one that the last
-evaluation measured: with `private_policy` "reset" or "redraw" its private part is started anew. A
+The exported model is the one with which the client would start the next round, and which the last
+evaluation measured: with `private_policy` "reset" or "redraw" its private part is a fresh start. A
 trunk (flora, fedex) is stacked in front of the adapter, fedalora_het folds into (M A, B_bar), gates
-and mixes into the factors, so the update is exact. Each export is read back by peft on a fresh base
-model, and its logits are compared, before anything is put in place.
+and mixes into the factors, so the update is exact. Before anything is put in place, peft reads each
+export back on a fresh base model, and the logits are compared.
 
 The run folder is only read: the server's newest checkpoint and each client's state of its last
-accepted round. A server whose clients keep private factors on their own machines lacks these; there
-the client's folder has to be brought to RUN/clients first.
+accepted round. A server whose clients keep private factors on their own machines does not have
+them; copy the client's folder to RUN/clients first.
 """
 
 import copy
@@ -32,9 +32,10 @@ from plait.federated.protocol import Order
 from plait.federated.state import Checkpoint, Checkpoints, ClientStore
 from plait.run.config import did_you_mean
 from plait.run.export import TOLERANCE
-from plait.run.federated.conduct import load_federate_config, setting
-from plait.run.federated.config import FederateConfig
-from plait.run.folder import RunFolder, replace_dir, write_atomic
+from plait.run.federated.config import FederateConfig, load_federate_config
+from plait.run.federated.folder import FederatedFolder
+from plait.run.federated.setup import prepare_federation
+from plait.run.folder import replace_dir, write_atomic
 from plait.run.model import load_base
 from plait.upstream.export import to_lora
 
@@ -43,12 +44,13 @@ _PROBE = (4, 16)  # rows and tokens that logits are compared on
 
 @dataclass(frozen=True)
 class ClientExport:
-    """What became of a client's adapter.
+    """The result of exporting a client's adapter.
 
-    client: its name. ranks: smallest and largest of a layer. layers: how many. error: largest part
-    of a layer's dW that is left out (relative Frobenius norm), 0 for exact. logit_error: largest
-    difference of logits, read back by peft; logit_shift: largest difference to the base model's,
-    for scale. refused: why nothing was written; "" where it was.
+    client: its name. ranks: smallest and largest rank of a layer. layers: how many. error: largest
+    part of a layer's dW that is left out (relative Frobenius norm), 0 if exact. logit_error:
+    largest difference between the logits of the export, read by peft, and of the run's model;
+    logit_shift: largest difference to the base model's, for scale. refused: why nothing was
+    written; "" if it was.
     """
 
     client: str
@@ -65,7 +67,7 @@ def export_clients(
     out: str | Path,
     client: str | None = None,
     *,
-    done: Callable[[ClientExport], None] = lambda found: None,
+    done: Callable[[ClientExport], None] = lambda entry: None,
 ) -> list[ClientExport]:
     """Export the adapters of a run into a new folder.
 
@@ -74,47 +76,47 @@ def export_clients(
         done: called after each client.
 
     Returns:
-        One entry for each client. A client whose update is zero everywhere, since it never took
-        part, or depends on the input, is refused with the reason.
+        One entry for each client. A client whose update is zero everywhere, because it never took
+        part, or depends on the input is refused with the reason.
 
     Raises:
-        FileExistsError: something is at `out`.
-        ValueError: no round is complete, an unknown client, nothing that can be exported, or an
-            export that peft reads differently.
+        FileExistsError: `out` exists.
+        ValueError: no round is complete, the client is unknown, nothing can be exported, or peft
+            reads an export differently.
         StateError: a saved state is missing or damaged.
     """
-    out, folder = Path(out), RunFolder.open(run)
+    out, folder = Path(out), FederatedFolder.open(run)
     if out.exists():
         raise FileExistsError(f"{out}: exists. Give a new folder, or remove it.")
     config = load_federate_config(folder.config)
-    checkpoint = Checkpoints(folder.path / "server").newest()
+    checkpoint = Checkpoints(folder.server).newest()
     if checkpoint is None or not checkpoint.state.round:
         raise ValueError(f"{folder.path}: no round is complete, so there is nothing to export.")
-    roster = setting(config).roster
+    roster = prepare_federation(config).roster
     if client is not None and client not in roster.clients:
         raise ValueError(
             f"client {client!r} is none of the run's. {did_you_mean(client, roster.clients)} The "
             f"clients are {', '.join(roster.clients)}."
         )
     names = list(roster.clients) if client is None else [client]
-    found: list[ClientExport] = []
+    exports: list[ClientExport] = []
 
     def write(place: Path) -> None:
         check = _Check(config)
         for name in names:
             with tempfile.TemporaryDirectory() as scratch:
                 site = Site(roster, _no_training, scratch, run=checkpoint.run)
-                model = _model_of(site, checkpoint, folder.path / "clients", name)
+                model = _model_of(site, checkpoint, folder.clients, name)
                 entry = _export(model, name, place / name, check)
-            found.append(entry)
+            exports.append(entry)
             done(entry)
-        if all(entry.refused for entry in found):
-            raise ValueError(f"client {found[0].client!r}: {found[0].refused}")
-        card = _card(config, roster.method, checkpoint.state.round, found)
+        if all(entry.refused for entry in exports):
+            raise ValueError(f"client {exports[0].client!r}: {exports[0].refused}")
+        card = _card(config, roster.method, checkpoint.state.round, exports)
         write_atomic(place / "README.md", card)
 
     replace_dir(out, write)
-    return found
+    return exports
 
 
 def _no_training(model: nn.Module, client: str, round: int) -> Any:
@@ -124,7 +126,7 @@ def _no_training(model: nn.Module, client: str, round: int) -> Any:
 def _model_of(site: Site, checkpoint: Checkpoint, states: Path, client: str) -> PeftModel:
     """The client's model at the start of the next round; `site` works on a copy of its state.
 
-    A site removes the generations that are not asked for, which may be those of a run at work.
+    A site removes the generations that are not asked for; those may belong to a running run.
     """
     roster, state = site.roster, checkpoint.state
     method, declared = roster.method, roster.clients[client]
@@ -133,7 +135,7 @@ def _model_of(site: Site, checkpoint: Checkpoint, states: Path, client: str) -> 
     if generation:
         keeps = bool(method.private(roster.first(client), declared))
         if store.path(generation).is_file() or keeps:
-            store.read(generation)  # says what is wrong with it
+            store.read(generation)  # raises if it is damaged
             kept = ClientStore(site.folder, checkpoint.run, client).path(generation)
             kept.parent.mkdir(parents=True)
             shutil.copyfile(store.path(generation), kept)
@@ -159,14 +161,14 @@ def _export(model: PeftModel, client: str, place: Path, check: "_Check") -> Clie
 
 
 class _Check:
-    """Logits of an export, read by peft on a fresh base model, beside those of the run's model."""
+    """Compares the logits of an export, read by peft on a fresh base, with the run's model."""
 
     def __init__(self, config: FederateConfig) -> None:
         self.config = config
         self.base: Any = None
 
     def __call__(self, model: PeftModel, place: Path) -> tuple[float, float]:
-        """Largest difference of the logits, and the adapter's largest effect on them.
+        """Return the largest difference of the logits, and the adapter's largest effect on them.
 
         Raises:
             ValueError: an fp32 export is off by more than rounding.
@@ -175,15 +177,15 @@ class _Check:
             labels = None if self.config.model.task == "causal_lm" else model.config.num_labels
             self.base = load_base(self.config.model, labels).to(model.device).eval()
         # The copy has its own modules and the base's own weights.
-        own = copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})
-        stock = PeftModel.from_pretrained(own, str(place)).eval()
+        base = copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})
+        stock = PeftModel.from_pretrained(base, str(place)).eval()
         ids = torch.randint(model.config.vocab_size, _PROBE, generator=seeded("export"))
-        wanted = _logits(model, ids)
+        logits = _logits(model, ids)
         with model.disable_adapter():
-            shift = float((_logits(model, ids) - wanted).abs().max())
-        error = float((_logits(stock, ids) - wanted).abs().max())
+            shift = float((_logits(model, ids) - logits).abs().max())
+        error = float((_logits(stock, ids) - logits).abs().max())
         exact = self.config.model.dtype == "float32"
-        if exact and error > TOLERANCE * max(float(wanted.abs().max()), 1.0):
+        if exact and error > TOLERANCE * max(float(logits.abs().max()), 1.0):
             raise ValueError(
                 f"{place.name}: peft reads the export with logits off by {error:.2e}. Nothing was "
                 "written; please report this with the run's config."
@@ -196,13 +198,15 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids.to(model.device)).logits.float().cpu()
 
 
-def _card(config: FederateConfig, method: Algorithm, rounds: int, found: list[ClientExport]) -> str:
+def _card(
+    config: FederateConfig, method: Algorithm, rounds: int, exports: list[ClientExport]
+) -> str:
     rows = "".join(
         f"| {x.client} | {x.layers} | {_ranks(x)} | {x.error:.2%} | {x.logit_error:.2e} | "
         f"{x.logit_shift:.2e} |\n"
         if not x.refused
         else f"| {x.client} | not exported: {x.refused} | | | | |\n"
-        for x in found
+        for x in exports
     )
     return (
         f"# Plain LoRAs of the clients\n\nThe clients' adapters after {rounds} rounds of "

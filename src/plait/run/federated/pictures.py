@@ -1,7 +1,7 @@
 """Pictures of federated runs, as PNG: loss, score, similarity of the factors, bytes; several runs.
 
-Colours are those of Okabe and Ito, which are told apart with any colour vision; each line has a
-marker of its own, too. A picture without numbers is not drawn.
+Colours are those of Okabe and Ito, which people with any colour vision can tell apart; each line
+also has a marker of its own. A picture without numbers is not drawn.
 """
 
 import io
@@ -14,7 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-Series = list[tuple[int, dict[str, float]]]  # (round, client -> value)
+from plait.run.federated.folder import Series
+
 Stages = tuple[Series, Series]  # as the next round starts, and right after local training
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -68,7 +69,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _look(k: int, count: int = 0) -> dict[str, Any]:
-    """Colour and marker of the k-th line; count: its points, so that markers stay apart."""
+    """Colour and marker of the k-th line; count: its number of points, which spaces the markers."""
     return {
         "color": _COLORS[k % len(_COLORS)],
         "marker": _MARKERS[k % len(_MARKERS)],
@@ -101,7 +102,7 @@ def _curves(parts: Mapping[str, Series], what: str, title: str, first: int = 0) 
 
 def _band(axes: Any, series: Series, k: int, label: str) -> None:
     rounds = [n for n, _ in series]
-    values = [list(found.values()) for _, found in series]
+    values = [list(clients.values()) for _, clients in series]
     look = _look(k, len(rounds))
     axes.plot(rounds, [mean(v) for v in values], label=label, **look)
     low, high = [min(v) for v in values], [max(v) for v in values]
@@ -110,8 +111,8 @@ def _band(axes: Any, series: Series, k: int, label: str) -> None:
 
 def _similarity(rounds: Sequence[Mapping[str, Any]], title: str) -> Figure | None:
     """Cosine and overlap of each kind of factor over the rounds, in a panel each."""
-    found = [(row["round"], row["similarity"]) for row in rounds if row.get("similarity")]
-    kinds = sorted({kind for _, values in found for kind in values})
+    similar = [(row["round"], row["similarity"]) for row in rounds if row.get("similarity")]
+    kinds = sorted({kind for _, values in similar for kind in values})
     if not kinds:
         return None
     figure = Figure(figsize=(8.5, 3.6), layout="constrained")
@@ -121,13 +122,15 @@ def _similarity(rounds: Sequence[Mapping[str, Any]], title: str) -> Figure | Non
     ):
         for k, kind in enumerate(kinds):
             points = [
-                (n, values[kind][measure]) for n, values in found if measure in values.get(kind, {})
+                (n, values[kind][measure])
+                for n, values in similar
+                if measure in values.get(kind, {})
             ]
             if not points:
                 continue
             axes.plot(*zip(*points, strict=True), label=kind, **_look(k, len(points)))
             if measure == "overlap":
-                level = mean(values[kind]["chance"] for _, values in found if kind in values)
+                level = mean(values[kind]["chance"] for _, values in similar if kind in values)
                 axes.axhline(level, color=_COLORS[k % len(_COLORS)], ls=":", lw=1)
         axes.set_title(f"{title}: {name}", loc="left")
         axes.set_ylabel("mean over pairs of clients")
@@ -175,7 +178,7 @@ def _bytes(rounds: Sequence[Mapping[str, Any]], title: str) -> Figure | None:
 
 
 def comparison(runs: Sequence[tuple[str, Stages, Stages]], score: str) -> bytes | None:
-    """Several runs: means over the rounds, and at the end the mean and range over the clients.
+    """Compare runs: means over the rounds, and the mean and range over the clients at the end.
 
     Args:
         runs: (name, held-out losses, held-out scores). score: the metric's name.
@@ -184,21 +187,21 @@ def comparison(runs: Sequence[tuple[str, Stages, Stages]], score: str) -> bytes 
         ("loss", [(run, losses) for run, losses, _ in runs if losses[0]]),
         (score, [(run, scores) for run, _, scores in runs if scores[0]]),
     ]
-    what = [(name, found) for name, found in parts if found]
-    if not what:
+    drawn = [(name, series) for name, series in parts if series]
+    if not drawn:
         return None
     order = {run[0]: k for k, run in enumerate(runs)}
     height = max(3.0, 0.34 * len(runs) + 1.4)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10, height * len(what)), layout="constrained")
-        panels = figure.subplots(len(what), 2, squeeze=False, width_ratios=(1, 1))
-        for (left, right), (name, found) in zip(panels, what, strict=True):
-            for run, (series, trained) in found:
+        figure = Figure(figsize=(10, height * len(drawn)), layout="constrained")
+        panels = figure.subplots(len(drawn), 2, squeeze=False, width_ratios=(1, 1))
+        for (left, right), (name, measured) in zip(panels, drawn, strict=True):
+            for run, (series, trained) in measured:
                 look, rounds = _look(order[run], len(series)), [n for n, _ in series]
                 left.plot(rounds, [mean(v.values()) for _, v in series], **look)
                 values, place = (
                     series[-1][1].values(),
-                    len(found) - 1 - list(dict(found)).index(run),
+                    len(measured) - 1 - list(dict(measured)).index(run),
                 )
                 right.plot([min(values), max(values)], [place] * 2, color=look["color"], lw=1.5)
                 right.plot(mean(values), place, **(look | {"ls": "none", "ms": 7}))
@@ -209,10 +212,10 @@ def comparison(runs: Sequence[tuple[str, Stages, Stages]], score: str) -> bytes 
                     right.plot(means[-1], place, **(hollow | {"ls": "none", "ms": 7}))
             left.set_ylabel(f"held-out {name}, mean")
             _rounds_axis(left)
-            right.set_yticks(range(len(found)), [run for run, _ in reversed(found)])
-            right.set_ylim(-0.6, len(found) - 0.4)
+            right.set_yticks(range(len(measured)), [run for run, _ in reversed(measured)])
+            right.set_ylim(-0.6, len(measured) - 0.4)
             right.set_xlabel(f"{name} at the end: mean and range")
-        if any(trained for _, found in what for _, (_, trained) in found):
+        if any(trained for _, measured in drawn for _, (_, trained) in measured):
             for text, face in (("as a round starts", "0.3"), ("after local training", "white")):
                 panels[0][0].plot([], [], "o", color="0.3", mfc=face, label=text)
             figure.legend(loc="outside lower center", ncols=2, frameon=False)

@@ -2,17 +2,16 @@
 
     worst    the client with the largest loss, or the smallest score
     spread   largest - smallest of the clients' values
-    gain over local     local - x of a loss, x - local of a score
+    gain over local     local - x for a loss, x - local for a score
     towards central     (local - x) / (local - central): 0 is local, 1 is central
 
-x: the mean over clients of the last measurement, on held-out rows, each client with its own model:
-as it would start the next round, and, in tables of their own where a run measures it, right after
-its local training. The two references are runs of the methods `local` and `central` with the same
-model, data and partition whose last measurement has the same clients, or one model for all rows;
-without them, or where `central` is no better than `local`, there is "-".
+x is the mean over clients of the last measurement on held-out rows, each client with its own model
+as it would start the next round; runs that measure it also get tables of x right after local
+training. The two references are runs of the methods `local` and `central` with the same model, data
+and partition whose last measurement has the same clients, or one model for all rows. Without them,
+or if `central` is no better than `local`, the cell is "-".
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,8 +20,7 @@ from typing import Any
 
 from plait.federated.methods import Algorithm
 from plait.federated.privacy import PrivacyReport
-from plait.run.federated import pictures as pictures
-from plait.run.federated.pictures import Series
+from plait.run.federated.folder import FederatedFolder, Series, read_rounds
 from plait.run.folder import RunFolder, diff_configs, replace_dir, write_atomic
 from plait.run.metrics import METRICS
 
@@ -39,16 +37,16 @@ Measurements = list[tuple[int, Mapping[str, Mapping[str, Any]]]]  # (round, clie
 
 @dataclass(frozen=True)
 class Summary:
-    """A federated run in figures.
+    """The figures of a federated run.
 
     method: its name. path: of the run folder. rounds: completed. clients: those that were selected
-    at least once. losses, scores: (round, client -> held-out value) of each evaluation;
+    at least once. losses, scores: (round, client -> held-out value) of each evaluation.
     score: the metric's name, "" without one. up, down: bytes of the tensors over all rounds and
-    clients, up_formula, down_formula: by formula, frames: with headers. error: largest aggregation
-    error of a layer, None where there is none. rejected: (client, reason) -> (round, text) of each.
-    failed: (round, client, what was raised) of training and evaluation. privacy: what the run
-    guarantees, "" for nothing. config: of the run, to compare runs; {}: not known. trained_losses,
-    trained_scores: as losses and scores, of each round that measured right after local training.
+    clients; up_formula, down_formula: by formula; frames: with headers. error: largest aggregation
+    error of a layer, None if there is none. rejected: (client, reason) -> (round, text) of each.
+    failed: (round, client, error) of training and evaluation. privacy: what the run guarantees, ""
+    for nothing. config: of the run, to compare runs; {} if unknown. trained_losses, trained_scores:
+    as losses and scores, of each round that measured right after local training.
     """
 
     method: str
@@ -80,25 +78,6 @@ class Summary:
     def last(self) -> dict[str, float]:
         """Client -> held-out loss at the last evaluation."""
         return self.losses[-1][1] if self.losses else {}
-
-
-def read_rounds(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that was cut off is left out.
-
-    Raises ValueError for another line that is no JSON.
-    """
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: no JSON. Remove the line.") from None
-    return found
 
 
 def summary(folder: RunFolder, method: str, config: Mapping[str, Any] | None = None) -> Summary:
@@ -153,8 +132,10 @@ def _rounds(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def measurements(
     lines: Iterable[Mapping[str, Any]], *, after_training: bool = False
 ) -> Measurements:
-    """The clients' models on held-out rows: as they start the next round, each client's, or right
-    after their local training, those of the clients whose update was accepted.
+    """The measurements of the clients' models on held-out rows.
+
+    after_training: those taken right after local training, of the clients whose update was
+    accepted, instead of those of all clients' models as they would start the next round.
     """
     if after_training:
         return [(r["round"], r["held_out"]) for r in _rounds(lines) if r.get("held_out")]
@@ -162,51 +143,51 @@ def measurements(
 
 
 def _series(measured: Measurements, keys: Sequence[str]) -> Series:
-    """The first of the metrics that a measurement has, of each measurement with one."""
-    found = [(number, _values(clients, keys)) for number, clients in measured]
-    return [(number, values) for number, values in found if values]
+    """(round, client -> value): of each measurement the first of the metrics that it has."""
+    series = [(number, _values(clients, keys)) for number, clients in measured]
+    return [(number, values) for number, values in series if values]
 
 
 def _values(clients: Mapping[str, Mapping[str, Any]], keys: Sequence[str]) -> dict[str, float]:
-    found = {}
+    values = {}
     for name, metrics in clients.items():
         value = next((metrics[key] for key in keys if metrics.get(key) is not None), None)
         if value is not None:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 def _score(measured: Measurements) -> str:
     """The score that the measurements have; "" for none."""
-    there = {
+    measured_keys = {
         key
         for _, clients in measured
         for metrics in clients.values()
         for key in _SCORES
         if metrics.get(key) is not None
     }
-    return next((key for key in _SCORES if key in there), "")
+    return next((key for key in _SCORES if key in measured_keys), "")
 
 
 def _failed(lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, str, str]]:
-    """(round, client, text) of what clients raised in training, evaluation and between them."""
-    found = []
+    """(round, client, text) of each error of a client, in training and in evaluation."""
+    failures = []
     for row in lines:
         number, training = row["round"], row["kind"] == "round"
         if training:
-            found += [(number, name, text) for name, text in row["failed"].items()]
+            failures += [(number, name, text) for name, text in row["failed"].items()]
         when = "evaluation" + training * _TRAINED
         for _, clients in measurements([row], after_training=training):
             failed = {name: m["failed"] for name, m in clients.items() if m.get("failed")}
-            found += [(number, name, f"{when}: {x}") for name, x in failed.items()]
-    return found
+            failures += [(number, name, f"{when}: {x}") for name, x in failed.items()]
+    return failures
 
 
 def _privacy(lines: Iterable[Mapping[str, Any]]) -> str:
-    found = [row for row in lines if row["kind"] == "privacy"]
-    if not found:
+    reports = [row for row in lines if row["kind"] == "privacy"]
+    if not reports:
         return ""
-    return str(PrivacyReport(**{f.name: found[-1][f.name] for f in fields(PrivacyReport)}))
+    return str(PrivacyReport(**{f.name: reports[-1][f.name] for f in fields(PrivacyReport)}))
 
 
 # Runs side by side ------------------------------------------------------------------------------
@@ -216,7 +197,7 @@ def tables(summaries: Sequence[Summary]) -> list[Table]:
     """The tables of one run or of several side by side."""
     scores = list(dict.fromkeys(s.score for s in summaries if s.score))
     shown = scores[0] if len(scores) == 1 else "score"
-    found: list[Table] = []
+    held_out: list[Table] = []
     for what, when, of, sign in (
         ("loss", "", lambda s: s.losses, -1),
         (shown, "", lambda s: s.scores, 1),
@@ -225,8 +206,8 @@ def tables(summaries: Sequence[Summary]) -> list[Table]:
     ):
         if any(map(of, summaries)):
             title = f"held-out {what}{when}, over the clients"
-            found.append((title, _results(what), _compared(summaries, of, sign)))
-    return [*found, ("bytes, over all rounds and clients", _TRAFFIC, traffic_rows(summaries))]
+            held_out.append((title, _results(what), _compared(summaries, of, sign)))
+    return [*held_out, ("bytes, over all rounds and clients", _TRAFFIC, traffic_rows(summaries))]
 
 
 def _results(value: str) -> Sequence[str]:
@@ -242,7 +223,7 @@ _TRAFFIC = (
 
 
 def labels(summaries: Sequence[Summary]) -> list[str]:
-    """A name for each run: its method, where two have the same with the folder's name or path."""
+    """A name for each run: its method, followed by the folder's name or path if not unique."""
     methods = [s.method for s in summaries]
     short = [f"{s.method} {s.path.name}" for s in summaries]
     return [
@@ -260,13 +241,13 @@ def _compared(
 ) -> list[tuple[str, ...]]:
     """(method, mean first, last, worst client, spread, gain, towards central) of each run.
 
-    sign: 1 where larger is better, else -1.
+    sign: 1 if larger is better, else -1.
     """
-    found = []
+    rows = []
     for s, label in zip(summaries, labels(summaries), strict=True):
         series = of(s)
         if not series:
-            found.append((label, *["-"] * 6))
+            rows.append((label, *["-"] * 6))
             continue
         after = mean(series[-1][1].values())
         local, central = (
@@ -282,7 +263,7 @@ def _compared(
                 if sign * (high - low) > 0:
                     towards = f"{round((low - after) / (low - high), 2) + 0:.2f}"
         values = series[-1][1]
-        found.append(
+        rows.append(
             (
                 label,
                 _number(mean(series[0][1].values())),
@@ -293,11 +274,11 @@ def _compared(
                 towards,
             )
         )
-    return found
+    return rows
 
 
 def _refers(other: Summary, s: Summary, method: str, of: Callable[[Summary], Series]) -> bool:
-    """Whether a run is a reference for another one: of the method, in the same setting."""
+    """Whether `other` is a reference for `s`: a run of that method with the same data and model."""
     same = all(other.config.get(key) == s.config.get(key) for key in _SETTING)
     if not (other.method == method and same and other.score == s.score and of(other)):
         return False
@@ -320,7 +301,7 @@ def _spread(values: Mapping[str, float]) -> str:
 
 
 def traffic_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
-    """Bytes of each run, measured and by formula, and the largest aggregation error."""
+    """Bytes of each run, measured and by formula, and its largest aggregation error."""
     return [
         (
             label,
@@ -331,8 +312,33 @@ def traffic_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     ]
 
 
+def client_rows(rounds: Iterable[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """Name, round of the last update and last answer, rejections, failures, bytes up and down.
+
+    A rejected update counts as an answer, a failure does not.
+
+    Args:
+        rounds: the lines of metrics.jsonl of the kind "round".
+    """
+    clients: dict[str, list[Any]] = {}
+    for row in rounds:
+        rejected = [client for client, _, _ in row["rejected"]]
+        for name in row["selected"]:
+            cells = clients.setdefault(name, ["-", "-", 0, 0, 0, 0])
+            if name in row["accepted"]:
+                cells[0] = row["round"]
+            if name not in row["failed"]:
+                cells[1] = row["round"]
+            cells[2] += rejected.count(name)
+            cells[3] += name in row["failed"]
+            traffic = row["traffic"].get(name, {})
+            cells[4] += traffic.get("up_frame", 0)
+            cells[5] += traffic.get("down_frame", 0)
+    return [(name, *cells) for name, cells in sorted(clients.items())]
+
+
 def fault_lines(s: Summary) -> list[str]:
-    """Rejected updates with their reasons, and what clients raised."""
+    """One line for each client and reason of rejected updates, and for each error of a client."""
     lines = []
     for (client, reason), times in sorted(s.rejected.items()):
         number, text = times[-1]
@@ -342,23 +348,25 @@ def fault_lines(s: Summary) -> list[str]:
 
 
 def differences(summaries: Sequence[Summary]) -> list[str]:
-    """What the configs of the other runs have unlike the first, beside the method's own part."""
+    """How the configs of the other runs differ from the first, outside `federated` and `output`."""
     first, *others = summaries
     names = labels(summaries)[1:]
-    found = []
+    different = []
     for s, name in zip(others, names, strict=True):
         for line in diff_configs({**first.config}, {**s.config}):
             if not line.startswith(("output.", "federated.")):
-                found.append(f"{name}: {line}")
-    return found
+                different.append(f"{name}: {line}")
+    return different
 
 
 def write_comparison(out: str | Path, summaries: Sequence[Summary]) -> Path:
     """Write comparison.md and comparison.png of several runs into a new folder.
 
     Raises:
-        FileExistsError: something is at `out`.
+        FileExistsError: `out` exists.
     """
+    from plait.run.federated import pictures  # matplotlib
+
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out}: exists. Give a new folder, or remove it.")
@@ -402,8 +410,10 @@ def write_comparison(out: str | Path, summaries: Sequence[Summary]) -> Path:
 # One run ----------------------------------------------------------------------------------------
 
 
-def write_report(folder: RunFolder, method: Algorithm, name: str) -> None:
+def write_report(folder: FederatedFolder, method: Algorithm, name: str) -> None:
     """Write report.md and its pictures into a run folder."""
+    from plait.run.federated import pictures  # matplotlib
+
     s, lines = summary(folder, name), read_rounds(folder.metrics)
     text = (
         f"# {name}, {s.rounds} rounds, {len(s.clients)} clients\n\n"
@@ -412,7 +422,7 @@ def write_report(folder: RunFolder, method: Algorithm, name: str) -> None:
         f"Privacy: {s.privacy or 'none.'}\n\n"
     )
     text += _sections([*tables([s]), *_round_tables(s, lines), *_client_tables(s, lines)])
-    text += _sections(_row_tables(folder.path / "rows.json"))
+    text += _sections(_row_tables(folder.read_row_counts()))
     text += _list("Rejected and failed", fault_lines(s))
     losses, scores = (
         {"held out": x, f"held out,{_TRAINED}": trained}
@@ -425,7 +435,7 @@ def write_report(folder: RunFolder, method: Algorithm, name: str) -> None:
 
 
 def _when(summaries: Sequence[Summary]) -> str:
-    """The end of a sentence on the held-out values: at what moment they are taken."""
+    """The end of a sentence on the held-out values: when they are measured."""
     if not any(s.trained_losses or s.trained_scores for s in summaries):
         return "."
     return (
@@ -437,7 +447,7 @@ def _when(summaries: Sequence[Summary]) -> str:
 def _round_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table]:
     """What happened round by round: held-out values, updates and bytes, similarity."""
     rounds = {row["round"]: row for row in _rounds(lines)}
-    found = [
+    round_tables = [
         *_held_table("By round: held out", s.losses, s.scores, s.score),
         *_held_table(f"By round: held out,{_TRAINED}", s.trained_losses, s.trained_scores, s.score),
     ]
@@ -456,7 +466,7 @@ def _round_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table]
                 f"{max(errors):.3g}" if errors else "-",
             )
         )
-    found.append(
+    round_tables.append(
         (
             "By round: updates and bytes",
             ("round", "accepted", "rejected", "failed", *_TRAFFIC[1:5], "agg. error"),
@@ -472,26 +482,25 @@ def _round_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table]
             for n, values in similar.items()
         ]
         title = "By round: similarity of the clients' factors"
-        found.append((title, ("round", *(f"{k} {m}" for k, m in columns)), rows))
-    return found
+        round_tables.append((title, ("round", *(f"{k} {m}" for k, m in columns)), rows))
+    return round_tables
 
 
 def _held_table(title: str, losses: Series, scores: Series, score: str) -> list[Table]:
-    """Held-out values round by round; no table without any."""
+    """Held-out values round by round; no table if there are none."""
     loss_of, score_of = dict(losses), dict(scores)
     head = ["round", "clients", "loss", "worst client", "spread"]
     head += [score, "worst client", "spread"] if scores else []
     rows = []
     for n in sorted({*loss_of, *score_of}):
-        own, scored = loss_of.get(n, {}), score_of.get(n, {})
-        row = [str(n), str(len(own or scored)), *_cells(own, -1)]
+        lost, scored = loss_of.get(n, {}), score_of.get(n, {})
+        row = [str(n), str(len(lost or scored)), *_cells(lost, -1)]
         rows.append(row + _cells(scored, 1) if scores else row)
     return [(title, head, rows)] if rows else []
 
 
-def _row_tables(path: Path) -> list[Table]:
-    """How many training rows each client has, by label or task where these are few."""
-    counts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _row_tables(counts: Mapping[str, Mapping[str, int]]) -> list[Table]:
+    """How many training rows each client has, by label or task if these are few."""
     if not counts:
         return []
     values = list(next(iter(counts.values())))
@@ -501,8 +510,8 @@ def _row_tables(path: Path) -> list[Table]:
         title += f", the {_ROWS} with the most"
         counts = dict(sorted(counts.items(), key=lambda x: -sum(x[1].values()))[:_ROWS])
     rows = [
-        (name, str(sum(own.values())), *(str(own[v]) for v in values))
-        for name, own in counts.items()
+        (name, str(sum(by_value.values())), *(str(by_value[v]) for v in values))
+        for name, by_value in counts.items()
     ]
     return [(title, ("client", "rows", *values), rows)]
 
@@ -529,7 +538,7 @@ def _client_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table
     keys = ("up", "up_formula", "down", "down_formula")
     traffic = []
     for name in names:
-        own = [row["traffic"][name] for row in rounds if name in row["traffic"]]
+        sent = [row["traffic"][name] for row in rounds if name in row["traffic"]]
         taken = [x for row in rounds if (x := row.get("seconds", {}).get(name)) is not None]
         traffic.append(
             (
@@ -538,7 +547,7 @@ def _client_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table
                 f"{sum(name in r['selected'] for r in rounds)}",
                 str(sum(len(times) for (c, _), times in s.rejected.items() if c == name)),
                 str(sum(c == name for _, c, _ in s.failed)),
-                *(f"{sum(t[key] for t in own):,}" for key in keys),
+                *(f"{sum(t[key] for t in sent):,}" for key in keys),
                 f"{sum(taken):.1f}" if taken else "-",
             )
         )
@@ -554,25 +563,25 @@ def _client_tables(s: Summary, lines: Sequence[Mapping[str, Any]]) -> list[Table
 def _measured_table(
     title: str, names: Sequence[str], losses: Series, scores: Series, score: str
 ) -> list[Table]:
-    """How often each client was measured, its first and last values; no table without any."""
+    """How often each client was measured, and its first and last values; no table if never."""
     parts = [(series, name) for series, name in ((losses, "loss"), (scores, score)) if series]
     if not parts:
         return []
     head = [f"{name} {when}" for _, name in parts for when in ("first", "last")]
     rows = []
     for name in names:
-        own = [[values[name] for _, values in series if name in values] for series, _ in parts]
-        ends = [_number(x[i]) if x else "-" for x in own for i in (0, -1)]
-        rows.append((name, str(max(map(len, own))), *ends))
+        taken = [[values[name] for _, values in series if name in values] for series, _ in parts]
+        ends = [_number(x[i]) if x else "-" for x in taken for i in (0, -1)]
+        rows.append((name, str(max(map(len, taken))), *ends))
     return [(title, ("client", "times", *head), rows)]
 
 
 # Markdown ---------------------------------------------------------------------------------------
 
 
-def _sections(found: Iterable[Table]) -> str:
+def _sections(tables: Iterable[Table]) -> str:
     return "".join(f"## {title[0].upper()}{title[1:]}\n\n{_table(head, rows)}\n"
-                   for title, head, rows in found)  # fmt: skip
+                   for title, head, rows in tables)  # fmt: skip
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -86,7 +86,7 @@ class PlaitAdapted(Adapted):
             return "experts"
         return "tasks" if isinstance(mix, TaskTable) else "single"
 
-    def mix(self) -> Mix | Tensor | None:
+    def mix(self) -> Tensor | Mix | None:
         """The mix in evaluation, None for a dense update."""
         if not isinstance(self.delta, LowRankDelta):
             return None

@@ -2,9 +2,9 @@
 
     Message -> bytes -> socket of plait.run.deploy.resident -> bytes -> Message
 
-Flower starts it anew for every message, so it imports flwr and the standard library and no torch.
-The node's config names the socket: --node-config 'trainer="/path/to/socket"'. Where the trainer is
-not there, or too slow, the reply says so.
+Flower starts this program for every message, so it imports flwr and the standard library, and no
+torch. The node's config names the socket: --node-config 'trainer="/path/to/socket"'. If the trainer
+is absent or too slow, the reply says so.
 """
 
 from multiprocessing.connection import Client
@@ -23,7 +23,7 @@ def ask(trainer: str, order: bytes, limit: float) -> bytes:
         trainer: the socket. order: what to send. limit: seconds to wait for the reply.
 
     Raises:
-        OSError: no trainer, one that went away, or TimeoutError.
+        OSError: there is no trainer, or it went away; TimeoutError: it is too slow.
         EOFError: it went away.
     """
     with Client(trainer, family="AF_UNIX") as connection:

@@ -1,7 +1,7 @@
-"""What Flower and Ray do unless they are told not to, and plait tells them: environment variables.
+"""What Flower and Ray do by default and plait switches off, as environment variables.
 
 They report their use, look for new versions, install an app's dependencies when it starts, and hide
-devices from workers that ask for none. A variable that the user has set stays as it is.
+devices from workers that ask for none. A variable that the user has set keeps its value.
 """
 
 OFF = {
