@@ -1,12 +1,14 @@
 """The layout: imports go one way, method files stay short, nothing dangerous, nothing twice."""
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from tests.support.contract import ROOT
+from plait.upstream.table import BASELINES
+from tests.support import ROOT
 
 SRC = ROOT / "src" / "plait"
 CLI = ROOT / "src" / "plait_cli"
@@ -38,12 +40,14 @@ ALLOWED = {
         "_version",
     },
     "assets": {"assets", "run"},
+    "testing": {"testing", "core", "gates", "methods", "upstream"},
     "cli": {"run", "core", "methods", "federated", "upstream"},
 }
 # Who may import these: heavy, optional, or another layer's business.
 ONLY = {
-    "peft": {"core", "gates", "upstream", "chain", "optim", "federated", "run"},
-    "transformers": {"callback.py", "core", "upstream", "chain", "run", "assets", "cli"},
+    "peft": {"core", "gates", "upstream", "chain", "optim", "federated", "run", "testing"},
+    "transformers": {"callback.py", "core", "upstream", "chain", "run", "assets", "cli", "testing"},
+    "pytest": {"testing"},
     "datasets": {"run"},
     "accelerate": {"run"},
     "matplotlib": {
@@ -54,8 +58,8 @@ ONLY = {
     },
     "jinja2": {"run/card.py", "run/data/tokens.py"},
     "rich": {"cli", "run/callbacks.py"},
-    "yaml": {"run/config.py"},
-    "pydantic": {"run/config.py"},
+    "yaml": {"run/config"},
+    "pydantic": {"run/config"},
     "bitsandbytes": set(),
     "trl": set(),
     "lm_eval": {"run/harness.py"},
@@ -68,6 +72,12 @@ ONLY = {
     "plait_cli": {"cli", "__main__.py"},
     "pickle": {"run/adapter.py"},  # the name of its error
 }
+PRIVATE = ("peft.tuners", "peft.utils", "peft.mapping")
+# `lora` is the default method and the format of exports, `full` is no method of peft's.
+UPSTREAM = set(BASELINES) - {"lora", "full"}
+# PiSSA's start is an option of plait's own methods, and a row of the support matrix.
+OWN_WORDS = {(place, "pissa") for place in ("core/free.py", "methods/cola.py", "run/support.py")}
+OWN_WORDS.add(("__init__.py", "adalora"))  # drive_adalora, a public name
 METHOD_IMPORTS = {"plait", "torch", "dataclasses", "typing", "math", "warnings", "collections"}
 
 
@@ -145,6 +155,35 @@ def forbidden(tree: ast.AST) -> list[str]:
     return found
 
 
+def named_upstream(path: Path, tree: ast.AST) -> list[str]:
+    """Strings and identifiers that name one of peft's methods, except functions of upstream/."""
+    ours = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("plait.upstream")
+        for alias in node.names
+    }
+    statements = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    docstrings = {id(value) for value in statements if isinstance(value, ast.Constant)}
+    texts = []
+    for node in ast.walk(tree):
+        if id(node) in docstrings:
+            continue
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts += re.findall(r"\w+", node.value)
+        elif isinstance(node, ast.Name | ast.Attribute | ast.alias | ast.FunctionDef):
+            name = {ast.Name: "id", ast.Attribute: "attr"}.get(type(node), "name")
+            texts += getattr(node, name).split(".")
+    return [
+        text
+        for text in texts
+        if text not in ours
+        for word in text.lower().split("_")
+        if word.removesuffix("config").removesuffix("model").removesuffix("layer") in UPSTREAM
+        and (place(path), word) not in OWN_WORDS
+    ]
+
+
 def bodies(tree: ast.AST) -> list[tuple[str, str]]:
     """Name and normalised body of each function of five statements or more."""
     found = []
@@ -166,6 +205,7 @@ def test_imports_go_one_way(path: Path) -> None:
 def test_nothing_dangerous(path: Path) -> None:
     # A run seeds itself; the recipe of the shipped model too.
     seeds = {"run/train.py", "run/prepare.py", "run/generate.py", "assets/pretrain.py"}
+    seeds |= {"testing/tiny.py"}
     found = forbidden(TREES[path])
     if place(path) in seeds:
         found = [f for f in found if "seed" not in f]
@@ -178,15 +218,19 @@ def test_method_files_are_short() -> None:
 
 
 def test_only_the_bridge_knows_the_inside_of_peft() -> None:
-    """Of what methods are built on; run reads the model it was given."""
+    """Besides `upstream/`, which reads the layers of peft's own methods."""
     inside = {
         place(path)
         for path, tree in TREES.items()
         for name in imported(tree)
-        if folder(path) != "run"
-        and name.startswith(("peft.tuners.tuners_utils", "peft.utils.", "peft.mapping"))
+        if folder(path) != "upstream" and name.startswith(PRIVATE)
     }
     assert inside == {"core/bridge.py"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=place)
+def test_upstream_methods_are_named_in_upstream_alone(path: Path) -> None:
+    assert folder(path) == "upstream" or not named_upstream(path, TREES[path])
 
 
 def test_nothing_stands_twice() -> None:
@@ -221,6 +265,9 @@ def test_every_module_says_what_it_is() -> None:
         ("inspect/x.py", "from plait.run.folder import RunFolder"),
         ("methods/x.py", "import numpy as np"),
         ("methods/x.py", "import peft"),
+        ("methods/x.py", "from plait.testing import Case"),
+        ("run/x.py", "from plait.testing import tiny"),
+        ("core/x.py", "import pytest"),
         ("run/x.py", "def f():\n    import matplotlib"),
         ("core/x.py", "from rich.table import Table"),
     ],
@@ -245,6 +292,23 @@ def test_wrong_imports_are_found(file: str, code: str) -> None:
 )
 def test_dangerous_code_is_found(code: str) -> None:
     assert forbidden(ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'if method == "vera":\n    pass',
+        "from peft import AdaLoraConfig",
+        "import peft\npeft.VBLoRAConfig()",
+        "config.use_dora",
+        'raise ValueError("dora has no pairs")',
+        "def drive_adalora():\n    'Doc.'",
+    ],
+)
+def test_names_of_upstream_are_found(code: str) -> None:
+    assert named_upstream(SRC / "run" / "x.py", ast.parse(code))
+    doc = "'AdaLoRA and vera.'\nfrom plait.upstream.adalora import drive_adalora\ndrive_adalora()"
+    assert not named_upstream(SRC / "run" / "x.py", ast.parse(doc))
 
 
 def test_copies_are_found() -> None:

@@ -1,48 +1,26 @@
 """plait: dual, collaborative and multi-LoRA fine-tuning methods on upstream peft.
 
-Importing it registers every method with peft:
+Importing it makes every method known to peft:
 
     >>> import plait
     >>> from peft import get_peft_model
     >>> config = plait.DualLoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     >>> model = get_peft_model(base, config)  # doctest: +SKIP
+
+Torch and peft are loaded at the first use of a name; see `plait._lazy`.
 """
 
-from plait import chain
+# ruff: noqa: F405 - the names of `__all__` stand in plait._names
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from plait._lazy import load_with_peft
 from plait._version import __version__
-from plait.callback import PlaitCallback, set_micro_batches
-from plait.chain import ChainCallback, ChainPlan, chain_schedule, chain_support
-from plait.core import (
-    Delta,
-    DeltaConfig,
-    DenseDelta,
-    EventNeverFired,
-    LowRankDelta,
-    Method,
-    NotMergeable,
-    PlaitWarning,
-    find,
-    list_methods,
-    register,
-)
-from plait.core.events import after_step, penalty
-from plait.gates.alloc import set_development_batch
-from plait.gates.prune import prune
-from plait.methods.alloc import AllocLoraConfig
-from plait.methods.cola import ColaConfig
-from plait.methods.droplora import DropLoraConfig
-from plait.methods.dual_lora import DualLoraConfig
-from plait.methods.dual_module import DualModuleLoraConfig
-from plait.methods.fedalora_het import FedAloraHetConfig
-from plait.methods.hydra import HydraLoraConfig
-from plait.methods.molora import MoLoraConfig
-from plait.methods.nola import NolaConfig
-from plait.methods.shared_b import SharedBLoraConfig
-from plait.methods.sora import SoraConfig
-from plait.methods.tied import TiedLoraConfig
-from plait.optim import create_lora_rite_optimizer, create_lorsum_optimizer
-from plait.upstream.adalora import drive_adalora
-from plait.upstream.export import LoraExport, to_lora
+
+if TYPE_CHECKING:
+    from plait._names import *  # noqa: F403
 
 __all__ = [
     "AllocLoraConfig",
@@ -86,3 +64,26 @@ __all__ = [
     "set_micro_batches",
     "to_lora",
 ]
+
+_PARTS = {"chain", "core", "gates", "kernels", "methods", "optim", "upstream"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return importlib.import_module(f"plait.{name}")
+    if name in __all__:
+        value = getattr(_load(), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'plait' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PARTS})
+
+
+def _load() -> ModuleType:
+    return importlib.import_module("plait._names")
+
+
+load_with_peft(_load)

@@ -1,9 +1,9 @@
 """The command line: `plait VERB`, the same as `python -m plait VERB`.
 
 Each module of this package is a verb, with `add_parser(subparsers)` and `run(args) -> int`; a name
-with a leading underscore is what verbs share. It is a package beside `plait`, which registers with
-peft and loads torch, and that takes seconds: modules import plait inside `run`, so that help or a
-mistyped option is answered at once.
+with a leading underscore is what verbs share. Loading torch and peft takes seconds: modules import
+plait inside `run`, and what loads torch after the config file was read, so that help or a mistake
+is answered at once.
 """
 
 import argparse
@@ -11,9 +11,7 @@ import importlib
 import os
 import pkgutil
 import sys
-import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.overrides += rest
     try:
+        if args.modules:
+            from plait.run.config import import_plugin
+
+            for module in args.modules:
+                import_plugin(module)
         return args.run(args)
     except BrokenPipeError:
         # The reader of our output (`| head`) went away; nothing is left to say to it.
@@ -68,6 +71,8 @@ def console() -> "Console":
 def _report(args: argparse.Namespace, error: BaseException, code: int) -> int:
     """Print an error on stderr, with the traceback when --debug is given."""
     if args.debug:
+        import traceback
+
         traceback.print_exception(error)
         return code
     name = "" if code == 2 else f"{type(error).__name__}: "
@@ -77,14 +82,31 @@ def _report(args: argparse.Namespace, error: BaseException, code: int) -> int:
     return code
 
 
+class _Version(argparse.Action):
+    """Prints the version, read when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from plait._version import __version__
+
+        print(f"plait {__version__}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="plait", description="Fine-tune with many LoRA methods.")
-    parser.add_argument("--version", action="version", version=f"plait {version('plait')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        metavar="MODULE",
+        help="import a module, or a file ending in .py, that registers a method; repeatable",
+    )
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for found in pkgutil.iter_modules(__path__):
-        if found.name.startswith("_"):  # what several verbs share
+    for entry in pkgutil.iter_modules(__path__):
+        if entry.name.startswith("_"):  # what several verbs share
             continue
-        module = importlib.import_module(f"{__name__}.{found.name}")
+        module = importlib.import_module(f"{__name__}.{entry.name}")
         subparser = module.add_parser(subparsers)
         subparser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
         subparser.set_defaults(run=module.run)

@@ -16,7 +16,7 @@ from plait.core.events import PlaitWarning
 
 
 class Status:
-    """A bar for the rows of an evaluation, in a terminal only; gone once they are done."""
+    """A bar for the rows of an evaluation, in a terminal only; it disappears when they are done."""
 
     def __init__(self, console: Console, what: str):
         self.console, self.what = console, what
@@ -50,7 +50,7 @@ class Status:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the libraries' own bars and notes on their future; say plait's warnings plainly."""
+    """Silence the libraries' progress bars and deprecations; print plait's warnings plainly."""
     shown = warnings.showwarning
 
     def show(
@@ -70,7 +70,7 @@ def quiet() -> Iterator[None]:
     had_level = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    # It says on every call of every layer that it works in float16.
+    # It logs on every call of every layer that it works in float16.
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():

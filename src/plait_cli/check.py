@@ -22,13 +22,16 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Print the report of a config."""
-    from plait.run.check import check
     from plait.run.config import load_config
+
+    cfg = load_config(args.file, args.overrides, import_plugins=True)
+
+    from plait.run.check import check  # loads torch: after the answer to a mistake in the file
     from plait_cli import console
     from plait_cli._show import quiet
 
     with quiet():
-        report = check(load_config(args.file, args.overrides))
+        report = check(cfg)
     render(report, console())
     return 0
 
@@ -43,8 +46,8 @@ def render(report: "CheckReport", console: "Console") -> None:
     console.print(table)
     console.print()
     _print_example(report, console)
-    for found in report.overlaps:
-        _print_overlap(found, console)
+    for overlap in report.overlaps:
+        _print_overlap(overlap, console)
     folder = Path(report.config.output.dir)
     taken = ", which exists: train with --resume, or elsewhere" if folder.exists() else ""
     console.print(f"\nNothing was trained. The run folder will be {folder}{taken}.", soft_wrap=True)
@@ -107,20 +110,20 @@ def _print_example(report: "CheckReport", console: "Console") -> None:
     console.print(text, soft_wrap=True)
 
 
-def _print_overlap(found: "Overlap", console: "Console") -> None:
+def _print_overlap(overlap: "Overlap", console: "Console") -> None:
     from rich.text import Text
 
-    if not found.rows:
-        console.print(f"\nNone of the {found.total:,} {found.split} rows occurs in train.")
+    if not overlap.rows:
+        console.print(f"\nNone of the {overlap.total:,} {overlap.split} rows occurs in train.")
         return
-    share = 100 * found.rows / found.total
+    share = 100 * overlap.rows / overlap.total
     console.print(
-        f"\n{found.rows:,} of {found.total:,} {found.split} rows ({share:.1f} %) also occur in "
-        f"train, {found.identical:,} of them with the same answer. Remove them from train for an "
-        "honest metric. Among them:",
+        f"\n{overlap.rows:,} of {overlap.total:,} {overlap.split} rows ({share:.1f} %) also occur "
+        f"in train, {overlap.identical:,} of them with the same answer. Remove them from train "
+        "for an honest metric. Among them:",
         style="bold yellow",
     )
-    for example in found.examples:
+    for example in overlap.examples:
         console.print(Text(f"  {example}", overflow="ellipsis", no_wrap=True))
 
 

@@ -15,13 +15,14 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 def run(args: argparse.Namespace) -> int:
     """Write the starter config."""
     from plait.run.config import starter_config
-    from plait.run.folder import write_atomic
 
     path = Path(args.file)
-    if path.exists():
-        raise FileExistsError(f"{path}: exists already. Give another name, or remove it.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} is missing. Make it first.")
-    write_atomic(path, starter_config())
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(starter_config())
+    except FileExistsError:
+        raise FileExistsError(f"{path}: exists already. Give another name, or remove it.") from None
     print(f"{path} written. Look at it with: plait check {path}")
     return 0

@@ -57,13 +57,13 @@ def run(args: argparse.Namespace) -> int:
     from plait_cli import console
     from plait_cli._show import Status, quiet
 
-    words = [*args.run_folders, *args.overrides]  # argparse gives what stands in a row to the first
+    words = [*args.run_folders, *args.overrides]  # argparse gives the first list all of them
     overrides = [
         word for word in words if word.startswith(("data.", "evaluation.")) and "=" in word
     ]
     runs = [word for word in words if word not in overrides]
     if not runs:
-        raise ValueError("no run folder is given. Give the output.dir of a finished run.")
+        raise ValueError("there is no run folder. Give the output.dir of a finished run.")
     screen = console()
     with quiet(), Status(screen, "layers") as status:
         out, report = inspect_runs(
@@ -151,12 +151,12 @@ def _modules(report: "InspectReport", run: str) -> "list[Table]":
     }
     tables = []
     for columns in (size, direction):
-        columns = {name: found for name, found in columns.items() if set(found) != {"-"}}
+        columns = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
         if not columns:
             continue
         table = _table("module", *columns, numbers=len(columns))
         for i, m in enumerate(rows):
-            table.add_row(names[m.module], *(found[i] for found in columns.values()))
+            table.add_row(names[m.module], *(cells[i] for cells in columns.values()))
         tables.append(table)
     return tables
 
@@ -165,13 +165,13 @@ def _similarity(report: "InspectReport") -> "Table":
     """The pairs, the most alike first where they are many."""
     table = _table("", "pair", "cosine", "overlap", "chance", "least", "most deg", numbers=5)
     for kind in dict.fromkeys(s.kind for s in report.similarity):
-        found = [s for s in report.similarity if s.kind == kind]
-        if len(found) > _MOST_PAIRS:
-            found.sort(key=lambda s: -(_likeness(s) or 0.0))
-        for i, s in enumerate(found):
-            if len(found) > _MOST_PAIRS and _END <= i < len(found) - _END:
+        pairs = [s for s in report.similarity if s.kind == kind]
+        if len(pairs) > _MOST_PAIRS:
+            pairs.sort(key=lambda s: -(_likeness(s) or 0.0))
+        for i, s in enumerate(pairs):
+            if len(pairs) > _MOST_PAIRS and _END <= i < len(pairs) - _END:
                 if i == _END:
-                    table.add_row(kind, f"({len(found) - 2 * _END} between, in inspect.json)")
+                    table.add_row(kind, f"({len(pairs) - 2 * _END} between, in inspect.json)")
                 continue
             angles = ["-" if v is None else f"{v:.1f}" for v in (s.smallest, s.largest)]
             numbers = [_number(v) for v in (s.cosine, s.overlap, s.chance)]

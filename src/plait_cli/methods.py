@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from plait.run.config import Option
     from plait.upstream.table import Baseline
 
-# What a name of the literature can mean besides the methods here that carry it.
+# What a name from papers can mean besides the methods listed here.
 _ELSEWHERE = {
     "alora": ("activated LoRA: upstream's lora with alora_invocation_tokens",),
     "cola": (
@@ -92,7 +92,11 @@ def _print_matrix(console: "Console") -> None:
 
 
 def _print_meanings(name: str, console: "Console") -> None:
-    """Print the method of this key; else all that the name can mean; else raise ValueError."""
+    """Print the method of this key, or everything that the name can mean.
+
+    Raises:
+        ValueError: the name means nothing here.
+    """
     from plait.run.config import did_you_mean
 
     entries = {e.key: e for e in _entries()}

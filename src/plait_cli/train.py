@@ -22,16 +22,18 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Train; 130 after Ctrl-C, 1 where training had to stop by itself."""
-    from plait.run.callbacks import ProgressBar
-    from plait.run.card import comparison_rows
     from plait.run.config import dump_config, load_config
+
+    cfg = load_config(args.file, args.overrides, import_plugins=True)
+
+    from plait.run.callbacks import ProgressBar  # loads torch: after the answer to a mistake
+    from plait.run.card import comparison_rows
     from plait.run.train import train
     from plait_cli import console
     from plait_cli._show import Status, comparison, quiet
 
     screen = console()
     bar = ProgressBar(screen)
-    cfg = load_config(args.file, args.overrides)
     screen.print(dump_config(cfg), soft_wrap=True)
     again = shlex.join(["plait", "train", args.file, *args.overrides, "--resume"])
     try:

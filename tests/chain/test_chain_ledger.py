@@ -182,7 +182,7 @@ def test_another_plan_or_model(tmp_path: Path) -> None:
         start(toys.wrap(), ChainPlan.chain(4, lr="global"), 13, resume=tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}: the chain was made by another plan (links: 3 -> 4; ranks: [2, 1, 2] -> None; "
-        "lr: restart -> global; total_steps: 12 -> 13). Put the plan back, or start anew."
+        "lr: restart -> global; total_steps: 12 -> 13). Restore the plan, or start again."
     )
     with pytest.raises(ValueError, match=r"was trained on other layers \(layers.0.down and 2 more"):
         start(toys.wrap(target_modules=["up"]), PLANS["chain"], 12, resume=tmp_path)

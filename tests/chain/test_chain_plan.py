@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import plait
 from plait.chain import Ledger
 from plait.chain.plan import ChainPlan
+from plait.chain.recipes import RECIPES
 
 chain, rac, xgb = ChainPlan.chain, ChainPlan.rac, ChainPlan.xgb
 
@@ -182,7 +183,39 @@ def test_support() -> None:
     )
     assert "one side could be frozen" in str(support("rac", "cola"))
     assert "switched off by block" in str(support("xgb", "dual_module"))
-    with pytest.raises(ValueError, match="chain: plan = 'boost' is not known"):
+    with pytest.raises(ValueError, match=r"chain: plan = 'boost' is not known"):
         support("boost", "lora")
     with pytest.raises(ValueError, match="Method 'lorra' is not known"):
         support("chain", "lorra")
+
+
+# Recipes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_makes_a_plan_of_its_defaults(name: str) -> None:
+    plan = ChainPlan.of(name)
+    table = plan.to_dict()
+    for option, value in {**RECIPES[name].options, **RECIPES[name].length}.items():
+        assert table["ranks" if option == "rank" else option] == value
+    assert plan.recipe == name
+    assert plan.lengths(60)
+    assert ChainPlan.of(name, links=2).lengths(60) == [30, 30]
+
+
+def test_short_forms_are_recipes() -> None:
+    assert chain(4, ranks=[4, 3, 2, 1]) == ChainPlan.of("chain", links=4, ranks=(4, 3, 2, 1))
+    assert rac(freeze="B") == ChainPlan.of("rac", freeze="B")
+    assert xgb(rank=2, steps_per_link=5) == ChainPlan.of("xgb", rank=2, steps_per_link=5)
+
+
+def test_recipes_refuse_what_they_do_not_take() -> None:
+    with pytest.raises(ValueError) as caught:
+        ChainPlan.of("rac", rank=2)
+    assert str(caught.value).startswith("chain: rank is no option of the plan rac. ")
+    with pytest.raises(ValueError, match=r"chain: storag is no option .*Did you mean storage\?"):
+        ChainPlan.of("chain", storag="merge")
+    with pytest.raises(ValueError, match=r"chain: plan = 'boost' is not known. Use one of 'chain'"):
+        ChainPlan.of("boost")
+    with pytest.raises(ValueError, match=r"chain: freeze = 'A' is not known. Use one of None"):
+        ChainPlan(recipe="chain", links=2, freeze="A")

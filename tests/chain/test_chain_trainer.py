@@ -16,7 +16,7 @@ from plait import ChainPlan, EventNeverFired
 from plait.chain import Ledger, chain_of
 from plait.run import train as train_module
 from plait.run.check import check
-from plait.run.config import config_from_dict, config_to_dict, load_config
+from plait.run.config import check_method, config_from_dict, config_to_dict, load_config
 from plait.run.evaluate import evaluate_run
 from plait.run.export import export_run
 from plait.run.folder import RunFolder
@@ -341,7 +341,7 @@ def test_a_run_without_its_ledger_is_refused(base: Path, rows: Path, tmp_path: P
         (
             {"plan": "boost"},
             "lora",
-            "config: chain.plan is 'boost'. It should be 'chain', 'rac' or",
+            "config: chain.plan is 'boost', which is no plan. Known: chain, rac, xgb.",
         ),
         ({"freeze": "A"}, "lora", "config: chain: chain: freeze is no option of the plan chain."),
         (
@@ -356,7 +356,7 @@ def test_a_run_without_its_ledger_is_refused(base: Path, rows: Path, tmp_path: P
 )
 def test_the_section_is_checked(section: dict[str, Any], method: str, text: str) -> None:
     with pytest.raises(ValueError) as caught:
-        config_from_dict({"method": {"name": method}, "chain": section})
+        check_method(config_from_dict({"method": {"name": method}, "chain": section}))
     assert str(caught.value).startswith(text)
 
 

@@ -29,6 +29,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 import plait
 from plait.core import bridge
 from plait.core.bridge import PlaitLayer
+from plait.core.route import Rows
 from tests.support import tiny
 from tests.support.contract import (
     Case,
@@ -605,15 +606,15 @@ def test_weighted_sum_of_tasks() -> None:
     model = two(TASK).eval()
     model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
     parts = []
-    ids = torch.tensor([0, 1, 1, 0])
+    rows = Rows(task_ids=torch.tensor([0, 1, 1, 0]))
     layer = layers(model)[0]
     with torch.no_grad():
         x = tiny.numbers(4, layer.in_features, dtype=torch.float32)
         for name in ("default", "other"):
             delta: Any = layer.plait_delta[name]
-            parts.append(delta(x, ids))
+            parts.append(delta(x, rows))
         total: Any = layer.plait_delta["sum"]
-        assert relative(total(x, ids), 0.5 * parts[0] + 0.5 * parts[1]) < 1e-5
+        assert relative(total(x, rows), 0.5 * parts[0] + 0.5 * parts[1]) < 1e-5
     model.set_adapter("sum")
     logits(model)
 

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from plait.core.mix import TaskTable, TokenRouter
+from plait.core.route import Rows
 from plait.kernels.dense_tiles import DenseTiles, tile_rows
 from plait.kernels.low_rank import up
 from tests.support import tiny
@@ -259,8 +260,8 @@ def test_gradcheck_of_up(mix: str, gated: bool) -> None:
         apply = {
             "none": None,
             "matrix": lambda z: F.linear(z, M),
-            "router": lambda z: TokenRouter(G)(x, z),
-            "table": lambda z: TaskTable(["law", "care"])(ids, z),
+            "router": lambda z: TokenRouter(G)(z, x),
+            "table": lambda z: TaskTable(["law", "care"])(z, x, Rows(task_ids=ids)),
         }[mix]
         return up(z, B, 1.5, gate if gated else None, apply)
 
@@ -279,7 +280,8 @@ def test_up_is_the_product(lead: list[int], n: int, r: int, n_out: int) -> None:
     assert found.shape == (*lead, n_out)
     assert relative(found, 0.5 * (z * gate) @ M.T @ B.T) < 1e-12
     ids = torch.arange(lead[0]) % n
-    found = up(z, B, 0.5, None, lambda z: TaskTable([str(i) for i in range(n)])(ids, z))
+    table, rows = TaskTable([str(i) for i in range(n)]), Rows(task_ids=ids)
+    found = up(z, B, 0.5, None, lambda z: table(z, z, rows))
     for row, k in enumerate(ids.tolist()):
         assert relative(found[row], 0.5 * z[row][..., k * r : (k + 1) * r] @ B.T) < 1e-12
 

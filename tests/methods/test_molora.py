@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 import plait
 from plait.core.mix import TokenRouter
-from plait.core.route import Rows
+from plait.core.route import NOWHERE, Rows
 from plait.methods._balance import loramoe, switch
 from plait.methods.molora import MoLora
 from plait.run.train import train
@@ -287,7 +287,7 @@ def test_loramoe_by_hand() -> None:
     # q = (.75, .25; .25, .75): mean .5, variance (4 * .0625) / 3; over .25: 1/3.
     w = torch.tensor([[[0.75, 0.25]], [[0.25, 0.75]]], dtype=torch.float64)
     kept = torch.ones(2, 1, dtype=torch.float64)
-    assert float(loramoe(w, kept, None, config())) == pytest.approx(1 / 3, rel=1e-8)
+    assert float(loramoe(w, kept, NOWHERE, config())) == pytest.approx(1 / 3, rel=1e-8)
     # delta .5, types 1, 0: z = (1.125, .125; .125, 1.125): mean .625, variance 1/3.
     typed = Rows(sample_types=torch.tensor([1, 0]))
     found = float(loramoe(w, kept, typed, config(delta=0.5)))
@@ -302,10 +302,10 @@ def test_switch_by_hand() -> None:
     w = torch.tensor([[[0.75, 0.25], [0.6, 0.4]]], dtype=torch.float64)
     kept = torch.ones(1, 2, dtype=torch.float64)
     options = config(balance="switch", top_k=1)
-    assert float(switch(w, kept, None, options)) == pytest.approx(1.35)
+    assert float(switch(w, kept, NOWHERE, options)) == pytest.approx(1.35)
     # Without the second token: 2 * .75.
     kept[0, 1] = 0
-    assert float(switch(w, kept, None, options)) == pytest.approx(1.5)
+    assert float(switch(w, kept, NOWHERE, options)) == pytest.approx(1.5)
 
 
 @settings(max_examples=40)
@@ -340,7 +340,7 @@ def test_balance_is_the_loop(batch: int, tokens: int, half: int, key: int, data:
                 f[e] += (e in chosen) / (k * max(total, 1))
                 p[e] += float(w[row, t, e]) / max(total, 1)
     by_hand = n * sum(a * b for a, b in zip(f, p, strict=True))
-    found = float(switch(w, kept, None, config(balance="switch", num_experts=n, top_k=k)))
+    found = float(switch(w, kept, NOWHERE, config(balance="switch", num_experts=n, top_k=k)))
     assert found == pytest.approx(by_hand, rel=1e-9, abs=1e-12)
     assert found >= 0
 
@@ -350,10 +350,10 @@ def test_a_uniform_router_is_balanced(n: int) -> None:
     """0 by loramoe where rows have equally many tokens, 1 by switch."""
     w = torch.full((3, 5, n), 1 / n, dtype=torch.float64)
     kept = torch.ones(3, 5, dtype=torch.float64)
-    assert float(loramoe(w, kept, None, config(num_experts=n))) == pytest.approx(0, abs=1e-12)
+    assert float(loramoe(w, kept, NOWHERE, config(num_experts=n))) == pytest.approx(0, abs=1e-12)
     for k in range(1, n + 1):
         options = config(balance="switch", num_experts=n, top_k=k)
-        assert float(switch(w, kept, None, options)) == pytest.approx(1, rel=1e-12)
+        assert float(switch(w, kept, NOWHERE, options)) == pytest.approx(1, rel=1e-12)
 
 
 # Balance losses in training --------------------------------------------------------------------
@@ -749,7 +749,7 @@ def test_types_in_a_run(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("plait.run.train.write_loss_curve", lambda folder, title: None)
     seen = []
 
-    def spy(w: Tensor, kept: Tensor, rows: Rows | None, config: Any) -> Tensor:
+    def spy(w: Tensor, kept: Tensor, rows: Rows, config: Any) -> Tensor:
         assert rows is not None
         assert rows.sample_types is not None
         seen.append(rows.sample_types.tolist())

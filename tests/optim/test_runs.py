@@ -14,15 +14,16 @@ from plait.run import train as train_module
 from plait.run.check import check
 from plait.run.config import (
     OptimizerConfig,
+    check_method,
     config_from_dict,
     config_to_dict,
     dump_config,
     load_config,
     optimizer_options,
 )
-from plait.run.folder import RunFolder
 from plait.run.optimizers import OPTIMIZERS, make_optimizer, optimizer_support
-from plait.run.train import train, training_arguments
+from plait.run.prepare import training_arguments
+from plait.run.train import train
 from plait.upstream.table import BASELINES
 from tests.optim.test_pairs import lora
 from tests.support import tiny
@@ -174,7 +175,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("raw", "text"), WRONG)
 def test_wrong_sections(raw: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError) as caught:
-        config_from_dict(raw)
+        check_method(config_from_dict(raw))
     assert str(caught.value).startswith(text)
 
 
@@ -232,15 +233,14 @@ def test_accumulation_and_learning_rate_scales(llama: Path, rows: Path, tmp_path
     train(quick(llama, rows, tmp_path / "b", {"name": "lora_rite"}, method=method))
 
 
-def test_plait_train_switches_clipping_off(tmp_path: Path) -> None:
-    folder = RunFolder.create(str(tmp_path / "run"))
+def test_plait_train_switches_clipping_off() -> None:
     rite = {"optimizer": {"name": "lora_rite"}}
     for training, shown in (({}, "1"), ({"max_grad_norm": 0.5}, "0.5")):
         text = rf"training\.max_grad_norm is {shown}, and lora_rite needs .* set to 0"
         with pytest.warns(PlaitWarning, match=text):
-            args = training_arguments(config_from_dict({**rite, "training": training}), folder)
+            args = training_arguments(config_from_dict({**rite, "training": training}))
         assert args.max_grad_norm == 0
-    assert training_arguments(config_from_dict({}), folder).max_grad_norm == 1.0
+    assert training_arguments(config_from_dict({})).max_grad_norm == 1.0
 
 
 def trainer(model: Any, optimizer: Any, to: Path, **options: Any) -> Trainer:

@@ -11,6 +11,7 @@ import plait
 from plait.run.config import (
     MethodConfig,
     RunConfig,
+    check_method,
     config_from_dict,
     config_to_dict,
     did_you_mean,
@@ -38,7 +39,7 @@ def load(text, *overrides):
 
 def error(text, *overrides):
     with pytest.raises(ValueError) as caught:
-        load(text, *overrides)
+        check_method(load(text, *overrides))
     return str(caught.value)
 
 
@@ -177,7 +178,8 @@ def test_the_starter_config_is_a_valid_run():
         ),
         (
             "method: {name: vera, lora_alpha: 4}",
-            "dual.yaml: method.lora_alpha is not an option of vera. Known: ",
+            "dual.yaml: method.lora_alpha is not an option of vera. `plait methods vera` lists its "
+            "options.",
         ),
         ("method: {r: 0}", "dual.yaml: method.r is 0. Give a rank of at least 1."),
         ("method: {name: cola, r: -2}", "dual.yaml: method.r is -2. Give a rank of at least 1."),

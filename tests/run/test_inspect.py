@@ -819,7 +819,7 @@ def test_errors(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFix
         ([run, f"{run}/"], f"{run}/: given twice. Give each run once."),
         ([run, "--rows", "-1"], "--rows -1 is below 0. Give 0 or more."),
         ([run, "--principal", "-2"], "--principal -2 is below 0. Give 0 or more."),
-        (["data.test=x"], "no run folder is given. Give the output.dir of a finished run."),
+        (["data.test=x"], "there is no run folder. Give the output.dir of a finished run."),
     ):
         assert main(["inspect", *words, "--no-pictures"]) == 2
         assert capsys.readouterr().err == f"plait inspect: {text}\n"

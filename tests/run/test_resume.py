@@ -248,7 +248,7 @@ def test_full_disk_at_the_end_loses_nothing(
 
     cfg = run_config(llama, rows, tmp_path / "b")
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "save_trained", full)
+        patch.setattr("plait.run.trainer.save_trained", full)
         with pytest.raises(OSError) as caught:
             train(cfg)
     folder = RunFolder.open(tmp_path / "b")

@@ -37,11 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},
 }
 OPTIMIZER_OPTIONS = {"loraplus": {"loraplus_lr_ratio": 4}}
-CHAINS: dict[str, dict[str, Any]] = {
-    "chain": {"links": 2},
-    "rac": {"links": 2},
-    "xgb": {"steps_per_link": 2},
-}
+CHAINS: dict[str, dict[str, Any]] = {"xgb": {"steps_per_link": 2}}  # others: two links
 QUIET = {"generate": False}
 
 
@@ -109,7 +105,7 @@ def attempt(feature: str, method: str, place: Path, run: Path) -> None:
         chosen = {"name": name, **OPTIMIZER_OPTIONS.get(name, {})}
         train(config(place, run, method, optimizer=chosen))
     elif group == "chain":
-        plan = {"plan": name, **CHAINS[name]}
+        plan = {"plan": name, **CHAINS.get(name, {"links": 2})}
         train(config(place, run, method, chain=plan, training={"max_steps": 8}))
     else:
         train(config(place, run, method, model={"quantization": feature}))

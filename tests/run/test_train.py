@@ -15,9 +15,10 @@ from transformers import TrainerCallback
 
 from plait.run import train as train_module
 from plait.run.callbacks import ProgressBar
-from plait.run.config import RunConfig, dump_config
+from plait.run.check import check
+from plait.run.config import RunConfig, config_from_dict, dump_config
 from plait.run.evaluate import evaluate_run
-from plait.run.prepare import load_run
+from plait.run.prepare import load_run, training_arguments
 from plait.run.train import train
 from plait.run.trainer import RunTrainer, scale_learning_rates
 from plait_cli import main
@@ -410,3 +411,43 @@ def test_classification_trains_and_logs_metrics(tmp_path: Path, no_picture: None
     assert [row["step"] for row in held_out] == [5, 10]
     assert {"eval_accuracy", "eval_macro_f1", "eval_matthews"} <= held_out[0].keys()
     assert "| labels | no, yes |" in folder.card.read_text()
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"method": {"name": "lora", "r": 2, "target_modules": ["nothing"]}},
+        {"method": {"name": "adalora", "r": 2, "total_step": 20}},
+        {"data": {"validation": None, "max_length": 2}},
+        {"training": {"push_to_hub": True}},
+        {"training": {"load_best_model_at_end": True}},
+    ],
+)
+def test_a_refused_run_leaves_no_folder(
+    section: dict[str, Any], llama: Path, rows: Path, tmp_path: Path
+) -> None:
+    cfg = run_config(llama, rows, tmp_path / "run", **section)
+    for refuse in (check, train):
+        with pytest.raises(ValueError):
+            refuse(cfg)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher"),
+    [("perplexity", False), ("eval_mse", False), ("loss", False), ("accuracy", True)],
+)
+def test_the_best_checkpoint_is_that_of_the_better_metric(metric: str, higher: bool) -> None:
+    raw: dict[str, Any] = {"metric_for_best_model": metric}
+    assert training_arguments(config_from_dict({"training": raw})).greater_is_better == higher
+    raw["greater_is_better"] = not higher
+    assert training_arguments(config_from_dict({"training": raw})).greater_is_better != higher
+
+
+def test_other_rows_than_the_model_reads(
+    llama: Path, rows: Path, tmp_path: Path, no_picture: None
+) -> None:
+    folder = train(run_config(llama, rows, tmp_path / "run", training={"max_steps": 1}))
+    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "a" * 600, "completion": "b"}])
+    with pytest.raises(ValueError, match=r"data: the longest row has \d+ tokens, the model reads"):
+        evaluate_run(folder.path, overrides=[f"data.test={long}", "data.max_length=900"])

@@ -1,7 +1,7 @@
 """Chains of adapters: train a link, tie it into the model, start a new one.
 
-`ChainPlan` says what to do; `ChainCallback` does it under Trainer and TRL, `start` in a loop of
-your own, `plait train` from a run file. One engine serves Chain-of-LoRA, RAC-LoRA and XGBLoRA.
+`ChainPlan` describes a chain. `ChainCallback` runs it under Trainer and TRL, `start` in your own
+training loop, `plait train` from a run file. One engine serves all recipes (chain/recipes.py).
 """
 
 from plait.chain.callback import ChainCallback

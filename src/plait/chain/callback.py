@@ -1,6 +1,6 @@
-"""The Trainer's front end of a chain: starts it, resumes it, saves it, checks that it happened.
+"""A Trainer callback that starts, resumes and saves a chain, and checks that its ties happened.
 
-The ties themselves come by plait's events, so they do not depend on the Trainer's step count.
+Plait's optimizer events make the ties, so they do not depend on the Trainer's step count.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from plait.chain.plan import ChainPlan, ChainSchedule, signature
 
 
 class ChainCallback(TrainerCallback):
-    """For Trainer and TRL: drives a plan over one training run.
+    """Runs a plan over one training run of Trainer or TRL.
 
     Example:
         >>> import plait
@@ -27,11 +27,11 @@ class ChainCallback(TrainerCallback):
     With `lr="restart"` give the Trainer the schedule as well:
     `optimizers=(optimizer, plait.chain_schedule(plan, optimizer, total_steps))`.
 
-    Each checkpoint gets the ledger, and resuming reads it there. `load_best_model_at_end` brings
-    the finished links of the best checkpoint back.
+    Each checkpoint holds the ledger, from which a resumed run continues. `load_best_model_at_end`
+    restores the finished links of the best checkpoint.
 
     Args:
-        plan: what to do.
+        plan: the links and their schedule.
         adapter: name of the adapter; None: the active one.
         checkpoint: folder to resume from; None: `checkpoint-STEP` in the Trainer's output folder.
     """
@@ -55,7 +55,7 @@ class ChainCallback(TrainerCallback):
                 frozen.requires_grad_(False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the chain, or go to where the checkpoint's ledger stands.
+        """Start the chain, or continue from the checkpoint's ledger.
 
         Raises:
             ValueError: the plan does not fit the model, the optimizer, the schedule or the ledger.
@@ -74,15 +74,15 @@ class ChainCallback(TrainerCallback):
             self._check_optimizer(vars(optimizer).get("optimizer", optimizer))
 
     def _check_schedule(self, scheduler: Any, total_steps: int) -> None:
-        """Schedule and plan must restart at the same steps."""
+        """Raise ValueError if schedule and plan do not restart at the same steps."""
         lengths = self.plan.lengths(total_steps)
         scheduler = None if scheduler is None else vars(scheduler).get("scheduler", scheduler)
         if isinstance(scheduler, ChainSchedule):
-            wanted = signature(self.plan, total_steps)
-            if scheduler.signature != wanted:
+            planned = signature(self.plan, total_steps)
+            if scheduler.signature != planned:
                 raise ValueError(
                     f"chain: the schedule was made for links of {scheduler.signature}, the plan "
-                    f"has {wanted}. Make both from one plan and one number of steps."
+                    f"has {planned}. Make both from one plan and one number of steps."
                 )
         elif self.plan.lr == "restart" and len(lengths) > 1:
             raise ValueError(
@@ -92,7 +92,7 @@ class ChainCallback(TrainerCallback):
             )
 
     def _check_optimizer(self, optimizer: Optimizer) -> None:
-        """The optimizer must hold the parameters themselves."""
+        """Raise ValueError if the optimizer does not hold the adapter's own parameters."""
         assert self.chain is not None
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(p) in held for p in self.chain.parameters()):
@@ -108,7 +108,7 @@ class ChainCallback(TrainerCallback):
             self.chain.save(_checkpoint(args, state.global_step))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that the ties happened; bring the links of the best checkpoint back.
+        """Check that the ties happened; restore the links of the best checkpoint if asked for.
 
         Raises:
             EventNeverFired: fewer ties than planned.

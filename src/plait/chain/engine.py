@@ -1,9 +1,9 @@
 """The engine: starts, ties and restarts links as optimizer steps complete.
 
-`start` attaches a Chain to a model. From then on it follows the optimizer by plait's events: the
-clock is the number of completed steps of the optimizer that holds the links, so a step that a
-gradient scaler skips does not count. At a boundary the live link goes into the ledger, the trunk is
-made anew from the ledger, a new link starts, and what the optimizer remembers of the old one goes.
+`start` attaches a Chain to a model. From then on it follows the optimizer through plait's events:
+it counts completed steps of the optimizer that holds the links, so a step that a gradient scaler
+skips does not count. At a boundary the live link is recorded in the ledger, the trunk is rebuilt
+from the ledger, a new link starts, and the optimizer's state of the old link is dropped.
 """
 
 import warnings
@@ -34,7 +34,7 @@ class Chain(events.Listener):
     """A plan at work on one adapter of one model.
 
     Attributes:
-        plan: the plan. ledger: the finished links and where the chain stands.
+        plan: the plan. ledger: the finished links and the progress of the chain.
         lengths: optimizer steps of each link. links: the live link of each layer.
     """
 
@@ -47,11 +47,11 @@ class Chain(events.Listener):
         self.checked: int | None = None  # id of the optimizer that was checked
         setattr(model, _ATTRIBUTE, self)
 
-    # Where it stands ----------------------------------------------------------------------------
+    # Progress -----------------------------------------------------------------------------------
 
     @property
     def boundaries(self) -> list[int]:
-        """Completed steps at which links are tied."""
+        """Numbers of completed steps at which a link is tied."""
         ends = [sum(self.lengths[: k + 1]) for k in range(len(self.lengths))]
         return ends[:-1]
 
@@ -70,11 +70,11 @@ class Chain(events.Listener):
     # Events -------------------------------------------------------------------------------------
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Those of the live links."""
+        """Parameters of the live links; none while the chain follows no optimizer."""
         return [p for link in self.links for p in link.parameters()] if self.follows else []
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Check the optimizer once; keep it off the links that are switched off."""
+        """Check an optimizer when it is first seen; drop the gradients of inactive links."""
         if self.checked != id(optimizer):
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for link in self.links:
@@ -93,7 +93,7 @@ class Chain(events.Listener):
                         p.grad = None
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Advance the clock; tie at a boundary."""
+        """Count the step; tie the link at a boundary."""
         self.ledger.step += 1
         self.seen += 1
         boundaries = self.boundaries
@@ -105,7 +105,7 @@ class Chain(events.Listener):
         """Finish the live link and start the next one.
 
         Args:
-            optimizer: that holds the links; what it remembers of them is dropped.
+            optimizer: holds the links; its state of them is dropped.
 
         Raises:
             ValueError: an adapter is merged, or there is no optimizer to reset.
@@ -136,11 +136,10 @@ class Chain(events.Listener):
         self._open()
 
     def finish(self, steps: int | None = None) -> None:
-        """Check at the end of training that the plan was carried out.
+        """Check at the end of training that every planned tie happened.
 
         Args:
-            steps: optimizer steps that were made since the start or the resume, if training
-                stopped before its end.
+            steps: optimizer steps since the start or the resume, if training stopped early.
 
         Raises:
             EventNeverFired: fewer ties than planned.
@@ -164,7 +163,7 @@ class Chain(events.Listener):
 
     @torch.no_grad()
     def restore(self, ledger: Ledger) -> None:
-        """Go to where a ledger stands. The live link's weights come with the adapter."""
+        """Continue from a ledger. The live link's weights are loaded with the adapter."""
         self.ledger = ledger
         for link in self.links:
             frozen = link.frozen(self.plan)
@@ -203,7 +202,7 @@ class Chain(events.Listener):
                 link.switch(link.name in on or not parallel)
 
     def close(self) -> None:
-        """Take the trunk off the model and stop following; the live link stays."""
+        """Remove the trunk and stop following the optimizer; the live link stays."""
         for link in self.links:
             if self.follows:
                 for p in link.trained(self.plan):
@@ -224,7 +223,7 @@ def start(
     adapter: str | None = None,
     resume: str | Path | None = None,
 ) -> Chain:
-    """Start a chain on a model's adapter; from now on it follows the optimizer by itself.
+    """Start a chain on a model's adapter; from now on it follows the optimizer.
 
     Example:
         >>> import plait
@@ -235,14 +234,15 @@ def start(
 
     Args:
         model: with an adapter that trains. If the plan freezes a side, wrap it in DDP afterwards.
-        plan: what to do.
+        plan: the links and their schedule.
         total_steps: planned optimizer steps.
         adapter: its name; None: the active one.
-        resume: folder that `Chain.save` wrote. The adapter's weights and the optimizer's state
-            are loaded by their own means.
+        resume: folder that `Chain.save` wrote. The caller loads the adapter's weights and the
+            optimizer's state.
 
     Raises:
-        ValueError: what does not fit the plan, with the reason; a chain on the model already.
+        ValueError: model, adapter or ledger do not fit the plan, with the reason; the model
+            carries a chain already.
         FileNotFoundError: no ledger to resume from.
     """
     model = unwrap(model)
@@ -313,7 +313,7 @@ def chain_of(model: nn.Module) -> Chain | None:
 
 
 def remove(model: nn.Module) -> None:
-    """Take a chain's finished links off a model; the live link stays as its adapter.
+    """Remove a chain's finished links from a model; the live link stays as its adapter.
 
     Raises:
         ValueError: the model carries no chain.
@@ -393,7 +393,7 @@ def _active(model: nn.Module) -> str:
 
 
 def _warn(plan: ChainPlan, links: list[Link], count: int) -> None:
-    """Say what will cost more, or lose more, than another storage."""
+    """Warn if the other storage would be cheaper or more precise."""
     if plan.storage == "merge" and any(link.half for link in links):
         text = (
             'chain: storage = "merge" rounds the sum of the finished links to the type of the '

@@ -38,7 +38,7 @@ class Record:
 
 @dataclass
 class Ledger:
-    """The finished links of a chain and where it stands.
+    """The finished links of a chain and its progress.
 
     step: completed optimizer steps. link: the live link (0, 1, ..). modules: adapted layers.
     records: in the order of the ties. frozen: module -> the live link's frozen factor.
@@ -55,10 +55,10 @@ class Ledger:
 
     def stacked(self, module: str) -> tuple[Tensor, Tensor] | None:
         """A (R, in) and B (out, R) of a layer's finished links, scaling 1; None without any."""
-        own = [r for r in self.records if r.module == module]
-        if not own:
+        links = [record for record in self.records if record.module == module]
+        if not links:
             return None
-        return torch.cat([r.A for r in own]), torch.cat([r.scaling * r.B for r in own], dim=1)
+        return torch.cat([k.A for k in links]), torch.cat([k.scaling * k.B for k in links], dim=1)
 
     def save(self, folder: str | Path) -> None:
         """Write chain.safetensors and chain.json into a folder, each whole or absent."""
@@ -160,22 +160,22 @@ class Ledger:
         )
 
     def check(self, plan: ChainPlan, total_steps: int, where: str | Path) -> None:
-        """Refuse to go on under another plan.
+        """Check that a chain is continued under the plan that it was made by.
 
         Raises:
-            ValueError: the differences.
+            ValueError: the plans differ; lists the differences.
         """
         then = {**self.plan.to_dict(), "total_steps": self.total_steps}
         now = {**plan.to_dict(), "total_steps": total_steps}
         changed = [f"{k}: {then[k]} -> {now[k]}" for k in now if then[k] != now[k]]
         if changed:
             raise ValueError(
-                f"{where}: the chain was made by another plan ({'; '.join(changed)}). Put the plan "
-                "back, or start anew."
+                f"{where}: the chain was made by another plan ({'; '.join(changed)}). Restore the "
+                "plan, or start again."
             )
 
     def check_model(self, shapes: Mapping[str, tuple[int, int]], where: str | Path) -> None:
-        """Refuse a model that the links do not fit.
+        """Check that the links fit a model.
 
         Args:
             shapes: module -> (out, in) of the layers that the model's adapter has.

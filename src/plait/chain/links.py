@@ -1,7 +1,7 @@
-"""The live link of one layer: upstream's LoRA or a low-rank Delta of plait, read and started anew.
+"""The live link of one layer: upstream's LoRA or a low-rank Delta of plait, read and restarted.
 
-A link is read as (A, B, s) with dW = s B A when it is tied. A new one starts as the method starts:
-upstream's A at U(-1, 1) / sqrt(in) and B = 0, a Delta through `restart`, from keyed generators.
+A link is read as (A, B, s) with dW = s B A when it is tied. A new one starts as its method starts,
+from keyed generators: LoRA with A at U(-1, 1) / sqrt(in) and B = 0, a Delta through `restart`.
 """
 
 import re
@@ -15,8 +15,10 @@ from plait.chain.plan import ChainPlan
 from plait.chain.recipes import Recipe, recipe_of
 from plait.core.bridge import PlaitLayer
 from plait.core.config import DeltaConfig
-from plait.core.delta import Delta, DenseDelta, LowRankDelta, TaskTable, TokenRouter
+from plait.core.delta import Delta
+from plait.core.dense import DenseDelta
 from plait.core.init import kaiming, seeded
+from plait.core.low_rank import LowRankDelta
 from plait.core.registry import find
 from plait.core.sharding import refuse_sharded
 from plait.core.trunk import is_quantized
@@ -51,7 +53,7 @@ def chain_support(plan: str, method_key: str) -> str | None:
 
 
 def _against(key: str, delta: type[Delta], recipe: Recipe) -> str | None:
-    """The reason against a Delta class, None for none."""
+    """Why a recipe does not work with a Delta class; None where it does."""
     if issubclass(delta, DenseDelta) or not issubclass(delta, LowRankDelta):
         return f"{key}'s update has full rank and no factors that a finished link could keep"
     if not delta.mergeable:
@@ -86,7 +88,7 @@ class Link:
         raise NotImplementedError
 
     def trained(self, plan: ChainPlan) -> list[nn.Parameter]:
-        """Those that the plan trains."""
+        """The parameters that the plan trains."""
         return self.parameters()
 
     def read(self, rank: int) -> tuple[Tensor, Tensor, float]:
@@ -94,26 +96,26 @@ class Link:
         raise NotImplementedError
 
     def check(self, lengths: list[int]) -> None:
-        """Raise where a link is too short for the method's schedule."""
+        """Raise ValueError if a link is too short for the method's schedule."""
 
     def start(self, plan: ChainPlan, number: int, steps: int) -> None:
-        """Start link `number` (0, 1, ..) of so many steps; 0 keeps the adapter's own start."""
+        """Start link `number` (0, 1, ..) of `steps` steps; link 0 keeps the adapter's start."""
         raise NotImplementedError
 
     def resume(self, plan: ChainPlan, number: int, steps: int) -> None:
-        """Tell what the link's saved state does not hold."""
+        """Set what the link's saved state does not hold."""
 
     def switch(self, on: bool) -> None:
-        """The 0/1 gate on the update: gradients are exactly 0 while it is off."""
+        """Turn the update on or off; gradients are exactly 0 while it is off."""
         raise NotImplementedError
 
     def frozen(self, plan: ChainPlan) -> nn.Parameter | None:
-        """The factor that the plan freezes, if any."""
+        """The factor that the plan freezes, None if it freezes none."""
         return None
 
 
 class LoraLink(Link):
-    """Of an upstream LoRA layer."""
+    """The link of an upstream LoRA layer."""
 
     def __init__(self, name: str, layer: Any, adapter: str) -> None:
         super().__init__(name, layer, adapter)
@@ -134,7 +136,7 @@ class LoraLink(Link):
         return [self.A, self.B]
 
     def trained(self, plan: ChainPlan) -> list[nn.Parameter]:
-        """Without the frozen side."""
+        """A and B without the frozen side."""
         return [p for p in self.parameters() if p is not self.frozen(plan)]
 
     def frozen(self, plan: ChainPlan) -> nn.Parameter | None:
@@ -166,12 +168,12 @@ class LoraLink(Link):
         self.B[:, rank:] = 0
 
     def switch(self, on: bool) -> None:
-        """Through the scale."""
+        """Turn the update on or off through its scale."""
         set_scaling(self.layer, self.adapter, self.scaling if on else 0.0)
 
 
 class DeltaLink(Link):
-    """Of a plait layer."""
+    """The link of a plait layer."""
 
     def __init__(self, name: str, layer: PlaitLayer, adapter: str) -> None:
         super().__init__(name, layer, adapter)
@@ -179,7 +181,7 @@ class DeltaLink(Link):
         self.r = self.delta.config.r
 
     def parameters(self) -> list[nn.Parameter]:
-        """The Delta's."""
+        """All parameters of the Delta."""
         return list(self.delta.parameters())
 
     def read(self, rank: int) -> tuple[Tensor, Tensor, float]:
@@ -188,7 +190,7 @@ class DeltaLink(Link):
         return _kept(A), _kept(B), self.delta.scaling
 
     def check(self, lengths: list[int]) -> None:
-        """By the Delta itself."""
+        """As the Delta's own schedule asks."""
         for steps in set(lengths):
             self.delta.adapter.total_steps = steps
             self.delta.check_schedule()
@@ -200,7 +202,7 @@ class DeltaLink(Link):
         self.resume(plan, number, steps)
 
     def resume(self, plan: ChainPlan, number: int, steps: int) -> None:
-        """The schedule's length."""
+        """Set the length of the method's schedule."""
         self.delta.adapter.total_steps = steps
 
 
@@ -210,10 +212,11 @@ def _kept(p: Tensor) -> Tensor:
 
 
 def find_links(model: nn.Module, plan: ChainPlan, adapter: str) -> list[Link]:
-    """The links of a model's adapter, in its order; everything a chain cannot do is refused here.
+    """The links of a model's adapter, in the order of its layers.
 
     Raises:
-        ValueError: the method, a layer, the base or the plan do not fit, with the reason.
+        ValueError: no chain of this plan is possible with the method, a layer or the base, with
+            the reason.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     configs: Any = model.peft_config if isinstance(model, PeftModel) else {}
@@ -227,7 +230,7 @@ def find_links(model: nn.Module, plan: ChainPlan, adapter: str) -> list[Link]:
             raise ValueError(reason)
         if plan.ranks is not None:
             raise ValueError(
-                f"chain: ranks = {plan.ranks} needs upstream's lora or rslora; {config.key} keeps "
+                f"chain: ranks = {plan.ranks} needs upstream's lora; {config.key} keeps "
                 "its own r. Leave ranks out."
             )
     elif config is not None:
@@ -252,7 +255,7 @@ def find_links(model: nn.Module, plan: ChainPlan, adapter: str) -> list[Link]:
 
 
 def _check_upstream(key: str, config: Any, plan: ChainPlan) -> None:
-    """Refuse peft's methods, and starts and targets of LoRA, that a link cannot repeat."""
+    """Raise ValueError for a method of peft's, a start or targets that a link cannot repeat."""
     reason = chain_support(plan.recipe, key)
     if reason:
         raise ValueError(reason)
@@ -266,16 +269,16 @@ def _check_upstream(key: str, config: Any, plan: ChainPlan) -> None:
 
 
 def _check_delta(name: str, delta: Delta) -> None:
-    """Refuse an update that is no constant product of factors."""
+    """Raise ValueError for an update that is no constant product of factors."""
     key = delta.adapter.key
     if not isinstance(delta, LowRankDelta) or delta.no_restart:
         raise ValueError(f"chain: {name} has no factors that a finished link of {key} could keep.")
-    if isinstance(delta.mix(), TokenRouter | TaskTable):
+    if delta.depends_on is not None:
         raise ValueError(f"chain: the update of {key} depends on the input. Use another method.")
 
 
 def _check_storage(links: list[Link], plan: ChainPlan) -> None:
-    """Refuse bases that merging cannot serve."""
+    """Raise ValueError for base weights that finished links cannot be merged into."""
     if plan.storage != "merge":
         return
     for link in links:

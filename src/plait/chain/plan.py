@@ -159,10 +159,10 @@ class ChainPlan:
                 "link, or one number for all."
             )
 
-    # What the plan says -------------------------------------------------------------------------
+    # What follows from the plan -----------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as json has it."""
+        """The plan as JSON stores it."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def lengths(self, total_steps: int) -> list[int]:
@@ -189,7 +189,7 @@ class ChainPlan:
         """Rank of a link (0, 1, ..) on a layer whose adapter has rank `most`.
 
         Raises:
-            ValueError: more than the adapter has.
+            ValueError: the plan's rank is above the adapter's.
         """
         rank = self.ranks[link] if isinstance(self.ranks, tuple) else self.ranks
         if rank is None:
@@ -202,7 +202,7 @@ class ChainPlan:
         return rank
 
     def draw(self, link: int, name: str, rank: int, size: int) -> Tensor:
-        """The sketch of a link and layer, rows (rank, size) in fp64: keyed, so all ranks agree.
+        """The sketch of a link and layer, rows (rank, size) in fp64; the same in every process.
 
         Orthonormal: Haar-distributed rows times sketch_std. Gaussian: N(0, sketch_std^2).
 
@@ -223,10 +223,10 @@ class ChainPlan:
         return self.sketch_std * columns.T.contiguous()
 
     def chosen(self, link: int, blocks: list[str]) -> set[str]:
-        """The blocks that a link trains: keyed by seed and link.
+        """The blocks that a link trains, drawn by seed and link.
 
         Raises:
-            ValueError: more than there are.
+            ValueError: the plan asks for more blocks than there are.
         """
         share = self.blocks_per_link
         count = max(1, round(share * len(blocks))) if isinstance(share, float) else share
@@ -275,7 +275,7 @@ class ChainSchedule(LambdaLR):
 
 
 def signature(plan: ChainPlan, total_steps: int) -> str:
-    """What a schedule and a chain must agree on."""
+    """Text of all that a schedule and a chain must agree on."""
     return f"{plan.lengths(total_steps)} {plan.lr} {plan.warmup_steps}"
 
 
@@ -293,7 +293,7 @@ def chain_schedule(
         >>> schedule = plait.chain_schedule(plan, opt, total_steps=4)
 
     Args:
-        plan: with lr="restart" the warm-up and the shape start anew in each link.
+        plan: with lr="restart" the warm-up and the shape restart in each link.
         optimizer: with the base learning rates.
         total_steps: planned optimizer steps, those of the Trainer's max_steps.
         shape: "constant", "linear" or "cosine", from the end of the warm-up towards 0.

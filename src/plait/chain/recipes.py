@@ -1,7 +1,7 @@
-"""The recipes of a chain as data: what each one may be told, and what it does when told nothing.
+"""The recipes of a chain as data: the options that each one takes, and their defaults.
 
-A new recipe is a new row here. `ChainPlan.of`, the section `chain` of a run file, `plait methods
---matrix` and the docs read this table, which imports neither torch nor peft.
+To add a recipe, add a row here and nothing else: `ChainPlan.of`, the section `chain` of a run file,
+`plait methods --matrix` and the docs read this table. It imports neither torch nor peft.
 """
 
 from collections.abc import Mapping
@@ -69,8 +69,7 @@ RECIPES: dict[str, Recipe] = {
             "2410.08305",
             length={"links": 12},
             options={"freeze": "A", "sketch": "orthonormal", "sketch_std": 1.0},
-            no_delta="{key} has no single pair of which one side could be frozen. Use lora or "
-            "rslora",
+            no_delta="{key} has no single pair of which one side could be frozen. Use lora",
         ),
         Recipe(
             "xgb",
@@ -78,8 +77,7 @@ RECIPES: dict[str, Recipe] = {
             "2410.19694",
             length={"steps_per_link": 10},
             options={"blocks_per_link": 1 / 3, "rank": 1, "lr": "global"},
-            no_delta="{key} has no rank-1 form that can be switched off by block. Use lora or "
-            "rslora",
+            no_delta="{key} has no rank-1 form that can be switched off by block. Use lora",
         ),
     )
 }

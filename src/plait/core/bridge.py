@@ -1,7 +1,9 @@
-"""The one file that knows peft's insides: a tuner model and a tuner layer that host any Delta.
+"""The bridge to peft: a tuner model and a tuner layer that host any Delta.
 
 `host` gives a method its own peft type (`PLAIT_<KEY>`), parameter prefix and layer class, so that
-checkpoints describe themselves. The base weight is never edited except by merge.
+checkpoints describe themselves. The base weight is edited by merge alone. This file knows how peft
+hosts a method, `plait/upstream` what peft's own methods look like; nothing else uses what is
+private to peft.
 """
 
 import copy
@@ -9,6 +11,7 @@ import functools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -28,9 +31,9 @@ from transformers.pytorch_utils import Conv1D
 
 from plait.core import combine, events
 from plait.core.config import DeltaConfig
-from plait.core.delta import Delta, DenseDelta, FrozenLinear, LowRankDelta, NotMergeable
+from plait.core.delta import Delta, FrozenLinear, NotMergeable
 from plait.core.init import seeded
-from plait.core.mix import TaskTable, TokenRouter, task_index
+from plait.core.mix import task_index
 from plait.core.route import Route, Rows
 from plait.core.sharding import refuse_sharded
 
@@ -40,8 +43,8 @@ BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
 def add_peft_type(name: str) -> PeftType:
     """Add a member to peft's closed enum of methods; idempotent.
 
-    The single exception to "no patching": `register_peft_method` refuses a name that the enum
-    lacks, and there are no entry points. Guarded by a test against the installed peft.
+    `register_peft_method` refuses a name that the enum lacks, and peft has no entry points. This is
+    all that plait changes in peft, and a test checks it against the installed version.
     """
     if name in PeftType.__members__:
         return PeftType[name]
@@ -58,7 +61,14 @@ def add_peft_type(name: str) -> PeftType:
 
 
 def host(key: str, config: type[DeltaConfig], delta: type[Delta]) -> None:
-    """Register a method with peft: its type, prefix, layer class and tuner class."""
+    """Register a method with peft: its type, prefix, layer class and tuner class.
+
+    Args:
+        key: of the registry. config, delta: the method's classes.
+
+    Raises:
+        ValueError: peft has a method of this type already.
+    """
     name = f"plait_{key}"
     peft_type = add_peft_type(name.upper())
     if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -76,14 +86,14 @@ def host(key: str, config: type[DeltaConfig], delta: type[Delta]) -> None:
 
 
 def _watch_peft_model(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """When a PeftModel takes a PlaitModel as its base_model, watch its forward for task_ids.
+    """Capture task_ids from the forward of a PeftModel that takes a PlaitModel as its base_model.
 
-    PeftModelFor* name `task_ids` in their forward and drop it for every method but Poly, and the
-    tuner is made before its PeftModel, so torch's public registration hook is the way to meet it.
+    The forward of PeftModelFor* names `task_ids` and drops it for every method but Poly. The tuner
+    is made before its PeftModel, so torch's public registration hook is the first chance to see it.
     """
     if isinstance(child, PlaitModel) and isinstance(parent, PeftModel):
-        parent.register_forward_pre_hook(child.plait_route.take, with_kwargs=True)
-        parent.register_forward_hook(child.plait_route.give, always_call=True)
+        parent.register_forward_pre_hook(child.plait_route.capture_args, with_kwargs=True)
+        parent.register_forward_hook(child.plait_route.clear_args, always_call=True)
 
 
 register_module_module_registration_hook(_watch_peft_model)
@@ -92,7 +102,7 @@ register_module_module_registration_hook(_watch_peft_model)
 class PlaitLayer(nn.Module, BaseTunerLayer):
     """A frozen linear layer with its Deltas, one for each adapter.
 
-    `plait_delta[adapter]` is the Delta; the state dict shows it under the method's own prefix.
+    `plait_delta[adapter]` is the Delta; in the state dict it has the prefix of its method.
     """
 
     prefix: str
@@ -139,12 +149,15 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             adapter: its name.
             config: its config.
             siblings: Deltas of the same adapter that were made before, for shared tensors.
+
+        Raises:
+            ValueError: the layer is sharded (FSDP2).
         """
-        own = copy.copy(config)
-        own.r = config.rank_pattern.get(
+        resolved = copy.copy(config)
+        resolved.r = config.rank_pattern.get(
             get_pattern_key(list(config.rank_pattern), self.name), config.r
         )
-        own.lora_alpha = config.alpha_pattern.get(
+        resolved.lora_alpha = config.alpha_pattern.get(
             get_pattern_key(list(config.alpha_pattern), self.name), config.lora_alpha
         )
         remedy = "Add adapters first, then call fully_shard."
@@ -159,12 +172,12 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             read=self.base_weight,
             blank=config.awaits_weights or not config.init_weights,
         )
-        delta = self.delta_cls(base, own, seeded(config.seed, self.name))
+        delta = self.delta_cls(base, resolved, seeded(config.seed, self.name))
         if not config.init_weights:
             delta.randomize(seeded(config.seed, self.name, adapter))
         delta.adapter = config
         delta.awaits_weights = config.awaits_weights
-        alike = (own.r, self.in_features, self.out_features)
+        alike = (resolved.r, self.in_features, self.out_features)
         owner = next((d for d in siblings if d.alike == alike and not d.owner), None)
         empty = any(p.is_meta for p in delta.parameters())  # low_cpu_mem_usage: filled on load
         if weight.is_meta or not empty:
@@ -184,7 +197,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             self.plait_delta[adapter_name].to(device or base.weight.device)
 
     def cast(self, adapter: str, keep_wide: bool) -> None:
-        """Factors in fp32 (fp64 on an fp64 base), or in the base weight's dtype."""
+        """Cast the factors to fp32 (fp64 on an fp64 base), or to the base weight's dtype."""
         base: Any = self.get_base_layer()
         dtype = base.weight.dtype
         if keep_wide or not dtype.is_floating_point:
@@ -201,33 +214,36 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        rows = self.route.now(x.shape[0]) if self.route.used else None
-        if rows is not None and rows.names is not None:
+        rows = self.route.current_rows(x.shape[0])
+        if rows.names is not None:
             return self._mixed(x, rows, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        active = [self.plait_delta[a] for a in self.active_adapters if a in self.plait_delta]
-        if len(active) == 1 and isinstance(active[0], DenseDelta) and self._joint(active[0]):
-            self._enter(active[0])
-            return active[0](x, self.base_layer.weight, self.base_layer.bias)
+        active: list[Any] = [
+            self.plait_delta[a] for a in self.active_adapters if a in self.plait_delta
+        ]
+        if len(active) == 1 and self._can_join(active[0]):
+            self._begin(active[0])
+            return active[0].joint(x, self.base_layer.weight, self.base_layer.bias)
         y = self.base_layer(x, *args, **kwargs)
         for delta in active:
             y = y + self._update(delta, x, rows).to(y.dtype)
         return y
 
-    def _update(self, delta: nn.Module, x: Tensor, rows: Rows | None) -> Tensor:
+    def _update(self, delta: Any, x: Tensor, rows: Rows) -> Tensor:
         """The update (.., out) of one Delta on its rows of the batch."""
-        self._enter(delta)
+        self._begin(delta)
         if not torch.is_floating_point(x):
             raise TypeError(
                 f"{self.name}: the input has dtype {x.dtype}; plait needs a floating one."
             )
-        if isinstance(delta, DenseDelta) or not self.route.used:
-            return delta(x)
-        return delta(x, self._task_ids(delta, x, rows), rows)
+        if self.route.default_task is not None and rows.task_ids is None and not delta.training:
+            ids = torch.full(x.shape[:1], self.route.default_task, device=x.device)
+            rows = replace(rows, task_ids=ids)
+        return delta(x, rows)
 
-    def _enter(self, delta: Any) -> None:
-        """Count a training forward for the guard; refuse weights that never came."""
+    def _begin(self, delta: Any) -> None:
+        """Count a training forward for the guard; refuse a Delta whose weights were not loaded."""
         if delta.awaits_weights:
             raise RuntimeError(
                 f"{self.name}: this adapter was made from a saved config and its weights were not "
@@ -236,15 +252,8 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         if delta.needs_events and delta.training and torch.is_grad_enabled():
             delta.forwards += 1
 
-    def _task_ids(self, delta: nn.Module, x: Tensor, rows: Rows | None) -> Tensor | None:
-        if rows is not None and rows.task_ids is not None:
-            return rows.task_ids
-        if self.route.default_task is None or delta.training:
-            return None  # the Delta's error names the remedy
-        return torch.full(x.shape[:1], self.route.default_task, device=x.device)
-
     def _mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
-        """One batch, an adapter for each row; rows of BASE keep the base layer's output."""
+        """A batch with an adapter for each row; rows of BASE keep the base layer's output."""
         names = rows.names or ()
         if self.plait_trunk is not None:
             self.plait_trunk.refuse_mixed()
@@ -262,19 +271,21 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(names):
             if name not in self.plait_delta:  # BASE, or an adapter that leaves this layer alone
                 continue
-            own = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-            update = self._update(self.plait_delta[name], x[own], rows.of(own))
-            y = y.index_add(0, own, update.to(y.dtype))
+            index = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
+            update = self._update(self.plait_delta[name], x[index], rows.of(index))
+            y = y.index_add(0, index, update.to(y.dtype))
         return y
 
-    def _joint(self, delta: DenseDelta) -> bool:
-        """Whether W + dW can be used at once: a plain, unwrapped nn.Linear and no dropout."""
+    def _can_join(self, delta: Any) -> bool:
+        """Whether the joint form applies: a plain, unwrapped nn.Linear and no dropout."""
         base = self.base_layer
         return (
-            type(base) is nn.Linear
+            delta.joins
+            and type(base) is nn.Linear
             and type(base.weight) is nn.Parameter
             and not (delta.training and delta.dropout)
-            and (delta.training or not delta.fresh)  # apart, a zero update leaves the base's bits
+            # Computed apart, a zero update leaves the base's output bit for bit.
+            and (delta.training or not delta.fresh)
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
         )
 
@@ -303,14 +314,14 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         """Add the updates to the base weight; a copy of it is kept for unmerge.
 
         Args:
-            safe_merge: refuse a result that is not finite, the weight stays as it was.
+            safe_merge: raise and leave the weight unchanged if the result is not finite.
             adapter_names: None: the active ones.
             task: which task of a task table.
             approx: "mean" for a token router.
 
         Raises:
             NotMergeable: the update depends on the input, or the base is quantised.
-            ValueError: safe_merge found values that are not finite, or the model is sharded.
+            ValueError: with safe_merge, the result is not finite; or the model is sharded.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.plait_delta]
         if not names:
@@ -338,7 +349,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put the kept base weight back, bit for bit."""
+        """Restore the base weight bit for bit."""
         if self.unmerged is None:
             return
         base: Any = self.get_base_layer()
@@ -349,11 +360,11 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether dW exists without an input."""
+        """Whether dW does not depend on the input."""
         return self.delta_cls.mergeable
 
     def __repr__(self) -> str:
-        """Marked, as peft's own layers are."""
+        """Prefix the name, as peft's own layers do."""
         return "plait." + super().__repr__()
 
 
@@ -367,9 +378,7 @@ class PlaitModel(BaseTuner):
     ) -> None:
         inner = dict(model.peft_config) if isinstance(model, PeftModel) else None
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-        if (
-            inner is not None
-        ):  # upstream puts our config into the inner model's: none could be saved
+        if inner is not None:  # upstream adds our config to the inner model's, which breaks saving
             single = isinstance(peft_config, DeltaConfig)
             self.peft_config = {adapter_name: peft_config} if single else dict(peft_config)
             model.peft_config = inner
@@ -377,23 +386,23 @@ class PlaitModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         keep_trainable_on_cpu(model)
         layers = (m for m in model.modules() if isinstance(m, PlaitLayer))
-        found = next(layers, None)  # adapters added without a tuner object share the first route
-        self.plait_route = found.route if found is not None else Route()
-        if found is None:
+        first = next(layers, None)  # adapters added without a tuner object share the first route
+        self.plait_route = first.route if first is not None else Route()
+        if first is None:
             self.plait_route.install(model)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """As upstream; a target that matches nothing is answered with what could be targeted."""
+        """As upstream; if no target matches, the error lists the model's linear layers."""
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
             if type(error).__name__ != "NoMatchingPeftModuleError":
                 raise
-            found = {n.rpartition(".")[2] for n, m in model.named_modules() if _linear(m)}
+            linear = {n.rpartition(".")[2] for n, m in model.named_modules() if _linear(m)}
             raise type(error)(
-                f"{error} Linear layers of this model: {', '.join(sorted(found))}."
+                f"{error} Linear layers of this model: {', '.join(sorted(linear))}."
             ) from None
 
     def _create_and_replace(
@@ -426,7 +435,7 @@ class PlaitModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """fp32 factors, or on request (`autocast_adapter_dtype=False`) of the base's dtype."""
+        """Cast to fp32, or with `autocast_adapter_dtype=False` to the base's dtype."""
         for layer in self.plait_layers():
             if adapter_name in layer.plait_delta:
                 layer.cast(adapter_name, keep_wide=autocast_adapter_dtype)
@@ -436,25 +445,21 @@ class PlaitModel(BaseTuner):
         return (m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls))  # type: ignore[misc]
 
     def set_task(self, task: str | None) -> None:
-        """The task of evaluation forwards that come without task_ids; None: none.
+        """Choose the task of evaluation forwards that have no task_ids; None: no task.
 
         Raises:
-            ValueError: no adapter has tasks, or none of that name.
+            ValueError: no adapter has tasks, or none has a task of this name.
         """
-        tables = [
-            mix
-            for layer in self.plait_layers()
-            for delta in layer.plait_delta.values()
-            if isinstance(delta, LowRankDelta) and isinstance(mix := delta.mix(), TaskTable)
-        ]
-        if not tables:
+        deltas: Any = (d for layer in self.plait_layers() for d in layer.plait_delta.values())
+        tasks = next((delta.tasks for delta in deltas if delta.tasks), None)
+        if tasks is None:
             raise ValueError(f"set_task({task!r}): no adapter of this model has tasks.")
-        self.plait_route.default_task = None if task is None else task_index(tables[0].tasks, task)
+        self.plait_route.default_task = None if task is None else task_index(tasks, task)
         self.plait_route.used = True
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Route the rows of this call; upstream calls it around forward and generate."""
+        """Route the rows of this call; upstream enters it around forward and generate."""
         names, ids = kwargs.get("adapter_names"), kwargs.get("task_ids")
         if names is None and ids is None:
             yield
@@ -471,7 +476,7 @@ class PlaitModel(BaseTuner):
         if generates:  # generate() refuses arguments that the base model's forward does not name
             model.generate = functools.partial(_generate, type(model).generate, model)  # type: ignore
         try:
-            with self.plait_route.over(tuple(names) if names is not None else None, ids):
+            with self.plait_route.routing(tuple(names) if names is not None else None, ids):
                 yield
         finally:
             if generates:
@@ -480,16 +485,17 @@ class PlaitModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str
     ) -> None:
-        """Add the adapter sum_i w_i dW_i, frozen, exact for every method; see core/combine.py.
+        """Add the frozen adapter sum_i w_i dW_i, exact for every method; see core/combine.py.
 
         Args:
-            adapters: names. weights: one for each.
-            adapter_name: of the new adapter. Activate it with set_adapter; keep it by exporting it,
-            `plait.to_lora(model, adapter_name)`.
+            adapters: names of the adapters to add up.
+            weights: one for each.
+            adapter_name: of the new adapter. Activate it with set_adapter; save it by exporting it,
+                `plait.to_lora(model, adapter_name)`.
 
         Raises:
-            ValueError: unknown adapters, numbers that differ, a name that is taken, or a model that
-                is sharded (FSDP2).
+            ValueError: an unknown adapter, not one weight for each, a name that is taken, or a
+                sharded model (FSDP2).
         """
         combine.check(adapters, weights, list(self.peft_config), adapter_name)
         refuse_sharded(self, "add_weighted_adapter")
@@ -508,7 +514,7 @@ class PlaitModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """As upstream; a weighted sum has no file format of its own."""
+        """As upstream; raise ValueError for a weighted sum, which has no file format."""
         name = kwargs.get("adapter_name", "default")
         for layer in model.modules():
             if isinstance(layer, PlaitLayer) and name in layer.plait_delta:
@@ -526,7 +532,10 @@ class PlaitModel(BaseTuner):
         safe_merge: bool = False,
         **choice: Any,
     ) -> None:
-        """Merge into the base weights; `task=`, `approx=` as in PlaitLayer.merge."""
+        """Merge into the base weights.
+
+        Args and errors are those of PlaitLayer.merge, `task=` and `approx=` included.
+        """
         self._check(adapter_names, choice)
         self._check_merge_allowed()
         for layer in self.plait_layers():
@@ -539,7 +548,10 @@ class PlaitModel(BaseTuner):
         adapter_names: list[str] | None = None,
         **choice: Any,
     ) -> nn.Module:
-        """Merge and return the base model; `task=`, `approx=` as in PlaitLayer.merge."""
+        """Merge and return the base model.
+
+        Args and errors are those of PlaitLayer.merge, `task=` and `approx=` included.
+        """
         self._check(adapter_names, choice)
         if choice:
             for layer in self.plait_layers():
@@ -548,26 +560,25 @@ class PlaitModel(BaseTuner):
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _check(self, adapter_names: Sequence[str] | None, choice: dict[str, Any]) -> None:
-        """Raise before the first weight changes where a merge is not possible."""
+        """Raise NotMergeable before the first weight changes."""
         for layer in self.plait_layers():
             for name in adapter_names or layer.active_adapters:
-                delta = dict(layer.plait_delta.items()).get(name)
-                if isinstance(delta, LowRankDelta) and isinstance(
-                    delta.mix(), TokenRouter | TaskTable
-                ):
+                delta: Any = dict(layer.plait_delta.items()).get(name)
+                if delta is not None and delta.depends_on is not None:
                     delta.folded(**choice)
                     return
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether dW exists without an input."""
+        """Whether dW does not depend on the input."""
         return all(layer.supports_lora_conversion(adapter_name) for layer in self.plait_layers())
 
 
 def keep_trainable_on_cpu(model: nn.Module) -> None:
-    """Let gradients pass 4-bit layers on a CPU after an evaluation, too.
+    """Keep gradients flowing through 4-bit layers on a CPU after an evaluation.
 
-    bitsandbytes 0.50 packs them anew for inference at the first evaluation on a CPU with AVX512
-    bf16 and never back: from then on no gradient passes, silently. Its own switch turns that off.
+    On a CPU with AVX512 bf16, bitsandbytes 0.50 repacks these layers for inference at the first
+    evaluation and never undoes it: from then on gradients silently stop. Its own switch prevents
+    that.
     """
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):

@@ -1,8 +1,8 @@
 """A weighted sum of adapters: sum_i w_i dW_i, exact for every kind of Delta.
 
-Upstream's `add_weighted_adapter` exists for LoRA only and is wrong for its variants. Here the sum
-is taken of the updates, never of the factors. The result runs, merges and exports like any adapter;
-it is frozen, and it is kept by exporting it.
+Upstream's `add_weighted_adapter` exists for LoRA only and is wrong for its variants. Here updates
+are added, never factors. The result runs, merges and exports like any adapter. It is frozen and has
+no file format of its own: export it to keep it.
 """
 
 import copy
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plait.core.delta import Delta, LowRankDelta
-from plait.core.route import Rows
+from plait.core.delta import Delta
+from plait.core.route import NOWHERE, Rows
 
 
 class WeightedSum(Delta):
@@ -26,15 +26,10 @@ class WeightedSum(Delta):
         self.weights = list(weights)
         self.scaling = 1.0
 
-    def forward(
-        self, x: Tensor, task_ids: Tensor | None = None, rows: Rows | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows = NOWHERE) -> Tensor:
         """sum_i w_i dW_i x, (.., in) to (.., out)."""
-        sums = [
-            w * part(x, *([task_ids, rows] if isinstance(part, LowRankDelta) else []))
-            for w, part in zip(self.weights, self.parts, strict=True)
-        ]
-        return torch.stack(sums).sum(0)
+        parts = zip(self.weights, self.parts, strict=True)
+        return torch.stack([w * part(x, rows) for w, part in parts]).sum(0)
 
     @torch.no_grad()
     def weight(self, **choice: Any) -> Tensor:
@@ -45,14 +40,15 @@ class WeightedSum(Delta):
     @torch.no_grad()
     def folded(self, **choice: Any) -> tuple[Tensor, Tensor] | None:
         """Stacked factors A (k, in), B (out, k) with dW = B A, or None with a dense part."""
-        rows, columns = [], []
-        for w, part in zip(self.weights, self.parts, strict=True):
-            if not isinstance(part, LowRankDelta):
-                return None
-            A, B = part.folded(**choice)
-            rows.append(A)
-            columns.append(w * part.scaling * B)
-        return torch.cat(rows), torch.cat(columns, dim=1)
+        parts: Any = self.parts
+        factors = [part.folded(**choice) for part in parts]
+        if None in factors:
+            return None
+        scaled = zip(self.weights, parts, factors, strict=True)
+        return (
+            torch.cat([A for A, _ in factors]),
+            torch.cat([w * part.scaling * B for w, part, (_, B) in scaled], dim=1),
+        )
 
     def rank(self) -> int:
         """Attainable rank: the sum of those of the parts, at most min(in, out)."""
@@ -64,10 +60,13 @@ class WeightedSum(Delta):
 def check(
     adapters: Sequence[str], weights: Sequence[float], known: Sequence[str], name: str
 ) -> None:
-    """Refuse a sum that cannot be meant.
+    """Check the arguments of `add_weighted_adapter`.
+
+    Args:
+        adapters, weights: to add up. known: adapters of the model. name: of the sum.
 
     Raises:
-        ValueError: unknown adapters, numbers that differ, or a name that is taken.
+        ValueError: an unknown adapter, not one weight for each, or a name that is taken.
     """
     missing = sorted(set(adapters) - set(known))
     if missing or not adapters:

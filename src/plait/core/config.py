@@ -1,9 +1,5 @@
 """DeltaConfig: peft's words for every method of plait, strictly checked."""
 
-import difflib
-import math
-import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self
 
@@ -11,45 +7,9 @@ from packaging.version import Version
 from peft import PeftConfig, PeftType
 
 from plait._version import __version__
+from plait.options import check_option, did_you_mean, option
 
-
-def option(
-    default: Any, help: str, *, least: float | None = None, above: float | None = None
-) -> Any:
-    """A config field with its help text and, for numbers, its smallest value or exclusive bound.
-
-    The bounds and the values of a Literal type are checked when the config is made.
-    """
-    return field(default=default, metadata={"help": help, "least": least, "above": above})
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the remedy for an unknown name: the nearest known one, or the list of all."""
-    names = [str(n) for n in known]
-    near = difflib.get_close_matches(str(name), names, n=1)
-    return f"Did you mean {near[0]}?" if near else f"Known: {', '.join(sorted(names))}."
-
-
-def check_option(name: str, kind: Any, facts: Any, value: Any) -> None:
-    """Refuse a value outside a field's bounds or its Literal.
-
-    Raises:
-        ValueError: with the option's name, the value and the range.
-    """
-    if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
-        known = ", ".join(map(repr, typing.get_args(kind)))
-        raise ValueError(f"{name} = {value!r} is not known. Use one of {known}.")
-    least, above = facts.get("least"), facts.get("above")
-    if value is None or (least is None and above is None):
-        return
-    whole = kind is int or kind == int | None
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        noun = "whole number" if whole else "number"
-        raise ValueError(f"{name} = {value!r} is not a {noun}. Give one.")
-    if not math.isfinite(value) or (least is not None and value < least):
-        raise ValueError(f"{name} = {value!r} is out of range. Give {least} or more.")
-    if above is not None and value <= above:
-        raise ValueError(f"{name} = {value!r} is out of range. Give more than {above}.")
+__all__ = ["DeltaConfig", "check_option", "did_you_mean", "option"]
 
 
 @dataclass
@@ -66,7 +26,9 @@ class DeltaConfig(PeftConfig):
 
     r: int = option(8, "Rank of the update.", least=1)
     lora_alpha: float = option(16, "Numerator of the scaling s.", above=0)
-    lora_dropout: float = option(0.0, "Dropout on the update's input, a fraction.", least=0)
+    lora_dropout: float = option(
+        0.0, "Dropout on the update's input, a fraction.", least=0, below=1
+    )
     target_modules: list[str] | set[str] | str | None = option(
         None, 'Layers to adapt: name endings, a regular expression, or "all-linear".'
     )
@@ -133,8 +95,6 @@ class DeltaConfig(PeftConfig):
             check_option(f"rank_pattern[{pattern!r}]", int, {"least": 1}, rank)
         for pattern, alpha in self.alpha_pattern.items():
             check_option(f"alpha_pattern[{pattern!r}]", float, {"above": 0}, alpha)
-        if self.lora_dropout >= 1:
-            raise ValueError(f"lora_dropout = {self.lora_dropout}. Give a fraction below 1.")
         if self.delta_cls is not None:
             self.delta_cls.check_gates(self)
 
@@ -158,10 +118,10 @@ class DeltaConfig(PeftConfig):
                     f"The config was written by plait {kwargs.get('plait_version', 'unknown')}; "
                     "install that version or remove the key."
                 )
-        wanted = f"PLAIT_{cls.key.upper()}"
-        if str(kwargs.get("peft_type", wanted)).removeprefix("PeftType.") != wanted:
+        peft_type = f"PLAIT_{cls.key.upper()}"
+        if str(kwargs.get("peft_type", peft_type)).removeprefix("PeftType.") != peft_type:
             raise ValueError(
-                f"This adapter is of type {kwargs['peft_type']}, not {wanted}. "
+                f"This adapter is of type {kwargs['peft_type']}, not {peft_type}. "
                 "Load it with the config class of its own method, or by PeftModel.from_pretrained."
             )
         return cls(**kwargs)
@@ -173,7 +133,7 @@ class DeltaConfig(PeftConfig):
         config.awaits_weights = True
         return config
 
-    # Not fields: whether deltas built from this config are about to be loaded from a file; the
-    # micro-batches of an optimizer step, where somebody told.
+    # Not fields: whether Deltas built from this config wait for weights from a file; the number of
+    # micro-batches in an optimizer step, None until plait.set_micro_batches is called.
     awaits_weights: ClassVar[bool] = False
     micro_batches: ClassVar[int | None] = None

@@ -1,9 +1,10 @@
-"""Events: what happens between optimizer steps, fired by themselves.
+"""Events: hooks that run a method's schedule and penalty around every optimizer step.
 
-torch's public global hooks see every optimizer step of the process. Before a step the penalties'
-gradients are added to `.grad`, once whatever the accumulation; after it each Delta's `t` advances,
-its `after_step` runs, then `after_all` over the layers of each adapter. A step that a gradient
-scaler skips does not count. Nobody has to call anything.
+torch's public global hooks see every optimizer step of the process, so no training loop has to
+call anything. Before a step, the gradients of the penalties are added to `.grad`, once per step
+however many micro-batches were accumulated. After it, each Delta increments `t` and runs
+`after_step`; then `after_all` runs over the layers of each adapter. Steps that a gradient scaler
+skips are not counted. The guard raises if a method that needs these events trained without them.
 """
 
 import warnings
@@ -26,12 +27,12 @@ from plait.core.sharding import put, whole
 if TYPE_CHECKING:
     from plait.core.delta import Delta
 
-MANY_FORWARDS = 50  # training forwards without an event that no accumulation explains
+MANY_FORWARDS = 50  # more training forwards without an event than accumulation explains
 
 _deltas: "weakref.WeakSet[Delta]" = weakref.WeakSet()
 _listeners: "weakref.WeakSet[Listener]" = weakref.WeakSet()
 _installed: list[Any] = []
-_rates: dict[int, list[Callable[[], None]]] = {}  # what to finish after a step, by optimizer
+_rates: dict[int, list[Callable[[], None]]] = {}  # to call after a step, by optimizer
 _stepping: list[Optimizer] = []  # the optimizer whose step is being completed
 
 
@@ -40,37 +41,37 @@ class PlaitWarning(UserWarning):
 
 
 class EventNeverFired(RuntimeError):
-    """A method with a schedule or a penalty trained and no optimizer step was seen."""
+    """A method with a schedule or a penalty was trained, but no optimizer step was seen."""
 
 
 class Listener:
-    """Something beside the Deltas that is called around the optimizer steps of its parameters.
+    """An object, other than a Delta, that is called around the optimizer steps of its parameters.
 
-    Listeners come after the Deltas' own events. Whoever makes one keeps it alive.
+    Listeners run after the events of the Deltas. They are weakly referenced: keep them alive.
     """
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """A step counts if its optimizer holds one of these."""
+        """The parameters; an optimizer's steps are of interest if it holds one of them."""
         raise NotImplementedError
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Called before a step, gradients complete and unscaled."""
+        """Called before a step, when the gradients are complete and unscaled."""
 
     def after_step(self, optimizer: Optimizer) -> None:
-        """Called after a completed step, gradients still present."""
+        """Called after a completed step, while the gradients are still set."""
 
     def check(self, model: nn.Module) -> None:
         """Raise EventNeverFired if it should have acted on this model's training and never did."""
 
 
 def listen(listener: Listener) -> None:
-    """Call a listener around the optimizer steps from now on, as long as it is alive."""
+    """Call a listener around all optimizer steps from now on, as long as it is alive."""
     _listeners.add(listener)
     _install()
 
 
 def watch(delta: "Delta") -> None:
-    """Fire the events of a Delta, if it has any, from now on."""
+    """Fire the events of a Delta from now on, if it has any."""
     if delta.needs_events:
         _deltas.add(delta)
         _install()
@@ -85,11 +86,11 @@ def _install() -> None:
 def _skipped(optimizer: Optimizer) -> bool:
     """Whether this step trains nothing.
 
-    A gradient scaler makes one of a fused optimizer a no-op. torch.distributed.checkpoint takes one
-    on gradients of 0, its learning rate put to 0 meanwhile, so that there is a state to load into.
+    A gradient scaler can turn the step of a fused optimizer into a no-op. torch.distributed's
+    checkpointing steps with gradients and learning rate 0 to create a state that it can load into.
     """
-    found = getattr(optimizer, "found_inf", None)
-    if found is not None and bool(found):
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and bool(found_inf):
         return True
     if not optimizer.defaults.get("lr") or any(g.get("lr", 1) for g in optimizer.param_groups):
         return False
@@ -116,10 +117,10 @@ def _held(optimizer: Optimizer) -> list[list["Delta"]]:
     return _by_adapter(trains)
 
 
-def _by_adapter(wanted: Callable[["Delta"], bool]) -> list[list["Delta"]]:
-    """The watched Deltas that are wanted, a list for each adapter, in layer order."""
+def _by_adapter(selects: Callable[["Delta"], bool]) -> list[list["Delta"]]:
+    """The watched Deltas that are selected, a list for each adapter, in layer order."""
     adapters: dict[int, list[Delta]] = {}
-    for delta in sorted(filter(wanted, _deltas), key=lambda d: d.order):
+    for delta in sorted(filter(selects, _deltas), key=lambda d: d.order):
         adapters.setdefault(id(delta.adapter), []).append(delta)
     return list(adapters.values())
 
@@ -135,7 +136,7 @@ def _own_rates(held: list[list["Delta"]]) -> dict[int, float | None]:
 
 
 def _unscale(optimizer: Optimizer) -> None:
-    """Free the gradients from the scale that a scaler leaves to a fused optimizer to take out."""
+    """Unscale the gradients if the scaler left that to a fused optimizer."""
     scale = getattr(optimizer, "grad_scale", None)
     if scale is not None:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
@@ -166,7 +167,7 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | N
         penalise()
         return None
 
-    # A closure computes the gradients anew, after this hook.
+    # A closure computes the gradients again, after this hook.
     return args[:1], {"closure": lambda: closure() + penalise()}
 
 
@@ -184,7 +185,7 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 @contextmanager
 def _completing(optimizer: Optimizer | None) -> Iterator[None]:
-    """Let `forget` know whose step it is."""
+    """Tell `forget` which optimizer is stepping, within the context."""
     _stepping.extend([] if optimizer is None else [optimizer])
     try:
         yield
@@ -193,7 +194,7 @@ def _completing(optimizer: Optimizer | None) -> Iterator[None]:
 
 
 def _listening(optimizer: Optimizer) -> list[Listener]:
-    """The listeners that this optimizer's step concerns."""
+    """The listeners whose parameters this optimizer holds."""
     if not _listeners:
         return []
     held = _ids(optimizer)
@@ -202,11 +203,11 @@ def _listening(optimizer: Optimizer) -> list[Listener]:
 
 @torch.no_grad()
 def forget(p: nn.Parameter, index: Any = ...) -> None:
-    """Zero what the stepping optimizer remembers of a parameter's entries, such as its moments.
+    """Zero the stepping optimizer's state of some entries of a parameter, such as its moments.
 
     Args:
         p: the parameter.
-        index: of the entries that start anew; all by default.
+        index: of the entries that restart; all by default.
     """
     for optimizer in _stepping:
         state = optimizer.state.get(p, {})
@@ -220,7 +221,14 @@ def forget(p: nn.Parameter, index: Any = ...) -> None:
 
 
 def before_step(deltas: list["Delta"]) -> torch.Tensor | float:
-    """Add the penalties' gradient to `.grad`, check what the method needs; returns the penalty."""
+    """Check what the method needs and add the gradient of its penalty to `.grad`.
+
+    Returns:
+        The penalty, a scalar.
+
+    Raises:
+        ValueError: total_steps is needed and unknown, or the method refuses its gradients.
+    """
     first = deltas[0]
     if first.adapter.total_steps_needed or any(g.total_steps_needed for g in first.gates):
         _ = first.total_steps
@@ -241,7 +249,7 @@ def before_step(deltas: list["Delta"]) -> torch.Tensor | float:
 
 
 def _penalty(deltas: list["Delta"]) -> torch.Tensor | None:
-    """The mean over the layers of an adapter, and what its gates add; or None."""
+    """The penalty of an adapter, mean over its layers plus those of its gates; None if none."""
     terms = [p / len(deltas) for p in (delta.penalty() for delta in deltas) if p is not None]
     gated: Any = deltas
     terms += [p for p in (g.penalty(gated) for g in deltas[0].gates) if p is not None]
@@ -250,7 +258,7 @@ def _penalty(deltas: list["Delta"]) -> torch.Tensor | None:
 
 @torch.no_grad()
 def after_step_of(deltas: list["Delta"]) -> None:
-    """Advance t, then after_step of each layer, then after_all."""
+    """Increment t and run after_step for each layer, then run after_all."""
     for delta in deltas:
         if delta.t is not None:
             delta.t += 1
@@ -265,14 +273,15 @@ def after_step_of(deltas: list["Delta"]) -> None:
 
 
 def after_step(model: nn.Module, optimizer: Any = None) -> None:
-    """Fire the events by hand, those of a chain too, for optimizers that are not torch optimizers.
+    """Fire the events by hand, for optimizers that are not torch optimizers.
 
-    Call it after each step of the optimizer, before the gradients are cleared. Penalties are
-    not added by this call: add `plait.penalty(model)` to the loss, once per optimizer step.
+    Call it after each step of the optimizer, before the gradients are cleared. It fires the events
+    of chains, too. It does not add penalties: add `plait.penalty(model)` to the loss, once per
+    optimizer step.
 
     Args:
         model: with plait's adapters.
-        optimizer: anything with torch's `state`, for methods that start ranks anew.
+        optimizer: has a `state` like torch's; methods that restart ranks clear it there.
     """
     inside = {id(p) for p in model.parameters()}
     with _completing(optimizer):
@@ -284,7 +293,7 @@ def after_step(model: nn.Module, optimizer: Any = None) -> None:
 
 
 def penalty(model: nn.Module) -> torch.Tensor | None:
-    """The sum of the penalties of a model, for logging or for a hand-written loop."""
+    """The sum of all penalties of a model, for logging or a hand-written loop; None if none."""
     sums = [p for p in map(_penalty, adapters_of(model)) if p is not None]
     return torch.stack(sums).sum() if sums else None
 
@@ -296,10 +305,10 @@ def adapters_of(model: nn.Module) -> list[list["Delta"]]:
 
 
 def check_fired(delta: "Delta") -> None:
-    """The guard, run at save, merge and export.
+    """The guard, run at save, merge and export: warn if training forwards saw no optimizer step.
 
     Raises:
-        EventNeverFired: more than 50 training forwards and no event. Below that, a warning.
+        EventNeverFired: there were more than 50 training forwards.
     """
     if not delta.needs_events or delta.stepped or not delta.forwards:
         return

@@ -1,10 +1,10 @@
-"""Free factors: what most methods of low rank are made of, started as LoRA or at W's main part.
+"""Free factors: trained A and B, as most methods of low rank have, with two kinds of start.
 
     dW = s B A              init="kaiming": A Kaiming-uniform, B = 0
     dW = s (B A - B0 A0)    init="pissa":   A = A0, B = B0, s B0 A0 the best rank-r part of W
 
-With several A or B each is its own draw, or its own copy of A0 and B0; routers whose weights sum to
-1 then start at the base model too. Delta mode, ours: the base weight is never edited.
+With several A or B each is a separate draw, or a copy of A0 and B0; routers whose weights sum to 1
+then start at the base model too. Subtracting the start (ours) leaves the base weight unedited.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait.core.config import DeltaConfig, option
-from plait.core.delta import FrozenLinear, LowRankDelta, Pair
+from plait.core.delta import FrozenLinear, Pair
 from plait.core.init import kaiming
+from plait.core.low_rank import LowRankDelta
 
 
 @dataclass
@@ -69,7 +70,7 @@ class FreeDelta(LowRankDelta):
         return config.r * (in_features + out_features)
 
     def free_pairs(self) -> list[Pair]:
-        """One pair of all A with all B; where there are several of both, one for each expert."""
+        """One pair of all A with all B; with several of both, one pair for each expert."""
         pair = partial(Pair, self.base.name, self.A, self.B, self.scaling)
         of_A, of_B = (tuple(range(len(p))) if p.ndim == 3 else None for p in (self.A, self.B))
         if of_A and of_B:
@@ -77,7 +78,7 @@ class FreeDelta(LowRankDelta):
         return [pair(of_A, of_B)]
 
     def masked_down(self, x: Tensor, A: Tensor) -> Tensor:
-        """Rank activations (.., n r) of x (.., in) with a dropout mask for each A of (n, r, in)."""
+        """Rank activations (.., n r) of x (.., in), with one dropout mask per A of (n, r, in)."""
         dropped = F.dropout(x.unsqueeze(-2).expand(*x.shape[:-1], len(A), -1), self.dropout)
         return torch.einsum("...ni,nri->...nr", dropped, A).flatten(-2)
 

@@ -1,9 +1,9 @@
 """Gates: what multiplies the rank axis of a LowRankDelta.
 
-A gate acts on rank k of a layer: on row k of every A and column k of every B, and with a start that
-is subtracted, on the whole update b_k a_k - b0_k a0_k of that rank. So a fresh adapter stays the
-base model whatever the gate is, and a rank with gate 0 changes nothing. Gates multiply; any
-method of low rank takes a list of them in its config's `gates`.
+A gate acts on rank k of a layer: on row k of every A and column k of every B and, if the start is
+subtracted, on the whole update b_k a_k - b0_k a0_k of that rank. So a fresh adapter equals the base
+model whatever the gate is, and a rank with gate 0 adds nothing. Several gates multiply; every
+method of low rank accepts a list of them in its config's `gates`.
 
 A gate is a dataclass of options and holds no tensors: it declares them on its Delta, so that they
 are trained, saved and moved with the factors.
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from plait.core.config import check_option, did_you_mean
+from plait.core.rates import Rates
 
 if TYPE_CHECKING:
-    from plait.core.delta import LowRankDelta
+    from plait.core.low_rank import LowRankDelta
 
 
 @dataclass
@@ -64,29 +65,29 @@ class Gate:
         return ranks
 
     def check(self, delta_cls: type["LowRankDelta"]) -> None:
-        """Raise ValueError where the gate cannot work on a method."""
+        """Raise ValueError if the gate cannot act on a method."""
 
     def count(self, ranks: int) -> int:
         """Trainable numbers of the gate on a layer."""
         return 0
 
     def prepare(self, delta: "LowRankDelta", ranks: int, gen: torch.Generator) -> None:
-        """Declare tensors on a Delta that is being made."""
+        """Declare tensors on a Delta under construction."""
 
     def value(self, delta: "LowRankDelta") -> Tensor | None:
-        """The gate (ranks,) of the Delta's mode, or None for 1."""
+        """The gate (ranks,) in the Delta's current mode, or None for 1."""
         return None
 
     def mask(self, delta: "LowRankDelta", z: Tensor, ranks: int) -> Tensor | None:
-        """A factor (.., ranks) for each token of z (.., R_in) in training, or None."""
+        """A factor (.., ranks) per token of z (.., R_in), used in training, or None."""
         return None
 
     def start_of(self, index: Tensor, gen: torch.Generator) -> dict[str, Tensor]:
-        """Start values of some ranks (k,) by parameter, for ranks that start anew."""
+        """Start values by parameter of ranks (k,) that restart."""
         return {}
 
-    def own_rates(self, delta: "LowRankDelta") -> dict[str, float | None]:
-        """Parameters without weight decay -> their own base learning rate, or None."""
+    def own_rates(self, delta: "LowRankDelta") -> Rates:
+        """The parameters that weight decay skips, with their own base learning rates."""
         return {}
 
     def penalty(self, deltas: "Sequence[LowRankDelta]") -> Tensor | None:
@@ -94,13 +95,13 @@ class Gate:
         return None
 
     def check_schedule(self, delta: "LowRankDelta") -> None:
-        """Refuse a schedule that cannot run; asked of the first layer before each step."""
+        """Raise ValueError if the schedule cannot run; called for one layer before each step."""
 
     def after_step(self, delta: "LowRankDelta") -> None:
-        """What happens to one layer after each completed optimizer step."""
+        """Called for each layer after every completed optimizer step."""
 
     def after_all(self, deltas: "Sequence[LowRankDelta]") -> None:
-        """What happens over all layers of an adapter, after every after_step."""
+        """Called with all layers of an adapter, after every after_step."""
 
 
 G = TypeVar("G", bound=type[Gate])
@@ -147,17 +148,17 @@ def parse(spec: str | dict[str, Any]) -> Gate:
 
 
 def gates_of(config: Any, delta_cls: type["LowRankDelta"]) -> list[Gate]:
-    """The gates of a layer: those that make the method, then those that the config adds.
+    """The gates of a layer: those of the method, then those that the config adds.
 
     Raises:
-        ValueError: what parse raises; a kind twice; a gate that cannot work on the method.
+        ValueError: as parse; a kind twice; a gate that cannot act on the method.
     """
-    found = [kind.of(config) for kind in delta_cls.own_gates]
-    found += [parse(spec) for spec in config.gates or ()]
-    keys = [gate.key for gate in found]
+    all_gates = [kind.of(config) for kind in delta_cls.own_gates]
+    all_gates += [parse(spec) for spec in config.gates or ()]
+    keys = [gate.key for gate in all_gates]
     for key in keys:
         if keys.count(key) > 1:
             raise ValueError(f"gates: {key} acts on {config.key} twice. Give it once.")
-    for gate in found:
+    for gate in all_gates:
         gate.check(delta_cls)
-    return found
+    return all_gates

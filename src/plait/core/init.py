@@ -12,9 +12,9 @@ POWER_ITERATIONS = 4
 
 
 def seeded(*key: object) -> torch.Generator:
-    """A CPU generator keyed by values, such as (seed, layer name) or (seed, t, layer name).
+    """A CPU generator seeded by a key, such as (seed, layer name) or (seed, t, layer name).
 
-    Draws that must agree between ranks, checkpoint recomputation and resumed runs use this.
+    For draws that must agree between processes, recomputation and resumed runs.
     """
     return torch.Generator("cpu").manual_seed(zlib.crc32("/".join(map(str, key)).encode()))
 

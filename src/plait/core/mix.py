@@ -1,22 +1,94 @@
 """Mixes: which A meets which B, decided in rank space.
 
-A constant matrix folds into the factors. A token router weighs groups of the rank axis by a softmax
-of the token itself. A task table picks one group by the row's task.
+A pairing takes each A with its own B. A constant matrix folds into the factors. A token router
+weights groups of the rank axis by a softmax of the token itself. A task table picks one group by
+the task of the row.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plait.core.route import Rows
+from plait.core.delta import NotMergeable
+from plait.core.route import NOWHERE, Rows
+
+Approx = Literal["mean"]
+
+
+class Mix:
+    """Maps rank activations z (.., R_in) to h (.., R_out).
+
+    Attributes:
+        depends_on: the part of the input that decides, or None for a constant mix.
+        tasks: names of the tasks that it can choose from.
+    """
+
+    depends_on: ClassVar[Literal["token", "task"] | None] = None
+    tasks: Sequence[str] = ()
+
+    def __call__(self, z: Tensor, x: Tensor, rows: Rows = NOWHERE) -> Tensor:
+        """Mix the rank activations of one call.
+
+        Args:
+            z: rank activations (.., R_in).
+            x: the layer's input (.., in), before dropout.
+            rows: what is known of the rows of the batch.
+        """
+        raise NotImplementedError
+
+    def constant(
+        self, ranks: int, task: str | None = None, approx: Approx | None = None
+    ) -> Tensor | None:
+        """The mix as a matrix (R_out, R_in), or None for the identity.
+
+        Args:
+            ranks: R_in.
+            task: the task to choose.
+            approx: "mean" takes a router as uniform.
+
+        Raises:
+            NotMergeable: the mix depends on the input and neither task nor approx settles it.
+        """
+        raise NotImplementedError
+
+
+class Pairing(Mix):
+    """Row k of A_cat meets column k of B_cat: h = z."""
+
+    def __call__(self, z: Tensor, x: Tensor, rows: Rows = NOWHERE) -> Tensor:
+        """Return z."""
+        return z
+
+    def constant(
+        self, ranks: int, task: str | None = None, approx: Approx | None = None
+    ) -> Tensor | None:
+        """The identity."""
+        return None
 
 
 @dataclass
-class TokenRouter:
+class Matrix(Mix):
+    """A constant matrix: h = M z, with M (R_out, R_in)."""
+
+    M: Tensor
+
+    def __call__(self, z: Tensor, x: Tensor, rows: Rows = NOWHERE) -> Tensor:
+        """Multiply by M, in the dtype of z."""
+        return F.linear(z, self.M.to(z.dtype))
+
+    def constant(
+        self, ranks: int, task: str | None = None, approx: Approx | None = None
+    ) -> Tensor | None:
+        """M."""
+        return self.M
+
+
+@dataclass
+class TokenRouter(Mix):
     """Softmax weights per token over n groups of the rank axis; w = softmax(G x) in fp32.
 
     The token alone decides: no look at other tokens or rows.
@@ -26,34 +98,34 @@ class TokenRouter:
         kind: "reduce" sums groups, (.., n r) to (.., r): sum_i w_i z_i. "expand" copies one group,
             (.., r) to (.., n r): [w_1 z, .., w_n z]. "pair" keeps them apart, (.., n r) to
             (.., n r): [w_1 z_1, .., w_n z_n].
-        top_k: keep the k largest weights and make them sum to 1; None: all.
-        tap: called with the softmax (.., n) and the rows, returns what stands for it; for balance
+        top_k: keep the k largest weights and rescale them to sum 1; None: all.
+        tap: called with the softmax (.., n) and the rows, returns the weights to use; for balance
             losses.
-        rows: what is known of the rows of this call.
     """
 
     G: Tensor
     kind: Literal["reduce", "expand", "pair"] = "reduce"
     top_k: int | None = None
-    tap: Callable[[Tensor, Rows | None], Tensor] | None = None
-    rows: Rows | None = None
+    tap: Callable[[Tensor, Rows], Tensor] | None = None
 
-    def weights(self, x: Tensor) -> Tensor:
+    depends_on: ClassVar[Literal["token", "task"] | None] = "token"
+
+    def weights(self, x: Tensor, rows: Rows = NOWHERE) -> Tensor:
         """The weights (.., n) of tokens x (.., in), fp32 or wider; each row sums to 1."""
         w = F.linear(x, self.G.to(x.dtype)).softmax(
             -1, dtype=torch.promote_types(x.dtype, torch.float32)
         )
         if self.tap is not None:
-            w = self.tap(w, self.rows)
+            w = self.tap(w, rows)
         if self.top_k is not None:
             kept = torch.zeros_like(w).scatter(-1, w.topk(self.top_k, dim=-1).indices, 1.0)
             w = w * kept
             w = w / w.sum(-1, keepdim=True)
         return w
 
-    def __call__(self, x: Tensor, z: Tensor) -> Tensor:
-        """Mix rank activations z (.., R_in) to (.., R_out) by the un-dropped x (.., in)."""
-        w = self.weights(x).to(z.dtype)
+    def __call__(self, z: Tensor, x: Tensor, rows: Rows = NOWHERE) -> Tensor:
+        """Weight the groups of z (.., R_in) by each token of x (.., in)."""
+        w = self.weights(x, rows).to(z.dtype)
         if self.kind == "expand":
             return (w.unsqueeze(-1) * z.unsqueeze(-2)).flatten(-2)
         z = z.unflatten(-1, (len(self.G), -1))  # (.., n, r)
@@ -61,12 +133,14 @@ class TokenRouter:
             return (w.unsqueeze(-1) * z).flatten(-2)
         return (w.unsqueeze(-2) @ z).squeeze(-2)
 
-    def uniform(self, ranks: int) -> Tensor:
-        """The constant mix (R_out, R_in) of equal weights 1/n, in fp64.
-
-        Args:
-            ranks: R_in.
-        """
+    def constant(
+        self, ranks: int, task: str | None = None, approx: Approx | None = None
+    ) -> Tensor | None:
+        """With approx="mean" the mix of equal weights 1/n, in fp64."""
+        if approx != "mean":
+            raise NotMergeable(
+                'its update depends on the token. Use merge(approx="mean") or keep the adapter.'
+            )
         n = len(self.G)
         if self.kind == "pair":
             return torch.eye(ranks, dtype=torch.float64) / n
@@ -75,18 +149,25 @@ class TokenRouter:
 
 
 @dataclass
-class TaskTable:
+class TaskTable(Mix):
     """One group of the rank axis per task: h = z_task."""
 
-    tasks: Sequence[str]
+    tasks: Sequence[str]  # the indices of task_ids, in order
 
-    def __call__(self, ids: Tensor, z: Tensor) -> Tensor:
-        """Pick each row's group from z (.., n r); ids (batch,) or of the leading shape of z.
+    depends_on: ClassVar[Literal["token", "task"] | None] = "task"
+
+    def __call__(self, z: Tensor, x: Tensor, rows: Rows = NOWHERE) -> Tensor:
+        """Pick each row's group from z (.., n r).
 
         Raises:
-            ValueError: ids of another shape, or outside 0..n-1.
+            ValueError: rows.task_ids is missing, of another shape than the rows, or outside 0..n-1.
         """
-        n, lead = len(self.tasks), z.shape[:-1]
+        n, ids, lead = len(self.tasks), rows.task_ids, z.shape[:-1]
+        if ids is None:
+            raise ValueError(
+                "The adapter routes by task and there are no task_ids in this batch. Pass "
+                f'model(..., task_ids=...) or call set_task("{self.tasks[0]}") for evaluation.'
+            )
         ids = ids.to(z.device)
         if ids.shape != lead[: ids.ndim]:
             raise ValueError(
@@ -103,17 +184,24 @@ class TaskTable:
         index = ids.reshape(ids.shape + (1,) * (z.ndim - ids.ndim)).expand(*lead, 1, z.shape[-1])
         return z.gather(-2, index).squeeze(-2)
 
-    def chosen(self, task: str, ranks: int) -> Tensor:
-        """The constant mix (r, R_in) of one task, in fp64.
+    def constant(
+        self, ranks: int, task: str | None = None, approx: Approx | None = None
+    ) -> Tensor | None:
+        """The rows (r, R_in) of the identity that belong to one task, in fp64."""
+        if task is None:
+            raise NotMergeable(
+                "its update depends on the task. "
+                f"Name one of {', '.join(self.tasks)}: merge(task=...)."
+            )
+        identity = torch.eye(ranks, dtype=torch.float64).unflatten(0, (len(self.tasks), -1))
+        return identity[task_index(self.tasks, task)]
 
-        Args:
-            task: its name.
-            ranks: R_in.
-        """
-        n = len(self.tasks)
-        return torch.eye(ranks, dtype=torch.float64).unflatten(0, (n, -1))[
-            task_index(self.tasks, task)
-        ]
+
+def as_mix(declared: Mix | Tensor | None) -> Mix:
+    """The mix that a method declares: None pairs A with B, a matrix (R_out, R_in) is constant."""
+    if declared is None:
+        return Pairing()
+    return Matrix(declared) if isinstance(declared, Tensor) else declared
 
 
 def task_index(tasks: Sequence[str], task: str) -> int:

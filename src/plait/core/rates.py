@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+# Parameter name -> its own base learning rate, or None for that of the optimizer.
+Rates = dict[str, float | None]
+
 # Optimizers that add weight decay to the gradient; all others subtract it from the weight.
 _COUPLED = ("SGD", "ASGD", "Adagrad", "Adadelta", "Adamax", "RMSprop")
 

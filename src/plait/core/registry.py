@@ -16,8 +16,13 @@ D = TypeVar("D", bound=type[Delta])
 class Method:
     """One row of `plait methods`.
 
-    key: name in configs. config, delta: the classes. paper: arXiv id or venue. formula: one line.
-    rank: attainable rank of dW. names: other names, ambiguous ones included.
+    Attributes:
+        key: name in configs.
+        config, delta: the method's classes.
+        paper: arXiv id or venue.
+        formula: of dW, one line.
+        rank: attainable rank of dW.
+        names: other names, ambiguous ones included.
     """
 
     key: str
@@ -67,7 +72,7 @@ def register(
     rank: str = "",
     names: tuple[str, ...] = (),
 ) -> Callable[[D], D]:
-    """Class decorator: give a Delta the whole host, the command line and the contract tests.
+    """Class decorator: make a Delta known to peft, the command line and the contract tests.
 
     Example:
         >>> import plait

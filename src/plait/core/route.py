@@ -1,8 +1,8 @@
 """Route: which adapter and which task each row of a batch uses.
 
-Set by `model(..., adapter_names=[...])` and `model(..., task_ids=ids)`; read by the layers. Rows
-are routed in training as well. Gradient checkpointing runs layers again during the backward, when
-the forward is over: the route of that forward is replayed, or refused where it cannot be known.
+`model(..., adapter_names=[...])` and `model(..., task_ids=ids)` set it and the layers read it, in
+training too. Gradient checkpointing runs layers again during the backward, after the forward has
+ended: they then get the rows of that forward, or an error if several forwards could be meant.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What is known of the rows of one batch, each with one entry a row, or None.
+    """What is known of the rows of one batch; every attribute has one entry per row, or is None.
 
-    names: of adapters. task_ids: (batch,). sample_types: (batch,), for balance losses. mask:
-    (batch, tokens), 0 at padding.
+    Attributes:
+        names: adapter names.
+        task_ids: (batch,).
+        sample_types: (batch,), for balance losses.
+        mask: (batch, tokens), 0 at padding.
     """
 
     names: tuple[str, ...] | None = None
@@ -28,7 +31,7 @@ class Rows:
     mask: Tensor | None = None
 
     def expanded(self, rows: int) -> "Rows":
-        """Repeated for beams or returned sequences, where generation multiplied the rows."""
+        """Repeat every entry if generation multiplied the rows (beams, returned sequences)."""
 
         def repeated(value: Any) -> Any:
             if value is None or not len(value) or rows <= len(value) or rows % len(value):
@@ -40,13 +43,13 @@ class Rows:
 
         return Rows(*(repeated(getattr(self, f.name)) for f in fields(self)))
 
-    def of(self, own: Tensor) -> "Rows":
-        """Some rows only, without names; own: their indices."""
+    def of(self, index: Tensor) -> "Rows":
+        """Select rows by index (k,) and drop the names."""
         tensors = (self.task_ids, self.sample_types, self.mask)
-        return Rows(None, *(None if t is None else t[own.to(t.device)] for t in tensors))
+        return Rows(None, *(None if t is None else t[index.to(t.device)] for t in tensors))
 
     def same(self, other: "Rows") -> bool:
-        """Whether both say the same."""
+        """Whether both hold equal values."""
         return self.names == other.names and all(
             a is b or (a is not None and b is not None and torch.equal(a, b))
             for a, b in (
@@ -64,41 +67,47 @@ EXTRA = ("task_ids", "sample_types")  # arguments of a forward that the base mod
 class Route:
     """State shared by the layers of one tuner.
 
-    default_task: index for evaluation without task_ids. wants_mask: whether a layer asks for the
-    padding mask. scope: rows given to a whole call, such as generate. given: what the PeftModel's
-    forward in progress got. current: rows of the base model's forward in progress. last: rows of
-    the last forward with gradients; mixed: whether others came before it since the last backward.
+    Attributes:
+        default_task: index of the task in evaluation without task_ids.
+        wants_mask: whether a layer asks for the padding mask.
+        scope: rows of a whole call, such as generate.
+        captured: arguments taken from the PeftModel's forward in progress.
+        current: rows of the base model's forward in progress.
+        last: rows of the last forward with gradients.
+        mixed: whether other rows came before `last` since the last backward.
+        replayed: whether a backward has run since the last forward.
+        used: whether any call was routed; nothing is looked up before the first one.
     """
 
     default_task: int | None = None
     wants_mask: bool = False
     scope: Rows | None = None
-    given: dict[str, Tensor] = field(default_factory=dict)
+    captured: dict[str, Tensor] = field(default_factory=dict)
     current: Rows | None = None
     last: Rows = NOWHERE
     mixed: bool = False
     replayed: bool = True
-    used: bool = False  # nothing is looked up before the first routed call
+    used: bool = False
 
     def install(self, model: nn.Module) -> None:
-        """Watch the forwards of the base model; it never sees task_ids and their like."""
-        model.register_forward_pre_hook(self.enter, with_kwargs=True)
-        model.register_forward_hook(self.leave, always_call=True)
+        """Watch the forwards of the base model, and remove arguments that it does not know."""
+        model.register_forward_pre_hook(self.begin_forward, with_kwargs=True)
+        model.register_forward_hook(self.end_forward, always_call=True)
 
-    def take(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        """Take task_ids out of a PeftModel's arguments: with a task_type it would drop them."""
+    def capture_args(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        """Pre-hook of a PeftModel: with a task_type its forward would drop these arguments."""
         for name in EXTRA:
-            if name in kwargs:  # an outer PeftModel may have taken them before
-                self.given[name] = kwargs.pop(name)
+            if name in kwargs:  # an outer PeftModel may have captured them already
+                self.captured[name] = kwargs.pop(name)
         return args, kwargs
 
-    def give(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """The PeftModel's forward is over."""
-        self.given = {}
+    def clear_args(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Hook of a PeftModel: its forward has ended."""
+        self.captured = {}
 
-    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        """Take task_ids out of the arguments; note the route of this forward."""
-        extra = {n: kwargs.pop(n, self.given.get(n)) for n in EXTRA}
+    def begin_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        """Pre-hook of the base model: take the rows out of its arguments and remember them."""
+        extra = {n: kwargs.pop(n, self.captured.get(n)) for n in EXTRA}
         scope = self.scope or NOWHERE
         mask = kwargs.get("attention_mask") if self.wants_mask else None
         if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -111,13 +120,13 @@ class Route:
             self.last, self.replayed = self.current, False
         return args, kwargs
 
-    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """The forward is over."""
+    def end_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Hook of the base model: its forward has ended."""
         self.current = None
 
     @contextmanager
-    def over(self, names: tuple[str, ...] | None, task_ids: Tensor | None) -> Iterator[None]:
-        """Route every forward inside."""
+    def routing(self, names: tuple[str, ...] | None, task_ids: Tensor | None) -> Iterator[None]:
+        """Route every forward within the context."""
         before, self.scope = self.scope, Rows(names, task_ids)
         self.used = True
         try:
@@ -125,11 +134,14 @@ class Route:
         finally:
             self.scope = before
 
-    def now(self, rows: int) -> Rows:
-        """The route of the layer call in progress, expanded to its number of rows.
+    def current_rows(self, count: int) -> Rows:
+        """The rows of the layer call in progress.
+
+        Args:
+            count: rows of the layer's input; more than the call's if generation multiplied them.
 
         Raises:
-            RuntimeError: recomputation after several forwards with different routes.
+            RuntimeError: recomputation after several forwards with different rows.
         """
         if not self.used:
             return NOWHERE
@@ -143,5 +155,5 @@ class Route:
                     "gradient checkpointing off."
                 )
             return self.last
-        found = self.current or self.scope or NOWHERE
-        return found if self.scope is None else found.expanded(rows)
+        rows = self.current or self.scope or NOWHERE
+        return rows if self.scope is None else rows.expanded(count)

@@ -1,8 +1,8 @@
 """Sharding: with FSDP2 parameters are whole in forward and backward, and shards between steps.
 
-What a forward needs nobody has to think of. Penalties and events meet shards: `whole` reads one,
-`put` writes into one, on all processes alike. What would read or replace the weights of a sharded
-model as if they were whole is refused, for FSDP2 keeps parameters of its own and trains those.
+So forwards need nothing special, while penalties and events meet shards: `whole` reads one and
+`put` writes into one, with equal results on all processes. Functions that would read or replace the
+weights of a sharded model as if they were whole raise, because FSDP2 trains parameters of its own.
 """
 
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -22,21 +22,21 @@ SAVE = (
 
 
 def is_shard(t: Tensor) -> "TypeGuard[DTensor]":
-    """Whether a tensor is this process' part of a larger one."""
+    """Whether a tensor is this process' shard of a larger one."""
     return AVAILABLE and isinstance(t, DTensor)
 
 
 def whole(t: Tensor) -> Tensor:
-    """The whole of a shard, gathered by all processes together; other tensors as they are.
+    """Gather the whole tensor of a shard, on all processes together; other tensors as they are.
 
-    Differentiable: where all processes compute the same from it, the gradient is that of a shard.
+    Differentiable: if all processes compute the same from it, the gradient is that of a shard.
     """
     return t.full_tensor() if is_shard(t) else t
 
 
 @torch.no_grad()
 def put(t: Tensor, index: Any, value: Tensor | float) -> None:
-    """t[index] = value, in a shard too; all processes give the same index and value."""
+    """t[index] = value, also for a shard; all processes pass the same index and value."""
     if not is_shard(t):
         t[index] = value
         return
@@ -47,14 +47,20 @@ def put(t: Tensor, index: Any, value: Tensor | float) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put shards in place of what a forward left whole: what is written there would be lost."""
+    """Shard again what a forward left whole, because writes to the whole tensors would be lost."""
     for module in model.modules():
         if AVAILABLE and isinstance(module, FSDPModule):
             module.reshard()
 
 
 def refuse_sharded(module: nn.Module, what: str, remedy: str = SAVE) -> None:
-    """Raise ValueError where FSDP2 holds a module's parameters, even while they are whole."""
+    """Raise ValueError if FSDP2 holds a module's parameters, even while they are whole.
+
+    Args:
+        module: to look at.
+        what: the operation or object, as the error names it.
+        remedy: the end of the error message.
+    """
     marked = "_is_fsdp_managed_module" in vars(module)  # the only sign of it while they are whole
     if marked or any(map(is_shard, module.parameters())):
         raise ValueError(f"{what}: the parameters are sharded (FSDP2). {remedy}")

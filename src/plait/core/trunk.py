@@ -8,7 +8,7 @@ quantised bases work and a disabled adapter leaves the base model bit for bit. s
 writes W = cast(W0 + B A) from a kept copy of W0 (on the CPU) instead: one rounding however many
 links, but a disabled adapter then leaves the base with its finished links.
 
-A trunk belongs to one adapter and acts where that adapter is active. It has no parameters.
+A trunk belongs to one adapter and acts while that adapter is active. It has no parameters.
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ def trunk_of(layer: nn.Module) -> "Trunk | None":
 
 
 def hosted(layer: Any) -> nn.ModuleDict:
-    """The adapters of a tuner layer by name: plait's Deltas, or upstream's down-projections."""
-    return layer.plait_delta if isinstance(layer, PlaitLayer) else layer.lora_A
+    """What a tuner layer, plait's or upstream LoRA's, holds by adapter name."""
+    return getattr(layer, layer.adapter_layer_names[0])
 
 
 class Trunk:
@@ -53,7 +53,7 @@ class Trunk:
         self.start: Tensor | None = None  # W0, with storage="merge"
         self.kept: tuple[Tensor, Tensor] | None = None  # the factors, with storage="merge"
         layer.plait_trunk = self
-        # The protocol by which peft lets a layer unload itself, merge_and_unload included.
+        # peft calls this method of a layer to unload it, in merge_and_unload too.
         layer.unload_and_optionally_merge_module = self.unload
         if storage == "merge":
             self.start = self.base.weight.detach().to("cpu", copy=True)
@@ -102,7 +102,7 @@ class Trunk:
             self.refuse_mixed()
 
     def refuse_mixed(self) -> None:
-        """A batch of several adapters would give all its rows the finished links."""
+        """Raise ValueError: in a mixed batch, every row would get the finished links."""
         raise ValueError(
             f"adapter_names: adapter {self.adapter!r} is a chain, whose finished links cannot be "
             "chosen by row. Stack it first, plait.chain.save_stacked, and load that adapter."
@@ -113,20 +113,20 @@ class Trunk:
     def unload(
         self, merge: bool, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module:
-        """Take the layer's base out of it, all links merged in or as it was.
+        """Return the layer's base without the tuner layer, with the links merged in or unchanged.
 
         Args:
             merge: add the finished links and the named adapters, in one rounding.
-            safe_merge: refuse a result that is not finite.
+            safe_merge: raise if the result is not finite.
             adapter_names: None: the active ones.
 
         Raises:
             NotMergeable: a quantised base.
-            ValueError: safe_merge found values that are not finite.
+            ValueError: with safe_merge, the result is not finite.
         """
         layer, merged, total = self.layer, set(self.layer.merged_adapters), None
-        wanted = list(adapter_names or layer.active_adapters) if merge else []
-        names = [n for n in wanted if n in hosted(layer) and n not in merged]
+        chosen = list(adapter_names or layer.active_adapters) if merge else []
+        names = [n for n in chosen if n in hosted(layer) and n not in merged]
         if merge or merged:
             if is_quantized(self.base):
                 raise NotMergeable(
@@ -146,7 +146,7 @@ class Trunk:
         return self.base
 
     def remove(self) -> None:
-        """Take the trunk off the layer; the base weight is what it was."""
+        """Remove the trunk from the layer and restore the base weight."""
         for handle in self.handles:
             handle.remove()
         stacked = _BUFFERS if self.storage == "stack" else ()

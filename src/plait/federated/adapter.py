@@ -18,7 +18,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from plait.core.config import DeltaConfig
-from plait.core.delta import Delta, DenseDelta
+from plait.core.delta import Delta
+from plait.core.dense import DenseDelta
 from plait.core.init import kaiming, seeded
 from plait.core.trunk import Trunk, trunk_of
 from plait.gates.screening import Screening, names_of

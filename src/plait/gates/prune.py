@@ -1,8 +1,8 @@
-"""Prune: take ranks whose trained gate is zero out of an adapter for good.
+"""Prune: remove ranks whose trained gate is zero from an adapter for good.
 
-Rows of A and A0, columns of B and B0, and entries of the gate go; what is left computes the same
-update. The config's rank and alpha patterns name each layer's rank, with an alpha that keeps the
-scale s, so that the smaller adapter is saved and loaded like any other.
+Rows of A and A0, columns of B and B0, and entries of the gate are removed; the rest computes the
+same update. The config's rank and alpha patterns name each layer's rank, with an alpha that keeps
+the scale s, so that the smaller adapter is saved and loaded like any other.
 """
 
 import re
@@ -22,8 +22,8 @@ from plait.core.sharding import refuse_sharded
 def prune(model: PeftModel, adapter: str = "default") -> dict[str, int]:
     """Remove the ranks of an adapter whose trained gate is zero, as `sora` leaves them.
 
-    A layer whose gates are all zero keeps one rank of gate 0, for a rank of 0 does not exist.
-    The parameters are new objects: to train on, make a new optimizer.
+    A layer whose gates are all zero keeps one rank of gate 0, because peft has no rank 0. The
+    parameters are new objects: make a new optimizer before training on.
 
     Args:
         model: a PeftModel with an adapter of `sora`, or of a method of free factors with the gate
@@ -34,8 +34,8 @@ def prune(model: PeftModel, adapter: str = "default") -> dict[str, int]:
         Layer name -> ranks kept.
 
     Raises:
-        ValueError: no such adapter, or one whose ranks do not reach zero or cannot go, or a model
-            that is sharded (FSDP2).
+        ValueError: no such adapter, an adapter whose ranks do not reach zero or cannot be removed,
+            or a sharded model (FSDP2).
     """
     layers = [m for m in model.modules() if isinstance(m, PlaitLayer) and adapter in m.plait_delta]
     if not layers:
@@ -48,16 +48,16 @@ def prune(model: PeftModel, adapter: str = "default") -> dict[str, int]:
     refuse_sharded(model, "prune")
     kept = {layer.name: _shrink(layer.plait_delta[adapter]) for layer in layers}
     config: Any = model.peft_config[adapter]
-    own: dict[str, Any] = {layer.name: layer.plait_delta[adapter].config for layer in layers}
-    config.rank_pattern = {_exactly(n): c.r for n, c in own.items() if c.r != config.r}
+    resolved: dict[str, Any] = {layer.name: layer.plait_delta[adapter].config for layer in layers}
+    config.rank_pattern = {_exactly(n): c.r for n, c in resolved.items() if c.r != config.r}
     config.alpha_pattern = {
-        _exactly(n): c.lora_alpha for n, c in own.items() if c.lora_alpha != config.lora_alpha
+        _exactly(n): c.lora_alpha for n, c in resolved.items() if c.lora_alpha != config.lora_alpha
     }
     return kept
 
 
 def _check(delta: Delta, adapter: str) -> None:
-    """Refuse what cannot lose ranks."""
+    """Raise ValueError if ranks of this Delta cannot be removed."""
     why = None
     if not isinstance(delta, FreeDelta):
         why = "its factors have no row and column for each rank alone"

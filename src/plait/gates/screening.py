@@ -39,7 +39,7 @@ class Screening(ScreeningOptions, Gate):
 
     @property
     def total_steps_needed(self) -> bool:
-        """Its schedule ends tfinal steps before training."""
+        """Always: its schedule ends tfinal steps before training does."""
         return True
 
     def target(self, ranks: int) -> int:
@@ -61,11 +61,11 @@ class Screening(ScreeningOptions, Gate):
         return delta.E * delta.keep
 
     def check_schedule(self, delta: Any) -> None:
-        """Raise ValueError where no step is left to screen in."""
+        """Raise ValueError if no step is left to screen in."""
         window(delta)
 
     def after_step(self, delta: Any) -> None:
-        """Observe the importance, until the final choice."""
+        """Average the importance, until the final choice."""
         if delta.steps <= window(delta)[1]:
             observe(delta, names_of(delta))
 
@@ -77,7 +77,7 @@ class Screening(ScreeningOptions, Gate):
     def after_all(self, deltas: Sequence[Any]) -> None:
         """Keep the best ranks over all layers, as many as the budget allows."""
         one = deltas[0]
-        if any(gate.allocates for gate in one.gates):  # then that decides how many there are
+        if any(gate.allocates for gate in one.gates):  # that gate decides how many there are
             return
         t, (first, last) = one.steps, window(one)
         if not due(t, first, last, self.deltaT):

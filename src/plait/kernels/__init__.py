@@ -1,1 +1,1 @@
-"""Fast exact forms of the two kinds of delta. Nothing here knows a method."""
+"""Fast exact forms of the two kinds of Delta. Nothing here depends on a method."""

@@ -1,7 +1,7 @@
 """Forward and backward of a DenseDelta, tile by tile over output rows.
 
-Naive autograd of dW = f(B A, D C) keeps five weight-sized tensors a layer. Here the rows of dW
-are computed when they are needed, used, and dropped; the backward computes them again:
+Naive autograd of dW = f(B A, D C) keeps five weight-sized tensors per layer. Here the rows of dW
+are computed when they are needed and dropped after use; the backward computes them again:
 
     rows a:b    N = s dW[a:b]                       (b - a, in), fp32
     forward     y[:, a:b] = x (W[a:b] + N)^T        joint form: the base weight is at hand
@@ -38,7 +38,7 @@ def _tiles(out_features: int, height: int) -> Iterator[tuple[int, int]]:
 
 
 class DenseTiles(torch.autograd.Function):
-    """y = x (W + dW)^T + b, or x dW^T where W is None, without an (out, in) tensor in the graph."""
+    """y = x (W + dW)^T + b, or x dW^T without W; no (out, in) tensor enters the graph."""
 
     @staticmethod
     def forward(
@@ -97,7 +97,7 @@ class DenseTiles(torch.autograd.Function):
                 G = (dy_rows.t() @ flat).to(delta.dtype)  # dL/d(dW rows), all tokens at once
                 for total, grad in zip(sums, torch.autograd.grad(delta, trained, G), strict=True):
                     total += grad
-        found = iter(sums)
+        gradients = iter(sums)
         return (
             None,
             None,
@@ -105,7 +105,7 @@ class DenseTiles(torch.autograd.Function):
             dx.to(x.dtype).view_as(x) if dx is not None else None,
             None,
             dy.sum(0).to(bias.dtype) if need_bias else None,
-            *(next(found) if need else None for need in ctx.needs_input_grad[6:]),
+            *(next(gradients) if need else None for need in ctx.needs_input_grad[6:]),
         )
 
 

@@ -1,4 +1,4 @@
-"""The one forward of every LowRankDelta: all mixing happens on tokens x rank numbers.
+"""The forward of every LowRankDelta: all mixing happens on tokens x rank numbers.
 
 z = x A^T        (.., R_in)
 h = mix(g * z)   (.., R_out)

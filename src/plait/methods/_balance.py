@@ -1,8 +1,8 @@
 """Balance losses of routers: they enter through the gradient of the router's weights.
 
-Added to the loss in a tuner's forward, such a loss is skipped without a task_type and counted
-once a micro-batch. Here an identity on the weights adds (1 / k) d(loss)/dw on the way back, k the
-micro-batches of an optimizer step: the mean over them, whatever the main loss is divided by.
+A loss that a tuner's forward adds to the main loss is skipped without a task_type and counts once
+per micro-batch. Here an identity on the weights adds (1 / k) d(loss)/dw in the backward, with k
+micro-batches in an optimizer step: the mean over them, whatever the main loss is divided by.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from plait.core.events import PlaitWarning
 from plait.core.route import Rows
 
 # weights (batch, tokens, N), kept (batch, tokens), rows, options -> a scalar
-Loss = Callable[[Tensor, Tensor, Rows | None, Any], Tensor]
+Loss = Callable[[Tensor, Tensor, Rows, Any], Tensor]
 
 
 @dataclass
@@ -34,13 +34,13 @@ class Balance:
     count: int = 0
     last: Tensor | None = None
 
-    def into(self, w: Tensor, rows: Rows | None, delta: Any) -> Tensor:
-        """The weights w (batch, .., N) unchanged; their gradient gets this loss's."""
+    def into(self, w: Tensor, rows: Rows, delta: Any) -> Tensor:
+        """Return the weights w (batch, .., N); their gradient gets that of this loss added."""
         if not w.numel():
             return w
         flat = w.detach().reshape(len(w) if w.ndim > 1 else 1, -1, w.shape[-1])
         kept = flat.new_ones(flat.shape[:2])
-        if rows is not None and rows.mask is not None and rows.mask.shape == kept.shape:
+        if rows.mask is not None and rows.mask.shape == kept.shape:
             kept = rows.mask.to(kept)
         with torch.enable_grad():
             leaf = flat.requires_grad_()
@@ -59,12 +59,12 @@ class Balance:
             )
 
     def check_count(self, delta: Any) -> None:
-        """Raise ValueError where several micro-batches came and nobody told their number."""
+        """Raise ValueError if gradients were accumulated and `set_micro_batches` was not called."""
         if delta.adapter.micro_batches is None and self.count > 1:
             raise ValueError(self._untold(delta))
 
     def restart(self, delta: Any) -> None:
-        """Count anew; warn where a step was told by hand, which check_count does not precede."""
+        """Reset the count; warn after a step fired by hand, which check_count does not precede."""
         if delta.adapter.micro_batches is None and self.count > 1:
             warnings.warn(self._untold(delta), PlaitWarning, stacklevel=2)
         self.count = 0
@@ -90,12 +90,12 @@ class _Inject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """Add it; a backward is a micro-batch."""
+        """Add the gradient and count a micro-batch."""
         ctx.balance.count += 1
         return grads[0] + ctx.saved_tensors[0].to(grads[0].dtype), None, None
 
 
-def loramoe(w: Tensor, kept: Tensor, rows: Rows | None, config: Any) -> Tensor:
+def loramoe(w: Tensor, kept: Tensor, rows: Rows, config: Any) -> Tensor:
     """var(z) / (mean(z)^2 + 1e-10), z the load of each expert in each row, shifted by its type.
 
     Args:
@@ -105,7 +105,7 @@ def loramoe(w: Tensor, kept: Tensor, rows: Rows | None, config: Any) -> Tensor:
     """
     q = (w * kept[..., None]).sum(1)  # (batch, N)
     if config.delta:
-        types = None if rows is None else rows.sample_types
+        types = rows.sample_types
         if types is None or len(types) != len(q):
             raise ValueError(
                 f"{config.key}: delta = {config.delta} needs the type of each row, 0 or 1. Pass "
@@ -122,7 +122,7 @@ def loramoe(w: Tensor, kept: Tensor, rows: Rows | None, config: Any) -> Tensor:
     return q.var() / (q.mean().square() + 1e-10)
 
 
-def switch(w: Tensor, kept: Tensor, rows: Rows | None, config: Any) -> Tensor:
+def switch(w: Tensor, kept: Tensor, rows: Rows, config: Any) -> Tensor:
     """N sum_e f_e p_e, f_e the share of selected slots, p_e the mean weight; 1 where uniform.
 
     Args:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHECKED = 1024  # values that a checksum covers
-CHUNK = 2**24  # numbers that are mixed, and where a basis is not kept made, at a time
+CHUNK = 2**24  # numbers that are mixed at a time, and generated if a basis is not kept
 
 
 def values(seed: int, tag: str, start: int, count: int) -> NDArray[np.float32]:
@@ -76,10 +76,10 @@ _known: "WeakValueDictionary[tuple[Any, ...], Basis]" = WeakValueDictionary()
 def basis(seed: int, tag: str, count: int, rows: int, cols: int, dtype: torch.dtype) -> Basis:
     """The basis of a seed and a tag, the same object for all who ask."""
     key = (seed, tag, count, rows, cols, dtype)
-    found = _known.get(key)
-    if found is None:
-        found = _known[key] = Basis(*key)
-    return found
+    known = _known.get(key)
+    if known is None:
+        known = _known[key] = Basis(*key)
+    return known
 
 
 def first_values(basis: Basis) -> int:
@@ -132,5 +132,5 @@ class Mixture(torch.autograd.Function):
         (w,) = ctx.saved_tensors
         flat, basis = grads[0].reshape(-1, 1).to(w.dtype), ctx.basis
         with _no_autocast(w.device):
-            found = [m.to(w.dtype) @ flat for _, _, m in basis.parts(w.device, ctx.keep)]
-        return torch.cat(found)[:, 0] / math.sqrt(basis.count), None, None
+            products = [m.to(w.dtype) @ flat for _, _, m in basis.parts(w.device, ctx.keep)]
+        return torch.cat(products)[:, 0] / math.sqrt(basis.count), None, None

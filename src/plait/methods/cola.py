@@ -4,16 +4,16 @@
 
     strategy    pairing P in training                       in evaluation       k = sum(P) / (M N)
     full        every A with every B                        the same            1
-    random      each A meets one drawn B, anew each step    1/N everywhere      1/N
-    random_b    each B meets one drawn A, anew each step    1/M everywhere      1/M
+    random      each A meets a B that is drawn each step    1/N everywhere      1/N
+    random_b    each B meets an A that is drawn each step   1/M everywhere      1/M
     heuristic   A_i with B_i for i < M, A_M with the rest   the same            1/M
 
 Start "pissa": A_i = A0/M, B_j = B0/N, s B0 A0 the best rank-r part of W: the base model for every
 strategy and draw. "kaiming": A_i Kaiming, B_j = 0, no A0. "pissa_split" (ours, heuristic only):
-block i of the singular triples for group i. P = U V folds into the factors: k ranks r, no loop.
-full trains as one LoRA of rank r with learning rates M lr for A and N lr for B, for all A_i get one
-gradient and all B_j too: control arm `pissa` with `lr_scale: {A: M, B: N}`. At inference full,
-random, random_b have rank r, heuristic M r. Released code: (sum B)(sum A) always; not followed.
+block i of the singular triples for group i. P = U V folds into the factors, without a loop. full
+trains as one LoRA of rank r with learning rates M lr for A and N lr for B, because all A_i get the
+same gradient, as do all B_j: control arm `pissa` with `lr_scale: {A: M, B: N}`. At inference full,
+random and random_b have rank r, heuristic M r. Released code, not followed: (sum B)(sum A) always.
 """
 
 import warnings
@@ -23,9 +23,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, PlaitWarning, option, register
-from plait.core.delta import Pair, less_start
+from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, Pair, PlaitWarning, option, register
 from plait.core.init import kaiming, seeded
+from plait.core.low_rank import less_start
 
 
 @dataclass
@@ -41,14 +41,14 @@ class ColaConfig(DeltaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        heuristic, sizes = self.strategy == "heuristic", torch.bincount(self.groups()).tolist()
+        heuristic, sizes = self.strategy == "heuristic", self.groups().bincount().tolist()
         if heuristic and self.num_B < self.num_A:
             raise ValueError(f"num_B = {self.num_B}: heuristic needs num_A = {self.num_A} or more.")
         if self.init == "pissa_split" and not heuristic:
             raise ValueError(f'init="pissa_split" needs "heuristic", not "{self.strategy}".')
         if heuristic and self.init == "pissa" and len(set(sizes)) < len(sizes):
-            text = f"cola: groups of equal size {sizes} never separate from a pissa start; the"
-            text += f" product has rank {len(set(sizes))} r, not {self.num_A} r. Use pissa_split."
+            text = f"cola: groups of equal size {sizes} never separate from a pissa start; the "
+            text += f"product has rank {len(set(sizes))} r, not {self.num_A} r. Use pissa_split."
             warnings.warn(text, PlaitWarning, stacklevel=3)
 
     def groups(self) -> Tensor:
@@ -101,11 +101,11 @@ class Cola(LowRankDelta):
 
     @property
     def needs_events(self) -> bool:
-        """Only where pairings are drawn, or a gate has a schedule."""
+        """Only if pairings are drawn or a gate has a schedule."""
         return self.t is not None
 
     def loaded(self) -> None:
-        """Draw the pairing of the next step: equal on every rank, recomputation and resume."""
+        """Draw the pairing of the next step, alike on all processes, recomputed and resumed."""
         if self.config.strategy in ("random", "random_b"):
             M, N = self.config.num_A, self.config.num_B
             high, drawn = (N, M) if self.config.strategy == "random" else (M, N)

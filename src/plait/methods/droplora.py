@@ -4,65 +4,16 @@
     otherwise    z / (1 - p) = 1: plain LoRA
     A: (r, in)   B: (out, r)   s = lora_alpha / r        arXiv 2508.17337
 
-scope="token" draws z for each token and rank, as the released code does; its numbers come from
-that. scope="step" draws one z for each layer and optimizer step, as the paper writes: keyed by
-seed, step and layer, so that micro-batches, recomputation, processes and resumed runs agree.
-
-Start: as LoRA. lora_dropout acts on x as ever. A dropped rank gets no gradient; a step in which
-all ranks of a layer are dropped is allowed. The released "dynamic pruning" merges another
-function than it evaluates: not followed. The gate can be added to other methods: `gates:
+Start: as LoRA. lora_dropout acts on x as usual. A dropped rank gets no gradient; a step may drop
+all ranks of a layer. How z is drawn: see plait/gates/drop.py. The released "dynamic pruning", not
+followed, merges another function than it evaluates. Other methods can use the gate: `gates:
 [droplora]`.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from plait.core import FreeConfig, FreeDelta, Gate, option, register, register_gate, seeded
-
-
-@dataclass
-class DropOptions:
-    """Options of the random gate."""
-
-    inner_dropout: float = option(0.5, "p, the share of ranks dropped in training.", least=0)
-    scope: Literal["token", "step"] = option(
-        "token", "A mask for each token (released code), or one a layer and step (paper)."
-    )
-
-
-@register_gate("droplora")
-@dataclass
-class DropGate(DropOptions, Gate):
-    """z / (1 - p) in training, 1 otherwise."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.inner_dropout >= 1:
-            raise ValueError(f"inner_dropout = {self.inner_dropout}. Give a fraction below 1.")
-
-    def prepare(self, delta: Any, ranks: int, gen: torch.Generator) -> None:
-        """The scope of a step needs to know the step."""
-        if self.scope == "step":
-            delta.count_steps()
-
-    def value(self, delta: Any) -> Tensor | None:
-        """The mask of this step, drawn on the CPU from (seed, t, layer name)."""
-        if not delta.training or self.scope == "token" or not self.inner_dropout:
-            return None
-        gen = seeded(delta.config.seed, delta.steps, delta.base.name)
-        kept = torch.rand(delta.ranks, generator=gen) >= self.inner_dropout
-        p = next(delta.parameters())
-        return kept.to(device=p.device, dtype=p.dtype) / (1 - self.inner_dropout)
-
-    def mask(self, delta: Any, z: Tensor, ranks: int) -> Tensor | None:
-        """A mask for each token and rank, by dropout of ones: checkpointing replays it."""
-        if self.scope == "step" or not self.inner_dropout:
-            return None
-        return F.dropout(z.new_ones(*z.shape[:-1], ranks), self.inner_dropout)
+from plait.core import FreeConfig, FreeDelta, option, register
+from plait.gates.drop import DropGate, DropOptions
 
 
 @dataclass

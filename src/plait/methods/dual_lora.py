@@ -7,16 +7,16 @@
     s = lora_alpha / sqrt(r1 r2), twice LoRA's at equal r and lora_alpha where r1 = r2 = r / 2
     g = min(1, k / gate_steps) in optimizer step k = 1, 2, ...; after t steps, evaluated, with k = t
 
-Start: all factors Gaussian, for with B = 0, relu'(0) = 0 keeps every gradient at zero for ever.
-The gate makes a fresh adapter the base model. The paper asks for a warm-up from dW = 0 and gives
-neither its form nor the standard deviation: both are ours.
+Start: all factors Gaussian, because with B = 0, relu'(0) = 0 keeps every gradient at zero. The gate
+makes a fresh adapter the base model. The paper asks for a warm-up from dW = 0 and gives neither its
+form nor the standard deviation: both are ours.
 
 sgn passes the incoming gradient straight through, clipped to [-1, 1] (ste="clip", the paper) or not
-("identity"); it does not gate by |z|. The direction learns only where the magnitude is alive.
+("identity"); it does not gate by |z|. The direction learns only where the magnitude is positive.
 
-Limits: a weight-gradient GEMM is needed, so a step costs at least 1.5 frozen ones, as full
-fine-tuning does. dW has full rank: merging is exact, export to a plain LoRA is not. The clip
-depends on the loss scale: accumulation over micro-batches is not one big batch where it acts.
+Limits: a weight-gradient GEMM is needed, so a step costs at least 1.5 frozen ones, as in full
+fine-tuning. dW has full rank: merging is exact, export to a plain LoRA is not. The clip depends on
+the loss scale: where it acts, accumulated micro-batches differ from one big batch.
 """
 
 import math
@@ -115,7 +115,7 @@ class DualLora(DenseDelta):
         return self.gate() * magnitude * direction
 
     def check_step(self) -> None:
-        """fp16 autocast brings a loss scale, and the clip depends on it."""
+        """Raise ValueError under fp16 autocast: the clip would depend on the loss scale."""
         if self.training and self.config.ste == "clip" and self.autocast() == torch.float16:
             raise ValueError(
                 'dual_lora: ste="clip" depends on the loss scale of fp16. Use bf16, or '

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, option, register, whole
-from plait.core.delta import less_start
 from plait.core.init import gaussian
+from plait.core.low_rank import less_start
 from plait.gates import screening
 
 

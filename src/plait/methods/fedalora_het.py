@@ -6,8 +6,8 @@
 Start: A, M, B1 Kaiming-uniform by their own fan-in, B2 = B_bar = 0: the base model. By default
 lora_alpha = 2 r, so that s = 2 for every rank, as published. Dropout acts on A's input only.
 
-A round of federated training: `begin_round` takes the server's B_bar, sets B2 = 0 and draws B1
-anew, which leaves the function alone; A and M persist (the released code draws them anew). The
+A round of federated training: `begin_round` takes the server's B_bar, sets B2 = 0 and draws a new
+B1, which leaves the function unchanged; A and M persist (the released code redraws them). The
 client sends P = B2 B1 and the server adds the weighted mean of P to B_bar: products are averaged,
 never factors. Without a server it is LoRA with a factored B. arXiv 2509.25414.
 

@@ -17,8 +17,8 @@ by:
               var(z) / (mean(z)^2 + 1e-10) over all entries, n - 1
     switch    N sum_e f_e p_e, f the share of selected slots, p the mean weight; 1 where uniform
 
-each summed over the layers and times balance_weight. Padding is left out where the batch has a
-mask. Limits: no merge, no export but merge(approx="mean").
+each summed over the layers and times balance_weight. Padding is left out if the batch has a mask.
+Limits: merge and export need approx="mean".
 """
 
 import warnings
@@ -115,24 +115,24 @@ class MoLora(FreeDelta):
         """(.., N r) to (.., N r)."""
         return TokenRouter(self.G, "pair", self.config.top_k, self.tap)
 
-    def tap(self, w: Tensor, rows: Rows | None) -> Tensor:
+    def tap(self, w: Tensor, rows: Rows) -> Tensor:
         """The weights; in training their gradient gets that of the balance loss."""
         if self.balance is None or not (self.training and w.requires_grad and self.G.requires_grad):
             return w
         return self.balance.into(w, rows, self)
 
     def check_step(self) -> None:
-        """fp16 autocast brings a loss scale, which the balance loss does not pass through."""
+        """Raise ValueError under fp16 autocast: the loss scale does not reach the balance loss."""
         if self.balance is not None:
             self.balance.check_scale(self)
 
     def before_step(self) -> None:
-        """Refuse a number of micro-batches that nobody told."""
+        """Raise ValueError if the number of micro-batches is unknown and not 1."""
         if self.balance is not None:
             self.balance.check_count(self)
 
     def after_step(self) -> None:
-        """The next step's micro-batches are counted anew."""
+        """Reset the count of micro-batches."""
         if self.balance is not None:
             self.balance.restart(self)
 

@@ -6,13 +6,13 @@
 Start: a = b = 0 and A0 Kaiming-uniform, so that dW = 0 and b has a gradient. a0=False is the
 paper's form: no A0, a ~ N(0, 1). The bases are shared by all layers of a shape and made when
 first used, from NumPy's raw Philox stream: the same numbers on every device and in every dtype,
-and no global generator is touched (the released code reseeds it in every forward). Their first
-values are noted in the config and compared at load. arXiv 2310.02556; the 1 / sqrt(k) is that of
-the released GPT and LLaMA code.
+and no global generator is touched (the released code reseeds it in every forward). A checksum of
+their first values is saved in the config and compared at load. arXiv 2310.02556; the 1 / sqrt(k)
+is that of the released GPT and LLaMA code.
 
-The file holds a and b: ka + kb numbers a layer whatever in, out and r are. dW has rank r but lies
-on a curve of dimension ka + kb: read the count with that in mind. `chunk` bases at a time are
-mixed where they are not kept (`keep_bases=False`): memory against time.
+The file holds a and b: ka + kb numbers per layer, whatever in, out and r are. dW has rank r but
+lies on a curve of dimension ka + kb: read the count with that in mind. With `keep_bases=False`
+each forward generates the bases, a few at a time: less memory, more time.
 """
 
 from dataclasses import dataclass, field
@@ -73,10 +73,10 @@ class Nola(LowRankDelta):
         self.A0 = nn.Buffer(torch.from_numpy(A0).view(r, n_in) / n_in**0.5, persistent=False)
         for one in self.bases:
             # One dict for all layers, saved with the config; a copy may have another seed.
-            found, name = first_values(one), f"{config.seed}/{one.tag}"
-            if config.checksums.setdefault(name, found) != found:
+            checksum, name = first_values(one), f"{config.seed}/{one.tag}"
+            if config.checksums.setdefault(name, checksum) != checksum:
                 raise ValueError(
-                    f"nola: the basis {one.tag} of seed {config.seed} has the checksum {found}, "
+                    f"nola: the basis {one.tag} of seed {config.seed} has the checksum {checksum}, "
                     f"the adapter was trained with {config.checksums[name]}. Use the numpy and "
                     "plait that it was trained with."
                 )

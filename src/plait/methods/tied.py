@@ -4,7 +4,7 @@
                                    u: (r,)   v: (out,)   of each layer      s = lora_alpha / r
 
 `train` names what is trained, any subset of A, B, u, v. Start (ours): A Kaiming-uniform, B = 0, u
-= v = 1; where B is not trained, B Kaiming-uniform and v = 0. The gradients of A and B sum over
+= v = 1; if B is not trained, B Kaiming-uniform and v = 0. The gradients of A and B sum over
 the layers. VeRA is the case train = (u, v) with u = 0.1. arXiv 2311.09578; u and v are known
 second-hand, the paper's numbered variants are not known to us.
 
@@ -55,7 +55,7 @@ class TiedLoraConfig(DeltaConfig):
 class TiedLora(LowRankDelta):
     """See the module."""
 
-    no_restart = "tied's A and B are shared by layers, which would start anew one by one"
+    no_restart = "tied's A and B are shared by layers, which would restart one by one"
     no_pairs = "A and B are shared by layers, each with vectors of its own between them"
     shared: ClassVar[tuple[str, ...]] = ("A", "B")
     config: TiedLoraConfig

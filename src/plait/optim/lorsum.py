@@ -128,7 +128,7 @@ def solve(gram: Tensor, lam: float, right: Tensor) -> Tensor:
 
 @dataclass
 class Tap:
-    """What a layer saw since the last step: X (N_i, in) and S (N_i, out) of each backward."""
+    """Rows of a layer since the last step: X (N_i, in) and S (N_i, out) of each backward."""
 
     name: str
     factor: weakref.ref[nn.Parameter]
@@ -137,16 +137,16 @@ class Tap:
     S: list[Tensor] = field(default_factory=list)
 
     def clear(self) -> None:
-        """Forget."""
+        """Drop all rows."""
         self.X.clear()
         self.S.clear()
 
     def attach(self, layer: Any) -> Any:
         """Watch a layer; returns the handle that stops it.
 
-        Each output carries its own input along: the pair is kept when a gradient reaches that
-        output, so recomputation under checkpointing, a module called twice and forwards without a
-        backward need no bookkeeping.
+        A hook on each output holds the input that belongs to it and keeps both when a gradient
+        reaches the output. So recomputation under checkpointing, a module called twice and forwards
+        without a backward need no bookkeeping.
         """
 
         def forward(layer: Any, args: Any, kwargs: Any, y: Tensor) -> None:
@@ -239,14 +239,14 @@ class LorSum(PairOptimizer):
         )  # fmt: skip
 
     def remove(self) -> None:
-        """Take all hooks off the model and forget what they kept; the optimizer is done."""
+        """Remove all hooks from the model and drop their rows; the optimizer cannot step again."""
         if self.taps:
             self._stop()
         for tap in self.taps.values():
             tap.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch; what was kept for these gradients goes, too."""
+        """As torch; also drops the rows that belong to these gradients."""
         super().zero_grad(set_to_none)
         for tap in self.taps.values():
             tap.clear()
@@ -267,7 +267,7 @@ class LorSum(PairOptimizer):
             b["metric"] = wide(pair.B).new_ones(pair.B.shape[0])
 
     def step_pairs(self, buckets: list[Bucket]) -> None:
-        """All pairs; then what was kept is forgotten."""
+        """Update all pairs, then drop the kept rows."""
         work = []
         for bucket in buckets:
             if bucket.group_A["lr"] != bucket.group_B["lr"]:
@@ -375,9 +375,10 @@ class LorSum(PairOptimizer):
         return lambda X: g if X is B else left(X), right
 
     def _compare(self, bucket: Bucket, kept: Tensor, grad: Tensor) -> None:
-        """Refuse a .grad (n, ..) that does not follow from the rows: scaled, clipped, incomplete.
+        """Raise ValueError if a .grad (n, ..) does not follow from the rows.
 
-        By the norm of each pair, within a quarter: bf16 rounds the two in different ways.
+        It was then scaled, clipped or is incomplete. Compares the norm of each pair within a
+        quarter, since bf16 rounds the two in different ways.
         """
         norms = torch.stack([t.flatten(1).norm(dim=1) for t in (kept, grad)], dim=1)
         for pair, (k, g) in zip(bucket.pairs, norms.tolist(), strict=True):
@@ -393,12 +394,12 @@ class LorSum(PairOptimizer):
         return self.state[p]["momentum"]
 
     def _metric(self, bucket: Bucket, rows: Rows) -> dict[str, Tensor]:
-        """Move the running squares; m_in (n, 1, in) and m_out (n, out, 1)."""
+        """Update the running squares; returns m_in (n, 1, in) and m_out (n, out, 1)."""
         group = bucket.group_A
         # S of a mean loss carries 1/N.
         now_in = torch.stack([X.square().sum(0) / max(1, len(X)) for X, _ in rows])
         now_out = torch.stack([S.square().sum(0) * len(S) for _, S in rows])
-        found = []
+        metrics = []
         for factors, now in (
             ([p.A for p in bucket.pairs], now_in),
             ([p.B for p in bucket.pairs], now_out),
@@ -406,8 +407,8 @@ class LorSum(PairOptimizer):
             for p, value in zip(factors, mean_over_processes(now), strict=True):
                 self.state[p]["metric"].lerp_(value, 1 - group["beta2"])
             D = torch.stack([self.state[p]["metric"] for p in factors])
-            found.append((D + group["damping"]) ** group["gamma"])
-        return {"m_in": found[0][:, None, :], "m_out": found[1][:, :, None]}
+            metrics.append((D + group["damping"]) ** group["gamma"])
+        return {"m_in": metrics[0][:, None, :], "m_out": metrics[1][:, :, None]}
 
 
 def strength(lr: float, group: dict[str, Any]) -> float:

@@ -1,10 +1,10 @@
-"""What optimizers of (A, B) have in common: the pairs of a model, a torch Optimizer on them.
+"""The common part of optimizers of (A, B): the pairs of a model, and a torch Optimizer on them.
 
-A pair is A (r, in) and B (out, r) on which one change of basis acts, (A, B) -> (R A, B R^-1): dW
-stays what it was. Factors that are slices of a 3-D parameter are joined, A side by side on `in`, B
-stacked on `out`; state has the parameter's own shape. Pairs of one shape go through one batched
-linear algebra call. Whatever else trains (routers, heads, norms, biases) is updated by AdamW in
-further groups of the same optimizer. All state is tensors of fp32 or better.
+A pair is A (r, in) and B (out, r); a change of basis (A, B) -> (R A, B R^-1) leaves dW unchanged.
+Factors that are slices of a 3-D parameter are joined, A side by side on `in`, B stacked on `out`;
+their state has the parameter's shape. Pairs of one shape share one batched linear algebra call.
+Other trained parameters (routers, heads, norms, biases) are updated by AdamW in further groups of
+the same optimizer. All state is held in fp32 or better.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ def wide(t: Tensor) -> Tensor:
 
 
 def collect_pairs(model: nn.Module, adapter: str | None = None) -> list[Pair]:
-    """The pairs of an adapter, in the order of the model, found by the attributes of its layers.
+    """The pairs of an adapter, in the order of the model's layers.
 
     Args:
         model: with plait's layers or upstream LoRA layers.
@@ -86,7 +86,7 @@ def _active(layers: Sequence[tuple[str, Any]]) -> str:
 
 
 def _check(pairs: Sequence[Pair]) -> None:
-    """Every factor is a trained matrix, every slice of it in one pair."""
+    """Raise ValueError unless every factor is a trained matrix and in one pair only."""
     taken = set()
     for pair in pairs:
         for letter, p, slices in (("A", pair.A, pair.A_slices), ("B", pair.B, pair.B_slices)):
@@ -220,7 +220,7 @@ class PairOptimizer(Optimizer):
         """One step.
 
         Args:
-            closure: computes the gradients anew and returns the loss; it runs with gradients on.
+            closure: recomputes the gradients and returns the loss; runs with gradients enabled.
         """
         loss = None
         if closure is not None:
@@ -270,18 +270,18 @@ class PairOptimizer(Optimizer):
         """As torch, which casts state to the parameter's dtype; ours stays as wide as it is."""
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        own = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, own, strict=True):
+        held = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, held, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
                 device = "cpu" if name == "step" else p.device
                 self.state[p][name] = value.to(device, copy=True)
 
 
 def at_least(key: str, name: str, value: Any, least: float, below: float = float("inf")) -> None:
-    """Refuse a hyper-parameter out of range.
+    """Check that a hyper-parameter is in its range.
 
     Raises:
-        ValueError: with the value and the range.
+        ValueError: it is not; names the value and the range.
     """
     if not least <= value < below:
         end = f" and below {below:g}" if below < float("inf") else ""

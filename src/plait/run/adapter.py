@@ -3,7 +3,6 @@
 import json
 import math
 import pickle
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plait.chain import chain_of
 from plait.run.folder import replace_dir
+from plait.upstream.adalora import upstream_noise
 from plait.upstream.table import start_kind
 
 WEIGHTS = "adapter_model.safetensors"
@@ -48,22 +48,22 @@ def save_trained(
     start: what `keep_start` saved; PiSSA and its like become a plain LoRA of twice the rank, which
     is loaded on the whole base weight.
     """
-    options = {}
+    options: dict[str, Any] = {}
     if splits_base(model):
         options["path_initial_model_for_weight_conversion"] = str(start)
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> int:
         model.save_pretrained(str(folder), **options)
         tokenizer.save_pretrained(str(folder))
         chain = chain_of(model)
         if chain is not None:
             chain.save(folder)
+        if isinstance(model, PeftModel):
+            return stored_numbers(folder)
+        return sum(p.numel() for p in model.parameters())
 
     with upstream_noise():
-        replace_dir(to, write)
-    if isinstance(model, PeftModel):
-        return stored_numbers(to)
-    return sum(p.numel() for p in model.parameters())
+        return replace_dir(to, write)
 
 
 def splits_base(model: nn.Module) -> bool:
@@ -153,18 +153,6 @@ def _check_complete(model: PeftModel, path: Path) -> None:
                 f"{path / WEIGHTS}: {what} {sorted(names)[0]} and {len(names) - 1} more. The "
                 "adapter is of another model or another method's options; use the run's own."
             )
-
-
-@contextmanager
-def upstream_noise() -> Iterator[None]:
-    """Silence two false warnings of peft 0.21.2 about AdaLoRA.
-
-    It mistakes a layer pruned to rank 0 for a lost shard, and the pattern of kept ranks for LoRA's.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*have invalid shape")
-        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
-        yield
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What goes on beside the training loop: metrics.jsonl, the progress bar, stopping on Ctrl-C."""
+"""Callbacks of the Trainer: metrics.jsonl, the progress bar, stopping on Ctrl-C."""
 
 import math
 import signal
@@ -26,8 +26,8 @@ _SILENT_LINES = 20  # lines in all that a run prints where there is no terminal
 class MetricsFile(TrainerCallback):
     """Appends every log to metrics.jsonl: one JSON object a line, flushed at once.
 
-    Numbers that are not finite become null. A resumed run drops the lines after its checkpoint,
-    which it is about to write again.
+    Numbers that are not finite become null. A resumed run drops the lines after its checkpoint and
+    writes them again.
     """
 
     def __init__(self, folder: RunFolder):
@@ -36,7 +36,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the lines up to the step that training starts from, no summary of a part."""
+        """Keep the lines up to the step that training starts from, without earlier summaries."""
         kept = [
             row
             for row in self.folder.read_metrics()
@@ -60,8 +60,8 @@ class MetricsFile(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """Turns Ctrl-C (and SIGTERM) into a checkpoint at the end of the running step.
 
-    A context manager around training: signals can only be caught in the main thread; in another
-    one nothing is caught. A second Ctrl-C interrupts at once.
+    A context manager around training. Signals can only be caught in the main thread; in any other
+    it does nothing. A second Ctrl-C interrupts at once.
     """
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save and stop where a signal came during this step."""
+        """Save and stop if a signal came during this step."""
         if self.requested:
             control.should_save = True
             control.should_training_stop = True

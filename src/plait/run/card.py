@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from plait.run.config import RunConfig, dump_config
+from plait.run.config import RunConfig
 from plait.run.folder import RunFolder, write_atomic
 from plait.run.metrics import HEADLINES, METRICS
 from plait.upstream.table import BASELINES
@@ -106,10 +106,10 @@ def write_card(folder: RunFolder, cfg: RunConfig) -> str:
     run, builtin = environment["run"], cfg.model.name.startswith("builtin:")
     text = template.render(
         cfg=cfg,
-        config=dump_config(cfg),
+        config=folder.config.read_text(encoding="utf-8"),
         sources=[cfg.data.train] if isinstance(cfg.data.train, str) else cfg.data.train,
         method=method,
-        own=cfg.method.name not in BASELINES,
+        of_plait=cfg.method.name not in BASELINES,
         full=cfg.method.name == "full",
         auto_class="AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification",
         builtin=builtin,

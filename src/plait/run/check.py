@@ -20,7 +20,7 @@ from plait.upstream.layers import fully_trained, is_tuner_layer
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `plait check` found.
+    """What `plait check` shows of a run.
 
     trainable, total: parameters, the adapter's included. stored: numbers in the adapter's file;
     None for full fine-tuning. adapted: layers with an update. new: modules trained and saved
@@ -53,7 +53,7 @@ def check(config: RunConfig) -> CheckReport:
 
     Raises what loading the data and building the model raises.
     """
-    prepared = prepare(config)
+    prepared = prepare(config, place=False)
     tokenizer, data, model = prepared.tokenizer, prepared.data, prepared.model
     trainable, total = parameter_counts(model)
     first = data.train[0]
@@ -76,18 +76,18 @@ def check(config: RunConfig) -> CheckReport:
         target=None if causal else str(first["label"]),
         overlaps=overlap(data),
     )
-    own = config.optimizer
-    if own.name != DEFAULT:  # last: it may freeze parameters
-        make_optimizer(own.name, own.options, model, config.training)
+    optimizer = config.optimizer
+    if optimizer.name != DEFAULT:  # last: it may freeze parameters
+        make_optimizer(optimizer.name, optimizer.options, model, config.training)
     return report
 
 
 def masked_pieces(
     ids: list[int], labels: list[int] | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, bool]]:
-    """Cut a row into runs of tokens with and without loss: (text, trained); no labels: all without.
+    """Cut a row into runs of tokens with and without loss: (text, trained).
 
-    Special tokens are shown as they are named.
+    labels: None for a row without a loss on tokens. Special tokens are shown by their names.
     """
     trained = [False] * len(ids) if labels is None else [label != IGNORED for label in labels]
     runs = itertools.groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1])

@@ -61,7 +61,7 @@ def demo(
         path: a folder that is not there yet.
         steps: optimizer steps of each run.
         announce: called with the method's name before its run.
-        callbacks, progress: as for train, made anew for each run.
+        callbacks, progress: as for train; callbacks makes those of one run.
 
     Returns:
         Share of test completions reproduced exactly, by arm ("base", then the methods) and task,

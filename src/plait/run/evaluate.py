@@ -78,7 +78,7 @@ def evaluate_model(
     `task_mean`. A metric that is not defined on these rows is None.
     Raises ValueError when the split is not there.
     """
-    rows = data.splits().get(split)
+    rows = getattr(data, split)
     if rows is None:
         raise ValueError(
             f"data.{split} is not set, so there is nothing to evaluate on. Set data.{split}."
@@ -97,16 +97,16 @@ def evaluate_model(
     was_training = model.training
     model.eval()
     try:
-        if cfg.model.task == "causal_lm":
-            values = _causal_rows(model, data, rows, cfg.evaluation.batch_size, advance)
-            if generates:
-                values["exact_match"] = _exact_matches(model, data, rows, cfg, advance)
-            measure = causal_metrics
-        else:
+        if cfg.model.task != "causal_lm":
             values = _encoder_rows(model, data, rows, cfg.evaluation.batch_size, advance)
             measure = (
                 classification_metrics if cfg.model.task == "classification" else regression_metrics
             )
+        else:
+            values = _causal_rows(model, data, rows, cfg.evaluation.batch_size, advance)
+            if generates:
+                values["exact_match"] = _exact_matches(model, data, rows, cfg, advance)
+            measure = causal_metrics
     finally:
         model.train(was_training)
     metrics: dict[str, Any] = {"rows": len(rows), **measure(values)}

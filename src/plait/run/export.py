@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +22,12 @@ from plait.core.config import DeltaConfig
 from plait.run import stock_check
 from plait.run.config import RunConfig
 from plait.run.folder import replace_dir, write_atomic
-from plait.run.model import load_base, source_of
+from plait.run.model import load_base
 from plait.run.prepare import TrainedRun, load_run
 from plait.upstream.export import LayerExport, LoraExport, to_lora, upstream_to_lora
 
 PROBE_ROWS = 8
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a stock model takes
 TOLERANCE = 1e-3  # of the largest logit: what an exact fp32 export may differ by
 
 
@@ -86,22 +87,21 @@ def export_run(
     if out.exists() and not force:
         raise FileExistsError(f"{out}: exists. Give --force to replace it, or another --out.")
     run = load_run(path, overrides)
-    cfg, model, tokenizer = run.cfg, run.model, run.tokenizer
-    inputs = _probe(run)
+    cfg, model = run.cfg, run.model
+    data = run.load_data()
+    batch = data.batch(data.held_out_split or "train", PROBE_ROWS)
+    inputs = {name: tensor for name, tensor in batch.items() if name in _INPUTS}
     if task is not None and isinstance(model, PeftModel):
         model.set_task(task)
-    wanted = _logits(model, inputs)
-    rows = len(wanted)
-    shift = _base_shift(model, inputs, wanted)
+    trained = _logits(model, inputs)
+    shift = _base_shift(model, inputs, trained)
     choice: dict[str, Any] = {"task": task, "approx": approx}
     choice = {name: value for name, value in choice.items() if value is not None}
 
     if to == "lora":
         lora = _as_lora(model, cfg, rank, energy, choice)
-        exact = lora.error == 0 and approx is None
-        error = _difference(_logits(_with_lora(cfg, model, lora), inputs), wanted)
-        report = ExportReport(exact, lora.layers, error, shift, rows)
-        announce(report)
+        exact, layers = lora.error == 0 and approx is None, lora.layers
+        exported = _with_lora(cfg, model, lora)
 
         def write(folder: Path) -> None:
             lora.write(folder)
@@ -112,47 +112,31 @@ def export_run(
     else:
         if rank is not None or energy is not None:
             raise ValueError("--rank and --energy belong to --to lora. Leave them out.")
-        merged: Any = model
-        if isinstance(model, PeftModel):
-            if cfg.model.quantization != "none":
-                raise ValueError(
-                    f"model.quantization = {cfg.model.quantization}: merging needs a dequantised "
-                    "base. Export to plain LoRA instead (--to lora)."
-                )
-            merged = model.merge_and_unload(safe_merge=True, **choice)
-        exact = approx is None
-        report = ExportReport(exact, [], _difference(_logits(merged, inputs), wanted), shift, rows)
-        announce(report)
+        exact, layers = approx is None, []
+        exported = _merged(model, cfg, choice)
 
         def write(folder: Path) -> None:
-            merged.save_pretrained(str(folder))
-            tokenizer.save_pretrained(str(folder))
+            exported.save_pretrained(str(folder))
+            run.tokenizer.save_pretrained(str(folder))
 
-    found: list[float] = []
+    error = _difference(_logits(exported, inputs), trained)
+    report = ExportReport(exact, layers, error, shift, len(trained))
+    announce(report)
 
     def write_and_check(folder: Path) -> None:
+        nonlocal report
         write(folder)
-        stock = _stock_logits(cfg, model, folder, to, inputs)
-        found.append(_difference(stock, wanted))
-        scale = TOLERANCE * max(float(wanted.abs().max()), 1.0)
-        if exact and cfg.model.dtype == "float32" and found[0] > scale:
+        stock_error = _difference(_stock_logits(run, folder, to, inputs), trained)
+        report = replace(report, stock_error=stock_error)
+        scale = TOLERANCE * max(float(trained.abs().max()), 1.0)
+        if exact and cfg.model.dtype == "float32" and stock_error > scale:
             raise ValueError(
-                f"{out}: stock peft reads the export with logits off by {found[0]:.2e}. Nothing "
+                f"{out}: stock peft reads the export with logits off by {stock_error:.2e}. Nothing "
                 "was written; please report this with the run's config."
             )
 
     replace_dir(out, write_and_check)
-    return out, ExportReport(exact, report.layers, report.logit_error, shift, rows, found[0])
-
-
-def _probe(run: TrainedRun) -> dict[str, Tensor]:
-    """Model inputs of a few held-out rows, or of training rows where none are held out."""
-    data = run.load_data()
-    split = data.splits()[data.held_out_split or "train"]
-    batch = data.collator([split[i] for i in range(min(PROBE_ROWS, len(split)))])
-    return {
-        k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")
-    }
+    return out, report
 
 
 @torch.no_grad()
@@ -160,11 +144,11 @@ def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return model.eval()(**{k: v.to(model.device) for k, v in inputs.items()}).logits.float().cpu()
 
 
-def _base_shift(model: Any, inputs: dict[str, Tensor], wanted: Tensor) -> float:
+def _base_shift(model: Any, inputs: dict[str, Tensor], trained: Tensor) -> float:
     if not isinstance(model, PeftModel):
         return 0.0
     with model.disable_adapter():
-        return _difference(_logits(model, inputs), wanted)
+        return _difference(_logits(model, inputs), trained)
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
@@ -187,29 +171,41 @@ def _as_lora(
 
 
 def _with_lora(cfg: RunConfig, model: Any, lora: LoraExport) -> Any:
-    """A fresh base model with the exported LoRA on it."""
+    """A new base model with the exported LoRA on it."""
     labels = None if cfg.model.task == "causal_lm" else model.config.num_labels
-    fresh = get_peft_model(load_base(cfg.model, labels, None), lora.config)
-    set_peft_model_state_dict(fresh, lora.tensors)
-    return fresh
+    base = load_base(cfg.model, labels, None)
+    exported = get_peft_model(base, lora.config)
+    set_peft_model_state_dict(exported, lora.tensors)
+    return exported
 
 
-def _stock_logits(
-    cfg: RunConfig, model: Any, folder: Path, to: str, inputs: dict[str, Tensor]
-) -> Tensor:
+def _merged(model: Any, cfg: RunConfig, choice: dict[str, Any]) -> Any:
+    """The model with the adapter in its weights; a fully trained one as it is."""
+    if not isinstance(model, PeftModel):
+        return model
+    if cfg.model.quantization != "none":
+        raise ValueError(
+            f"model.quantization = {cfg.model.quantization}: merging needs a dequantised base. "
+            "Export to plain LoRA instead (--to lora)."
+        )
+    return model.merge_and_unload(safe_merge=True, **choice)
+
+
+def _stock_logits(run: TrainedRun, folder: Path, to: str, inputs: dict[str, Tensor]) -> Tensor:
     """Logits of the written folder, by stock peft and transformers in a fresh process."""
+    cfg = run.cfg.model
     with tempfile.TemporaryDirectory() as scratch:
         files = {name: str(Path(scratch) / name) for name in ("job", "inputs", "logits")}
         save_file(inputs, files["inputs"])
         job = {
-            "model": str(folder.resolve()) if to == "merged" else source_of(cfg.model),
+            "model": str(folder.resolve()) if to == "merged" else run.source,
             "adapter": str(folder.resolve()) if to == "lora" else None,
-            "task": cfg.model.task,
-            "labels": None if cfg.model.task == "causal_lm" else model.config.num_labels,
-            "dtype": cfg.model.dtype,
-            "quantization": cfg.model.quantization,
-            "trust_remote_code": cfg.model.trust_remote_code,
-            "revision": cfg.model.revision if to == "lora" else None,
+            "task": cfg.task,
+            "labels": None if cfg.task == "causal_lm" else run.model.config.num_labels,
+            "dtype": cfg.dtype,
+            "quantization": cfg.quantization,
+            "trust_remote_code": cfg.trust_remote_code,
+            "revision": cfg.revision if to == "lora" else None,
             "inputs": files["inputs"],
             "logits": files["logits"],
         }

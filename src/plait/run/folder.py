@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from plait.core.files import umask, write_atomic
+from plait.run.config import config_to_dict, load_config
 
 __all__ = [
+    "CHECKPOINTS",
     "RunFolder",
     "append_line",
     "diff_configs",
@@ -30,8 +32,25 @@ __all__ = [
     "write_lines",
 ]
 
+Result = TypeVar("Result")
+
+CHECKPOINTS = "checkpoints"
 VERSION = 1  # of all schemas
 _PACKAGES = ("plait", "torch", "peft", "transformers", "accelerate", "datasets", "safetensors")
+# What a resumed run may change: none of these keys changes a weight.
+_FREE = (
+    "evaluation.batch_size",
+    "output.",
+    "training.logging_",
+    "training.log_level",
+    "training.report_to",
+    "training.run_name",
+    "training.project",
+    "training.save_steps",
+    "training.save_strategy",
+    "training.save_total_limit",
+    "training.disable_tqdm",
+)
 _EVALUATION, _ENVIRONMENT, _METRICS = "plait.eval", "plait.environment", "plait.metrics"
 
 
@@ -45,11 +64,51 @@ class RunFolder:
         object.__setattr__(self, "path", Path(path))
 
     @classmethod
+    def free(cls, path: str | Path) -> Self:
+        """Return a folder to be made; FileExistsError when there is something at `path` already."""
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FileExistsError(
+                f"{path}: this run folder exists and is not empty. Continue it with --resume, "
+                "remove it, or give another output.dir."
+            )
+        return cls(path)
+
+    @classmethod
     def create(cls, path: str | Path) -> Self:
         """Make a new run folder; FileExistsError when there is something at `path` already."""
-        folder = cls(path)
-        folder.check_free()
+        folder = cls.free(path)
         folder.path.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @classmethod
+    def unfinished(cls, path: str | Path, config: dict[str, Any]) -> Self:
+        """Return the folder of a run to be resumed.
+
+        config: of the resumed run, as `config_to_dict` gives it.
+
+        Raises FileNotFoundError if there is no run at `path`, and ValueError if it is finished or
+        began with another config.
+        """
+        folder = cls(path)
+        if not folder.config.is_file():
+            raise FileNotFoundError(
+                f"{path}: there is no run to resume (config.yaml is missing). Train without "
+                "--resume."
+            )
+        if folder.card.is_file():
+            raise ValueError(
+                f"{path}: this run is finished, nothing is left to resume. Train to another "
+                f"output.dir, or evaluate it: plait evaluate {path}"
+            )
+        changes = diff_configs(config_to_dict(load_config(folder.config)), config)
+        changes = [line for line in changes if not line.startswith(_FREE)]
+        if changes:
+            lines = "".join(f"\n  {line}" for line in changes)
+            raise ValueError(
+                f"{path}: the config changed since this run began, so the result would be of "
+                f"neither:{lines}\nPut the values back, or train to another output.dir."
+            )
         return folder
 
     @classmethod
@@ -62,15 +121,6 @@ class RunFolder:
                 "finished run."
             )
         return folder
-
-    def check_free(self) -> None:
-        """Raise FileExistsError when there is something at `path` already."""
-        path = self.path
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(
-                f"{path}: this run folder exists and is not empty. Continue it with --resume, "
-                "remove it, or give another output.dir."
-            )
 
     @property
     def config(self) -> Path:
@@ -95,7 +145,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """The Trainer's checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def evaluation(self) -> Path:
@@ -116,6 +166,11 @@ class RunFolder:
     def loss_curve(self) -> Path:
         """The picture of the loss."""
         return self.path / "loss.png"
+
+    @property
+    def start(self) -> Path:
+        """The start of an adapter that holds a part of the base weight."""
+        return self.checkpoints / "initial"
 
     def begin(self, config: str, seeds: Mapping[str, int], facts: Mapping[str, Any]) -> None:
         """Make the folder and write what is known before training; a resumed run keeps its facts.
@@ -166,7 +221,7 @@ class RunFolder:
         return read_lines(self.metrics, _METRICS)
 
     def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write metrics.jsonl anew."""
+        """Replace the lines of metrics.jsonl."""
         write_lines(self.metrics, _METRICS, rows)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
@@ -188,10 +243,8 @@ def read_json(path: Path, schema: str, remedy: str) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: line {error.lineno} is not JSON ({error.msg}). {remedy}"
-        ) from None
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path}: is not JSON ({error}). {remedy}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is a {type(content).__name__}, not an object. {remedy}")
     return _checked(content, path, schema, remedy)
@@ -257,8 +310,8 @@ def _checked(content: dict[str, Any], path: Path, schema: str, remedy: str) -> d
 # ------------------------------------------------------------------------------- files and facts
 
 
-def replace_dir(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write(folder)` fill a temporary folder, then put it at `path`.
+def replace_dir(path: str | Path, write: Callable[[Path], Result]) -> Result:
+    """Let `write(folder)` fill a temporary folder, then put it at `path`; return its result.
 
     A folder that was there stays untouched until the new one is complete, and comes back when
     the last rename fails.
@@ -267,7 +320,7 @@ def replace_dir(path: str | Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new."))
     try:
-        write(new)
+        result = write(new)
         for file in filter(Path.is_file, new.rglob("*")):  # some writers make files private
             file.chmod(0o666 & ~umask())
         new.chmod(0o777 & ~umask())
@@ -282,6 +335,7 @@ def replace_dir(path: str | Path, write: Callable[[Path], object]) -> None:
             shutil.rmtree(old)
         else:
             os.replace(new, path)
+        return result
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

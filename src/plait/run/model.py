@@ -7,11 +7,12 @@ head) starts random from the global seed, is trained, and is saved with the adap
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -30,10 +31,24 @@ from transformers.utils import logging
 
 from plait.core.bridge import keep_trainable_on_cpu
 from plait.run.config import ModelConfig, RunConfig
+from plait.run.data.bundle import DataBundle
 from plait.upstream.table import BASELINES
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HEADS = ("classifier", "score")  # peft trains and saves these for classification by itself
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that reads a run's rows.
+
+    layers: the linear layers that can be adapted, by name. missing: modules, no heads, that the
+    checkpoint has no weights for; they are trained and saved with the adapter.
+    """
+
+    model: PreTrainedModel
+    layers: dict[str, nn.Module]
+    missing: list[str]
 
 
 def quantised_reason(method: str, quantization: str) -> str | None:
@@ -62,6 +77,47 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             "Add a pad token to its tokenizer_config.json."
         )
     return tokenizer
+
+
+def prepare_base(cfg: RunConfig, data: DataBundle | None, labels: list[str] | None = None) -> Base:
+    """Load the base model of a run and check that it reads the rows.
+
+    The caller seeds: modules that the checkpoint lacks are drawn. data: None on a server without
+    rows, which then gives the class names, labels.
+
+    Raises as load_base_with_missing and check_length do.
+    """
+    labels = labels if data is None else data.labels
+    model, missing = load_base_with_missing(cfg.model, *head_of(cfg.model.task, labels))
+    if data is not None:
+        check_length(model, data.longest)
+    layers = adaptable_layers(model)
+    if cfg.model.quantization != "none":
+        checkpointing = bool(cfg.training.get("gradient_checkpointing"))
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    return Base(model, layers, missing)
+
+
+def head_of(task: str, labels: list[str] | None) -> tuple[int | None, dict[int, str] | None]:
+    """Return the outputs of the head that a task needs and their names, as load_base takes them."""
+    outputs = {"classification": len(labels or ()), "regression": 1}.get(task)
+    return outputs, None if labels is None else dict(enumerate(labels))
+
+
+def check_length(model: PeftModel | PreTrainedModel, longest: int) -> None:
+    """Raise ValueError if the longest row has more tokens than the model has positions."""
+    limit = model.config.to_dict().get("max_position_embeddings")
+    if limit is None:  # models without positions, such as Bloom
+        return
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa's first positions are taken by padding.
+            limit -= 0 if module.padding_idx is None else module.padding_idx + 1
+    if longest > limit:
+        raise ValueError(
+            f"data: the longest row has {longest} tokens, the model reads {limit}. "
+            f"Set data.max_length: {limit} and data.truncate: true."
+        )
 
 
 def load_base(
@@ -118,7 +174,7 @@ def load_base_with_missing(
                 **common,
             )
     except SafetensorError as error:
-        raise ValueError(f"{model.name}: weights damaged ({error}). Load them anew.") from None
+        raise ValueError(f"{model.name}: weights damaged ({error}). Download them again.") from None
     except OSError as error:
         raise FileNotFoundError(_not_there(model, "model", error)) from error
     keep_trainable_on_cpu(loaded)

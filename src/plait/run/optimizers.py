@@ -1,4 +1,4 @@
-"""The optimizers that a run file can name: options of each, methods it trains, how it is made.
+"""The optimizers that a run file can name: the options of each, and the methods it trains.
 
 `default` is what transformers makes from `training.optim`. lora_rite and lorsum are plait's own;
 loraplus, lorafa and riemannian are upstream peft's. Learning rate and weight decay come from
@@ -29,23 +29,17 @@ from plait.optim import create_lora_rite_optimizer, create_lorsum_optimizer
 from plait.upstream.table import BASELINES
 
 DEFAULT = "default"
-_PLAIN = ("lora", "rslora", "pissa")  # upstream methods that are one free pair a layer
 _ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
-_PAIRLESS = {
-    "dora": "its magnitude depends on dW",
-    "adalora": "its gate E belongs to single ranks",
-    "full": "it trains whole weights",
-}
 
 
 @dataclass(frozen=True)
 class NamedOptimizer:
     """One row of the table.
 
-    make: (model, what it reads of training, options by keyword) -> it. options_of: the
-    function whose keywords and docstring are the options. supports: method -> why not, or None.
-    unread: keys of `training` that it does not read. scales: whether method.lr_scale works.
-    clips: whether Trainer may clip the gradients.
+    make: (model, the keys of `training` that it reads, options by keyword) -> the optimizer.
+    options_of: the function whose keywords and docstring are the options. supports: method -> why
+    the optimizer cannot train it, or None. unread: keys of `training` that it ignores. scales:
+    whether method.lr_scale works. clips: whether Trainer may clip the gradients.
     """
 
     key: str
@@ -61,7 +55,7 @@ class NamedOptimizer:
 
 
 def _free_pairs(method: str) -> str | None:
-    """Why a method has no free pairs (A, B), asked from its Delta."""
+    """Why a method has no free pairs (A, B)."""
     pairs = _pairs_of(method)
     return pairs if isinstance(pairs, str) else None
 
@@ -77,21 +71,19 @@ def _one_pair(method: str) -> str | None:
 
 
 def _pairs_of(method: str) -> Any:
-    """The pairs of a small layer of a method, or why there are none."""
+    """The pairs of a small layer of a method, or the reason why there are none."""
     if method in BASELINES:
-        if method in _PLAIN:
-            one = nn.Parameter(torch.zeros(1, 1))
-            return [Pair("layer", one, one, 1.0)]
-        return _PAIRLESS.get(method, "it has no pairs (A, B) of free factors")
-    found = find(method)
-    delta: Any = found.delta
+        factor = nn.Parameter(torch.zeros(1, 1))
+        return BASELINES[method].no_pairs or [Pair("layer", factor, factor, 1.0)]
+    registered = find(method)
+    delta: Any = registered.delta
     if not issubclass(delta, LowRankDelta):
         return delta.no_pairs
     if delta.own_gates:
         return "its gate belongs to single ranks"
     if vars_of(delta, "free_pairs") is vars_of(LowRankDelta, "free_pairs"):
         return delta.no_pairs
-    config = found.config()
+    config = registered.config()
     side = 2 * config.r
     base = FrozenLinear(
         "layer", side, side, torch.float32, lambda: torch.zeros(side, side), blank=True
@@ -100,16 +92,15 @@ def _pairs_of(method: str) -> Any:
 
 
 def _named_lora(method: str) -> str | None:
-    """Upstream finds the factors by the names of their parameters."""
-    if method in (*_PLAIN, "dora"):
+    """Why upstream, which looks for names of parameters, does not find the factors of a method."""
+    if method in BASELINES and BASELINES[method].lora_names:
         return None
     return "it looks for parameters that upstream's LoRA names lora_A and lora_B"
 
 
 def _plain_lora(method: str) -> str | None:
-    if method in _PLAIN:
-        return None
-    return _PAIRLESS.get(method) or _named_lora(method)
+    """Why a method is not a plain pair (A, B) under upstream's names."""
+    return BASELINES[method].no_pairs if method in BASELINES else _named_lora(method)
 
 
 # How they are made ------------------------------------------------------------------------------
@@ -143,7 +134,7 @@ def _loraplus(
     Args:
         model: with upstream LoRA.
         args: of training.
-        loraplus_lr_ratio: learning rate of B and of vectors, in that of A; 1 or more.
+        loraplus_lr_ratio: learning rate of B and of vectors divided by that of A; 1 or more.
         loraplus_lr_embedding: learning rate of factors of embeddings.
     """
     if loraplus_lr_ratio < 1:
@@ -221,13 +212,14 @@ def optimizer_support(optimizer: str, method_key: str) -> str | None:
 
 
 def check_optimizer(optimizer: str, method: str, lr_scale: Any, training: Collection[str]) -> None:
-    """Refuse an optimizer that cannot train a method, or keys that it would ignore.
+    """Check that an optimizer can train a method and reads every key that a run file sets.
 
     Args:
-        optimizer, method: names. lr_scale: of the method. training: keys that the file gives there.
+        optimizer, method: names. lr_scale: of the method. training: keys of that section that the
+            file sets.
 
     Raises:
-        ValueError: without a place; the caller names it.
+        ValueError: with the reason and the remedy; the caller adds file and key.
     """
     if optimizer == DEFAULT:
         return
@@ -257,21 +249,21 @@ def option_facts(optimizer: str) -> dict[str, tuple[Any, Any, str]]:
     function = OPTIMIZERS[optimizer].options_of
     hints = typing.get_type_hints(function)
     helps = _argument_help(inspect.getdoc(function) or "")
-    given = {"lr", "weight_decay", "adapter"}  # by the run file, elsewhere
+    elsewhere = {"lr", "weight_decay", "adapter"}  # other sections of the run file set them
     return {
         p.name: (hints[p.name], p.default, helps.get(p.name, ""))
         for p in inspect.signature(function).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in given
+        if p.kind is p.KEYWORD_ONLY and p.name not in elsewhere
     }
 
 
 def _argument_help(doc: str) -> dict[str, str]:
     """The lines `name: text` of a docstring's Args."""
     section = re.search(r"^Args:\n((?: .*\n?|\n)+)", doc, re.MULTILINE)
-    found = re.findall(
+    entries = re.findall(
         r"^    (\w+): ((?:.+\n?)(?:     +.*\n?)*)", section[1] if section else "", re.M
     )
-    return {name: " ".join(text.split()) for name, text in found}
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def make_optimizer(
@@ -284,7 +276,8 @@ def make_optimizer(
         training: of the config; learning rate, weight decay and the adam_* keys are read.
 
     Raises:
-        ValueError: what the optimizer refuses in this model, or an option out of range.
+        ValueError: the model has parameters that the optimizer cannot train, or an option is out
+            of range.
     """
     read = ("learning_rate", "weight_decay", *_ADAM)
     args = {key: training.get(key, getattr(TrainingArguments, key)) for key in read}

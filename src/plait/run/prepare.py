@@ -1,46 +1,62 @@
 """Turn the config of a run into tokenizer, data, base model and method, checked against each other.
 
-    prepare(cfg)                               a run that is to be trained
-    load_run(path)                             a run that was trained
-    check_config, prepare_base, method_config  the parts, for a run of many clients
+    prepare(cfg)                 a run that is to be trained
+    load_run(path)               a run that was trained
+    check_config, method_config  and model.prepare_base: the parts, for a run of many clients
 
 Nothing is written here: a config that is refused leaves no run folder behind.
 """
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.pytorch_utils import Conv1D
 
 from plait import chain
+from plait.chain import ChainPlan
 from plait.core.delta import Delta
+from plait.core.events import PlaitWarning
 from plait.gates.alloc import set_development_batch
 from plait.run.adapter import load_adapter
 from plait.run.config import (
-    ModelConfig,
     RunConfig,
     allocates,
+    check_method,
     load_config,
     method_options,
     peft_config,
 )
 from plait.run.data.bundle import DataBundle, load_data
-from plait.run.folder import RunFolder
+from plait.run.folder import CHECKPOINTS, RunFolder
+from plait.run.metrics import METRICS
 from plait.run.model import (
-    adaptable_layers,
-    load_base_with_missing,
+    Base,
+    check_length,
+    head_of,
+    load_base,
     load_tokenizer,
     parameter_counts,
+    prepare_base,
     quantised_reason,
+    source_of,
     to_device,
 )
+from plait.run.optimizers import OPTIMIZERS
+from plait.upstream.adalora import check_total_step
 from plait.upstream.layers import targeted
 from plait.upstream.table import BASELINES
 
@@ -48,31 +64,20 @@ _SCORED_ROWS = 32  # validation rows that an allocation scores ranks on
 
 
 @dataclass(frozen=True)
-class Base:
-    """A base model that fits the method's and the data's demands.
-
-    layers: the linear layers that can be adapted, by name. missing: modules, no heads, that the
-    checkpoint has no weights for; they are trained and saved with the adapter.
-    """
-
-    model: PreTrainedModel
-    layers: dict[str, nn.Module]
-    missing: list[str]
-
-
-@dataclass(frozen=True)
 class Prepared:
     """A run that is ready to be trained.
 
-    model: with the method on it (a plain model for `full`), in training mode, on the CPU unless
-    it is quantised. steps: planned optimizer steps.
+    model: with the method on it (a plain model for `full`), in training mode. steps: planned
+    optimizer steps. chain: the plan of a chain of adapters, None without one.
     """
 
     cfg: RunConfig
+    arguments: TrainingArguments
     tokenizer: PreTrainedTokenizerBase
     data: DataBundle
     model: PeftModel | PreTrainedModel
     steps: int
+    chain: ChainPlan | None
 
     @property
     def seeds(self) -> dict[str, int]:
@@ -93,37 +98,34 @@ class Prepared:
             "parameters": total,
         }
 
-    def place(self) -> PeftModel | PreTrainedModel:
-        """Move the model to its device and give a method that scores its ranks the rows for it."""
-        model = to_device(self.model, self.cfg)
-        if isinstance(model, PeftModel) and allocates(model.peft_config["default"]):
-            rows = self.data.splits()["validation"]
-            batch = self.data.collator([rows[i] for i in range(min(_SCORED_ROWS, len(rows)))])
-            set_development_batch(model, {k: v.to(model.device) for k, v in batch.items()})
-        return model
-
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A trained run. model: in evaluation mode. facts: what training noted in environment.json."""
+    """A trained run.
+
+    model: in evaluation mode, on its device. source: what the base model is loaded from, a folder
+    or a hub id. facts: what training noted in environment.json.
+    """
 
     folder: RunFolder
     cfg: RunConfig
     tokenizer: PreTrainedTokenizerBase
     model: PeftModel | PreTrainedModel
+    source: str
     facts: dict[str, Any]
 
     def load_data(self) -> DataBundle:
         """Load the rows of the config; ValueError also for rows longer than the model reads."""
         data = load_data(self.cfg, self.tokenizer)
-        check_lengths(self.model, data)
+        check_length(self.model, data.longest)
         return data
 
 
-def prepare(cfg: RunConfig) -> Prepared:
+def prepare(cfg: RunConfig, place: bool = True) -> Prepared:
     """Load and check everything that training takes.
 
     Sets the global seed to `training.seed`, from which new modules and the adapter are drawn.
+    place: move the model to the device where it trains.
 
     Raises:
         FileNotFoundError: a model, weights or rows that are not there.
@@ -132,7 +134,9 @@ def prepare(cfg: RunConfig) -> Prepared:
             that does not fit.
         ImportError: a quantised base without bitsandbytes.
     """
+    arguments = training_arguments(cfg)
     check_config(cfg)
+    plan = None if cfg.chain is None else cfg.chain.build()
     tokenizer = load_tokenizer(cfg.model)
     data = load_data(cfg, tokenizer)
     set_seed(cfg.training["seed"])
@@ -145,10 +149,15 @@ def prepare(cfg: RunConfig) -> Prepared:
             "rows. Give a source or a fraction of train."
         )
     model = base.model if config is None else get_peft_model(base.model, config)
+    check_total_step(model, steps)
     delta = next((m for m in model.modules() if isinstance(m, Delta)), None)
-    if delta is not None and cfg.chain is None:  # a chain checks the steps of a link
+    if delta is not None and plan is None:  # a chain checks the steps of a link
         delta.check_schedule()
-    return Prepared(cfg, tokenizer, data, model.train(), steps)
+    model = to_device(model, cfg) if place else model
+    if allocates(config):
+        batch = data.batch("validation", _SCORED_ROWS)
+        set_development_batch(model, {k: v.to(model.device) for k, v in batch.items()})
+    return Prepared(cfg, arguments, tokenizer, data, model.train(), steps, plan)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
@@ -175,26 +184,68 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
             "train FILE --resume"
         )
     facts = folder.read_facts()
-    tokenizer = load_tokenizer(cfg.model)
-    if full:
-        source = replace(cfg.model, name=str(trained.resolve()), revision=None)
-        model, _ = _load_labelled(source, facts.get("labels"))
-    else:
-        expected = peft_config(cfg.method, cfg.model.task, tasks=facts.get("tasks"))
-        assert expected is not None  # only `full` has none
-        base, _ = _load_labelled(cfg.model, facts.get("labels"))
-        model = load_adapter(base, trained, expected)
+    expected = peft_config(cfg.method, cfg.model.task, tasks=facts.get("tasks"))
+    weights = replace(cfg.model, name=str(trained.resolve()), revision=None) if full else cfg.model
+    tokenizer, source = load_tokenizer(cfg.model), source_of(cfg.model)
+    model: Any = load_base(weights, *head_of(cfg.model.task, facts.get("labels")))
+    model = to_device(model, cfg)
+    if expected is not None:
+        model = load_adapter(model, trained, expected)
         if cfg.chain is not None:
             chain.load(model, trained)
-    return TrainedRun(folder, cfg, tokenizer, to_device(model.eval(), cfg), facts)
+    return TrainedRun(folder, cfg, tokenizer, model.eval(), source, facts)
 
 
 # -------------------------------------------------------------------------------------- the parts
 
 
+def training_arguments(cfg: RunConfig) -> TrainingArguments:
+    """Return the TrainingArguments of a run; raise ValueError for what a run cannot do."""
+    options = dict(cfg.training)
+    if options.get("push_to_hub"):
+        raise ValueError(
+            "training.push_to_hub is true, but would upload without the model card. Upload the "
+            "finished adapter/ with: hf upload REPO RUN/adapter"
+        )
+    baseline = BASELINES.get(cfg.method.name)
+    if options.get("load_best_model_at_end") and baseline and baseline.no_best_checkpoint:
+        raise ValueError(
+            f"training.load_best_model_at_end does not work with {baseline.key}: "
+            f"{baseline.no_best_checkpoint}. Set it to false."
+        )
+    optimizer = OPTIMIZERS.get(cfg.optimizer.name)
+    if optimizer is not None and not optimizer.clips:
+        norm = options.get("max_grad_norm", TrainingArguments.max_grad_norm)
+        if norm:
+            warnings.warn(
+                f"training.max_grad_norm is {norm:g}, and {optimizer.key} needs the raw gradients: "
+                "it is set to 0. The optimizer has a clip of its own.",
+                PlaitWarning,
+                stacklevel=2,
+            )
+        options["max_grad_norm"] = 0.0
+    best = METRICS.get(str(options.get("metric_for_best_model")).removeprefix("eval_"))
+    if best is not None:  # upstream takes every name that does not end in "loss" for a score
+        options.setdefault("greater_is_better", best.higher_is_better)
+    options.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # else torch warns
+    options.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
+    args = TrainingArguments(
+        output_dir=str(Path(cfg.output.dir, CHECKPOINTS)),
+        remove_unused_columns=False,  # the collator takes what the model needs, task ids included
+        **{**options, "disable_tqdm": True},
+    )
+    if args.world_size > 1:
+        raise ValueError(
+            f"training: {args.world_size} processes were started, a run takes one. Start plait "
+            "train without a launcher."
+        )
+    args._n_gpu = min(args.n_gpu, 1)  # the Trainer would wrap the model in DataParallel
+    return args
+
+
 def check_config(cfg: RunConfig) -> None:
     """Raise ValueError for what a config says wrong by itself, before anything is loaded."""
-    _checked_peft_config(cfg, None, ["unknown"])  # one name stands for the data's tasks
+    check_method(cfg)
     name, quantization = cfg.method.name, cfg.model.quantization
     reason = quantised_reason(name, quantization)
     if reason is not None:
@@ -202,24 +253,6 @@ def check_config(cfg: RunConfig) -> None:
             f"method.name: {name} does not work on a {quantization} base: {reason}. Set "
             "model.quantization: none, or use another method."
         )
-
-
-def prepare_base(cfg: RunConfig, data: DataBundle | None, labels: list[str] | None = None) -> Base:
-    """Load the base model of a run and check that it reads the rows.
-
-    The caller seeds: modules that the checkpoint lacks are drawn. data: None on a server without
-    rows, which then gives the class names, labels.
-    """
-    if data is not None:
-        labels = data.labels
-    model, missing = _load_labelled(cfg.model, labels)
-    if data is not None:
-        check_lengths(model, data)
-    layers = adaptable_layers(model)
-    if cfg.model.quantization != "none":
-        checkpointing = bool(cfg.training.get("gradient_checkpointing"))
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
-    return Base(model, layers, missing)
 
 
 def method_config(
@@ -232,22 +265,25 @@ def method_config(
     Raises ValueError for options that do not fit the base model's layers.
     """
     options = dict(cfg.method.options)
+    _check_targets(options.get("target_modules", "all-linear"), base.layers)
+    sizes = {name: _sizes(layer) for name, layer in base.layers.items()}
     if base.missing:
         options["modules_to_save"] = [*(options.get("modules_to_save") or ()), *base.missing]
     if "fan_in_fan_out" in method_options(cfg.method.name):  # how GPT-2 stores its weights
         stored = any(isinstance(layer, Conv1D) for layer in base.layers.values())
         options.setdefault("fan_in_fan_out", stored)
-    completed = replace(cfg, method=replace(cfg.method, options=options))
-    config = _checked_peft_config(completed, total_steps, tasks)
+    method = replace(cfg.method, options=options)
+    try:
+        config = peft_config(method, cfg.model.task, total_steps, tasks)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{cfg.source.at('method')}: {error}") from error
     if config is not None:
-        planned = getattr(config, "total_step", None)  # adalora's; 2**31 - 1 is "not known yet"
-        if total_steps is not None and planned not in (None, total_steps):
-            raise ValueError(
-                f"method.total_step is {planned}, but training has {total_steps} optimizer steps, "
-                f"so {cfg.method.name}'s schedule would not end where training does. Set it to "
-                f"{total_steps}, or leave it out."
-            )
-        _check_targets(base.layers, config, cfg.method.name)
+        baseline = BASELINES.get(cfg.method.name)
+        if baseline is not None and baseline.check_layers is not None:
+            values = config.to_dict()
+            everywhere = values["target_modules"] == "all-linear"
+            targets = list(sizes) if everywhere else targeted(config, sizes)
+            baseline.check_layers(values, {name: sizes[name] for name in targets})
     return config
 
 
@@ -261,67 +297,25 @@ def planned_steps(training: dict[str, Any], rows: int) -> int:
     return math.ceil(per_epoch * training["num_train_epochs"])
 
 
-def check_lengths(model: PeftModel | PreTrainedModel, data: DataBundle) -> None:
-    """Raise ValueError if a row has more tokens than the model has positions."""
-    limit = model.config.to_dict().get("max_position_embeddings")
-    if limit is None:  # models without positions, such as Bloom
-        return
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa's first positions are taken by padding.
-            limit -= 0 if module.padding_idx is None else module.padding_idx + 1
-    if data.longest > limit:
-        raise ValueError(
-            f"data: the longest row has {data.longest} tokens, the model reads {limit}. "
-            f"Set data.max_length: {limit} and data.truncate: true."
-        )
-
-
-def _load_labelled(
-    model: ModelConfig, labels: list[str] | None
-) -> tuple[PreTrainedModel, list[str]]:
-    """Load the base model with the head that its task and the class names ask for."""
-    outputs = {"classification": len(labels or ()), "regression": 1}.get(model.task)
-    return load_base_with_missing(
-        model, outputs, None if labels is None else dict(enumerate(labels))
-    )
-
-
-def _checked_peft_config(
-    cfg: RunConfig, total_steps: int | None, tasks: list[str] | None
-) -> PeftConfig | None:
-    try:
-        return peft_config(cfg.method, cfg.model.task, total_steps, tasks)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"method: {error}") from error
-
-
-def _check_targets(layers: dict[str, nn.Module], config: PeftConfig, method: str) -> None:
-    """Raise when a target matches no layer, or a layer has sizes the method cannot take."""
-    options = config.to_dict()
-    targets = options["target_modules"]
+def _check_targets(targets: Any, layers: Iterable[str]) -> None:
+    """Raise when a target (the end of a name, or one regular expression) matches no layer."""
     if targets == "all-linear":
-        config = replace(config, target_modules=list(layers))
+        return
+    if isinstance(targets, str):
+        patterns = {targets: targets}
     else:
-        names = [targets] if isinstance(targets, str) else sorted(targets or ())
-        unmatched = [n for n in names if not _matches(n, layers, isinstance(targets, str))]
-        if unmatched:
-            candidates = sorted({name.rpartition(".")[2] for name in layers})
-            raise ValueError(
-                f"method.target_modules: {', '.join(map(repr, unmatched))} matches no linear "
-                f"layer of this model. It has {', '.join(candidates)}; or use all-linear."
-            )
-    baseline = BASELINES.get(method)
-    if baseline is not None and baseline.check_layers is not None:
-        sizes = {name: _sizes(layers[name]) for name in targeted(config, layers)}
-        baseline.check_layers(options, sizes)
-
-
-def _matches(target: str, layers: Iterable[str], pattern: bool) -> bool:
-    """Whether a target (a name ending, or a regular expression) fits one of the layers."""
-    if pattern:
-        return any(re.fullmatch(target, name) for name in layers)
-    return any(name == target or name.endswith(f".{target}") for name in layers)
+        patterns = {name: rf"(.*\.)?{re.escape(name)}" for name in sorted(targets or ())}
+    unmatched = [
+        target
+        for target, pattern in patterns.items()
+        if not any(re.fullmatch(pattern, name) for name in layers)
+    ]
+    if unmatched:
+        candidates = sorted({name.rpartition(".")[2] for name in layers})
+        raise ValueError(
+            f"method.target_modules: {', '.join(map(repr, unmatched))} matches no linear "
+            f"layer of this model. It has {', '.join(candidates)}; or use all-linear."
+        )
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:

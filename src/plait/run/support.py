@@ -1,6 +1,6 @@
-"""What works with what: a row for each method, a column for each feature, from the registry.
+"""The support matrix: a row for each method, a column for each feature.
 
-Nothing is written down twice: a cell asks the code that would refuse the combination. A test tries
+A cell asks the code that refuses the combination in a run, so nothing is stated twice. A test tries
 every cell, the refused ones too.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plait.chain import chain_support
+from plait.chain.recipes import RECIPES
 from plait.core import gates
 from plait.core.registry import find
 from plait.run.config import method_names, method_options
@@ -17,12 +18,10 @@ from plait.run.model import quantised_reason
 from plait.run.optimizers import OPTIMIZERS, optimizer_support
 from plait.upstream.table import BASELINES
 
-PLANS = ("chain", "rac", "xgb")
-
 
 @dataclass(frozen=True)
 class Feature:
-    """One column: its name, its group, and what a method lacks for it (None: nothing)."""
+    """One column: its name, its group, and why a method does not have it (None: it has)."""
 
     key: str
     group: str
@@ -54,20 +53,20 @@ def tables() -> tuple[dict[str, list[list[str]]], list[str]]:
     A cell is "yes" or the number of a note, which says why not.
     """
     notes: list[str] = []
-    found: dict[str, list[list[str]]] = {}
+    groups: dict[str, list[list[str]]] = {}
     for group in dict.fromkeys(f.group for f in FEATURES.values()):
-        own = [f for f in FEATURES.values() if f.group == group]
-        rows = [["", *(f.key.removeprefix(f"{group} ") for f in own)]]
+        features = [f for f in FEATURES.values() if f.group == group]
+        rows = [["", *(f.key.removeprefix(f"{group} ") for f in features)]]
         for method in method_names():
             row = [method]
-            for feature in own:
+            for feature in features:
                 reason = why_not(method, feature.key)
                 if reason is not None and reason not in notes:
                     notes.append(reason)
                 row.append("yes" if reason is None else f"no {notes.index(reason) + 1}")
             rows.append(row)
-        found[group] = rows
-    return found, notes
+        groups[group] = rows
+    return groups, notes
 
 
 def _entry(method: str) -> Any:
@@ -79,20 +78,21 @@ def _merge(method: str) -> str | None:
 
 
 def _export(method: str) -> str | None:
-    entry = _entry(method)
-    if method == "full":
-        return "it has no adapter"
+    if method in BASELINES:
+        return BASELINES[method].no_export
+    entry = find(method)
     if entry.exact_export:
         return None
-    return "its update depends on the input" if not entry.mergeable else "approximate"
+    return "approximate" if entry.mergeable else "its update depends on the input"
 
 
 def _start(method: str) -> str | None:
-    """Whether `init: pissa` is a choice, or the method is PiSSA."""
-    if method == "pissa" or "init" in method_options(method):
-        return None
+    """Why a method cannot start at the main directions of the weight."""
     if method in BASELINES:
-        return "of upstream only pissa starts there"
+        pissa = BASELINES[method].start == "pissa"
+        return None if pissa else "of upstream only pissa starts there"
+    if "init" in method_options(method):
+        return None
     return "its factors are not free, or have a start of their own"
 
 
@@ -118,7 +118,7 @@ def _chain(plan: str) -> Callable[[str], str | None]:
 
 
 def _features() -> dict[str, Feature]:
-    found = [
+    features = [
         Feature("merge", "method", _merge),
         Feature("init pissa", "method", _start),
         *(Feature(f"gate {g.key}", "method", _gate(g.key)) for g in gates()),
@@ -126,12 +126,12 @@ def _features() -> dict[str, Feature]:
             Feature(f"optimizer {key}", "optimizer", lambda m, key=key: optimizer_support(key, m))
             for key in OPTIMIZERS
         ),
-        *(Feature(f"chain {plan}", "chain", _chain(plan)) for plan in PLANS),
+        *(Feature(f"chain {plan}", "chain", _chain(plan)) for plan in RECIPES),
         *(Feature(b, "base", lambda m, b=b: quantised_reason(m, b)) for b in ("8bit", "4bit")),
         Feature("export lora", "export", _export),
         Feature("export merged", "export", _merge),
     ]
-    return {f.key: f for f in found}
+    return {f.key: f for f in features}
 
 
 FEATURES: dict[str, Feature] = _features()

@@ -5,7 +5,6 @@ scheduler and RNG states as torch files, which the Trainer reads with `weights_o
 pickled training arguments are left out: the run folder's config.yaml holds them.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.adalora import AdaLoraModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -27,16 +24,21 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from plait.chain import ChainCallback, chain_schedule, load
 from plait.chain.plan import SHAPES
 from plait.core.events import EventNeverFired
-from plait.run.adapter import first_line, load_weights, readable, upstream_noise
+from plait.run.adapter import (
+    first_line,
+    load_weights,
+    readable,
+    save_trained,
+)
 from plait.run.callbacks import StopOnSignal
 from plait.run.config import did_you_mean
 from plait.run.evaluate import evaluate_model
-from plait.run.folder import replace_dir
+from plait.run.folder import RunFolder, replace_dir
 from plait.run.optimizers import DEFAULT, make_optimizer
 from plait.run.prepare import Prepared
+from plait.upstream.adalora import adalora_of, load_adalora, save_adalora, upstream_noise
 
 _REMEDY = "Remove that checkpoint to resume from the one before it."
-_ADALORA = "adalora.safetensors"
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 _STATES = (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt")
 
@@ -47,59 +49,68 @@ class RunTrainer(Trainer):
     def __init__(
         self,
         run: Prepared,
-        args: TrainingArguments,
-        stop: StopOnSignal,
-        checkpoint: Path | None,
-        callbacks: Sequence[TrainerCallback],
+        folder: RunFolder,
+        callbacks: Sequence[TrainerCallback] = (),
     ):
-        """Make the Trainer of a prepared run.
-
-        stop: one of the callbacks. checkpoint: where `fit` starts from, None: from the beginning.
-        """
-        self.cfg, self.data, self.trained = run.cfg, run.data, run.model
-        self.stop, self.checkpoint, self.steps = stop, checkpoint, run.steps
-        self.checkpoints = Path(str(args.output_dir))
+        """Make the Trainer of a run; it starts from the folder's last complete checkpoint."""
+        self.cfg, self.data, self.trained, self.steps = run.cfg, run.data, run.model, run.steps
+        self.folder, self.checkpoints = folder, folder.checkpoints
+        for unfinished in self.checkpoints.glob(f".{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(unfinished)
+        self.checkpoint = latest_checkpoint(self.checkpoints)
+        self.stop = StopOnSignal()
         self._staging: Path | None = None
-        self.chain = None
-        if run.cfg.chain is not None:
-            self.chain = ChainCallback(run.cfg.chain.build(), checkpoint=checkpoint)
+        self.chain: ChainCallback | None = None
+        if run.chain is not None:
+            self.chain = ChainCallback(run.chain, checkpoint=self.checkpoint)
         super().__init__(
             model=run.model,
-            args=args,
+            args=run.arguments,
             data_collator=run.data.collator,
             train_dataset=run.data.train,
             eval_dataset=run.data.validation,
             processing_class=run.tokenizer,
-            callbacks=[*callbacks, *([] if self.chain is None else [self.chain])],
+            callbacks=[
+                self.stop,
+                *callbacks,
+                *([] if self.chain is None else [self.chain]),
+            ],
         )
         self.remove_callback(PrinterCallback)
 
     # -------------------------------------------------------------------------------- training
 
-    def fit(self) -> float:
-        """Train from the checkpoint to the last step, or until a signal; return the seconds."""
+    def fit(self) -> None:
+        """Train from the checkpoint to the last step; note the seconds of all training so far.
+
+        Raises KeyboardInterrupt after a signal, and FloatingPointError for a loss or a weight that
+        is NaN or infinite.
+        """
         start = 0 if self.checkpoint is None else int(self.checkpoint.name.rpartition("-")[2])
         if self.checkpoint is not None and start >= self.steps:
             # The Trainer would make one step too many from its last checkpoint.
             self.load_weights(self.checkpoint)
-            return 0.0
-        began = time.monotonic()
-        with self.stop:
-            self.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
-        return time.monotonic() - began
-
-    def check_finished(self) -> None:
-        """Raise unless all steps were made and every weight is finite; take autocast off the model.
-
-        Without the autocast of mixed precision the model is what will be loaded.
-        """
-        if self.stop.requested and self.state.global_step < self.steps:
-            raise KeyboardInterrupt(
-                f"training: stopped after step {self.state.global_step} of {self.steps}; "
-                f"{latest_checkpoint(self.checkpoints)} is complete."
-            )
+        else:
+            earlier, began = self.folder.read_facts().get("seconds", 0.0), time.monotonic()
+            with self.stop:
+                self.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
+            self.folder.note(seconds=earlier + time.monotonic() - began)
+            if self.stop.requested and self.state.global_step < self.steps:
+                raise KeyboardInterrupt(
+                    f"training: stopped after step {self.state.global_step} of {self.steps}; "
+                    f"{latest_checkpoint(self.checkpoints)} is complete."
+                )
         self.check_finite()
+
+    def save(self) -> None:
+        """Save the trained adapter, or the whole model, and note its size and the steps."""
+        # Off with the autocast of mixed precision: the model is measured as it will be loaded.
         self.accelerator.unwrap_model(self.trained, keep_fp32_wrapper=False)
+        full = not isinstance(self.trained, PeftModel)
+        to = self.folder.model if full else self.folder.adapter
+        with writable(to, self.checkpoints):
+            stored = save_trained(self.trained, self.data.tokenizer, to, self.folder.start)
+        self.folder.note(steps=self.steps, stored=stored)
 
     # ------------------------------------------------------------------------ optimizer, loss
 
@@ -219,7 +230,7 @@ class RunTrainer(Trainer):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         tuner = adalora_of(self.trained)
         if tuner is not None:
-            save_adalora(tuner, folder / _ADALORA)
+            save_adalora(tuner, folder)
         if self.chain is not None and self.chain.chain is not None:
             self.chain.chain.save(folder)  # before the checkpoint gets its name: whole or absent
 
@@ -236,7 +247,7 @@ class RunTrainer(Trainer):
         tuner = adalora_of(self.trained)
         with readable(folder, _REMEDY):
             if tuner is not None:
-                load_adalora(tuner, folder / _ADALORA)
+                load_adalora(tuner, folder)
             elif isinstance(self.trained, PeftModel):
                 load_weights(self.trained, folder, _REMEDY)
             else:
@@ -262,13 +273,6 @@ def writable(target: Path, checkpoints: Path) -> Iterator[None]:
         last = latest_checkpoint(checkpoints)
         kept = f"{last} is kept: make room and resume." if last else "Make room and start again."
         raise OSError(f"{target}: could not be written ({first_line(error)}). {kept}") from error
-
-
-def last_complete(folder: Path) -> Path | None:
-    """Remove the unfinished checkpoints of a killed process; return the latest complete one."""
-    for unfinished in folder.glob(f".{PREFIX_CHECKPOINT_DIR}-*"):
-        shutil.rmtree(unfinished)
-    return latest_checkpoint(folder)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -340,46 +344,3 @@ def scale_learning_rates(
 
 def _named(parts: list[str], key: str) -> bool:
     return key in parts or f"lora_{key}" in parts
-
-
-# -------------------------------------------------------------------------------------- AdaLoRA
-
-
-def adalora_of(model: nn.Module) -> Any:
-    """Return the AdaLoRA tuner of a model, None if it has another method."""
-    tuner = model.base_model if isinstance(model, PeftModel) else None
-    return tuner if isinstance(tuner, AdaLoraModel) else None
-
-
-def save_adalora(tuner: Any, path: Path) -> None:
-    """Write what resuming AdaLoRA needs: upstream saves neither the pruned ranks, which may
-    come back, nor the importance averages.
-    """
-    allocator = tuner.rankallocator
-    tensors = {
-        f"weight/{n}": p.detach() for n, p in tuner.model.named_parameters() if p.requires_grad
-    }
-    for average in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
-        tensors |= {f"{average}/{n}": t for n, t in vars(allocator)[average].items()}
-    pattern = tuner.peft_config[tuner.trainable_adapter_name].rank_pattern
-    metadata = {"rank_pattern": json.dumps(pattern)}
-    save_file({k: t.contiguous() for k, t in tensors.items()}, path, metadata=metadata)
-
-
-def load_adalora(tuner: Any, path: Path) -> None:
-    """Put back what save_adalora wrote."""
-    allocator = tuner.rankallocator
-    weights = {n: p for n, p in tuner.model.named_parameters() if p.requires_grad}
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        allocator.reset_ipt()
-        for key in file.keys():  # noqa: SIM118 - not a dict
-            kind, _, name = key.partition("/")
-            tensor = file.get_tensor(key)
-            if kind == "weight":
-                weights[name].copy_(tensor)
-            else:
-                vars(allocator)[kind][name] = tensor.to(weights[name].device)
-        metadata = file.metadata()
-    tuner.peft_config[tuner.trainable_adapter_name].rank_pattern = json.loads(
-        metadata["rank_pattern"]
-    )

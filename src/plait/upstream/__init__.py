@@ -1,1 +1,1 @@
-"""What plait knows of peft's own methods."""
+"""Facts about peft's own methods: the only place besides core/bridge.py that knows its insides."""

@@ -1,14 +1,29 @@
-"""AdaLoRA's schedule: upstream expects the training loop to call `update_and_allocate` itself."""
+"""AdaLoRA in training: its schedule, its checkpoints, and what peft warns of without reason.
 
+Upstream expects the training loop to call `update_and_allocate` itself, and saves neither the
+pruned ranks, which may come back, nor the averages of importance.
+"""
+
+import json
+import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft.tuners.adalora import AdaLoraModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from plait.core.events import EventNeverFired, Listener, listen
+
+STATE = "adalora.safetensors"  # beside a checkpoint's adapter
+
+# Schedule ---------------------------------------------------------------------------------------
 
 
 class AdaLoraSchedule(Listener):
@@ -78,3 +93,56 @@ def adalora_tuners(model: nn.Module) -> list[Any]:
 def is_driven(tuner: Any) -> bool:
     """Whether `drive_adalora` was called for a tuner."""
     return "plait_schedule" in vars(tuner)
+
+
+def adalora_of(model: nn.Module) -> Any:
+    """The AdaLoRA tuner of a model that trains one; None if it trains another method."""
+    return next(iter(adalora_tuners(model)), None)
+
+
+# Checkpoints ------------------------------------------------------------------------------------
+
+
+def save_adalora(tuner: Any, folder: Path) -> None:
+    """Write what resuming needs besides the adapter: pruned ranks and averages of importance."""
+    allocator = tuner.rankallocator
+    tensors = {
+        f"weight/{n}": p.detach() for n, p in tuner.model.named_parameters() if p.requires_grad
+    }
+    for average in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+        tensors |= {f"{average}/{n}": t for n, t in vars(allocator)[average].items()}
+    pattern = tuner.peft_config[tuner.trainable_adapter_name].rank_pattern
+    metadata = {"rank_pattern": json.dumps(pattern)}
+    contiguous = {key: t.contiguous() for key, t in tensors.items()}
+    save_file(contiguous, folder / STATE, metadata=metadata)
+
+
+def load_adalora(tuner: Any, folder: Path) -> None:
+    """Restore what save_adalora wrote."""
+    allocator = tuner.rankallocator
+    weights = {n: p for n, p in tuner.model.named_parameters() if p.requires_grad}
+    with safe_open(folder / STATE, framework="pt") as file, torch.no_grad():
+        allocator.reset_ipt()
+        for key in file.keys():  # noqa: SIM118 - not a dict
+            kind, _, name = key.partition("/")
+            tensor = file.get_tensor(key)
+            if kind == "weight":
+                weights[name].copy_(tensor)
+            else:
+                vars(allocator)[kind][name] = tensor.to(weights[name].device)
+        metadata = file.metadata()
+    tuner.peft_config[tuner.trainable_adapter_name].rank_pattern = json.loads(
+        metadata["rank_pattern"]
+    )
+
+
+@contextmanager
+def upstream_noise() -> Iterator[None]:
+    """Silence two warnings of peft 0.21.2 that are wrong about AdaLoRA.
+
+    It takes a layer pruned to rank 0 for a lost shard, and the pattern of kept ranks for LoRA's.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*have invalid shape")
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        yield

@@ -30,7 +30,7 @@ from plait.core import events
 from plait.core.bridge import PlaitLayer
 from plait.core.combine import WeightedSum
 from plait.core.config import DeltaConfig
-from plait.core.delta import Delta, LowRankDelta
+from plait.core.delta import Delta
 from plait.core.sharding import refuse_sharded
 from plait.core.trunk import Trunk, trunk_of
 from plait.upstream.layers import PlainUpdate, plain_update
@@ -111,19 +111,19 @@ def to_lora(
         raise ValueError(f"energy = {energy}. Give a share above 0 and up to 1.")
     refuse_sharded(model, "to_lora")
     config: Any = model.peft_config[adapter]
-    found = {
+    updates = {
         name: (layer, update)
         for name, layer in model.get_base_model().named_modules()
         if (update := update_of(layer, adapter)) is not None
     }
-    summed = any(isinstance(update, WeightedSum) for _, update in found.values())
+    summed = any(isinstance(update, WeightedSum) for _, update in updates.values())
     saved = {} if summed else get_peft_model_state_dict(model, adapter_name=adapter)
     key = f"plait_{config.key}_delta" if isinstance(config, DeltaConfig) else ".lora_"
     tensors = {name: value for name, value in saved.items() if key not in name}
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
     layers: list[LayerExport] = []
     transposed = False
-    for name, (layer, update) in found.items():
+    for name, (layer, update) in updates.items():
         if isinstance(update, Delta):
             events.check_fired(update)
         trunk = trunk_of(layer)
@@ -175,15 +175,14 @@ def plain_factors(
     trunk: Trunk | None = None,
     **choice: Any,
 ) -> tuple[Tensor, Tensor, float, float]:
-    """A (k, in), B (out, k), scale and relative error with dW = scale B A, or near it.
+    """A (k, in), B (out, k), scale and relative error of dW = scale B A, exact or approximate.
 
     Args:
         delta: of one layer. rank, energy, choice: as in to_lora.
         trunk: finished links, which come first. Where the ranks then exceed min(in, out), the
             stack is compressed to that, which is exact.
     """
-    folds = isinstance(delta, LowRankDelta | WeightedSum | PlainUpdate)
-    factors = delta.folded(**choice) if folds else None
+    factors = delta.folded(**choice)
     scale = delta.scaling
     if factors is not None:
         A, B = factors
@@ -197,7 +196,7 @@ def plain_factors(
             return A, B, scale, 0.0
         U, S, Vh = product_svd(A, B, scale)
     else:
-        assert isinstance(delta, Delta)  # a pair always folds
+        assert isinstance(delta, Delta)  # a PlainUpdate always folds
         U, S, Vh = torch.linalg.svd(delta.weight(**choice), full_matrices=False)
         rank = delta.config.r if rank is None and energy is None else rank
     total = S.square().sum()

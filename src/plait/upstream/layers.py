@@ -97,8 +97,7 @@ def gate_of(layer: Any, adapter: str, config: Any) -> Tensor | None:
     if isinstance(layer, AdaLoraLayer):
         E = layer.lora_E[adapter].flatten()
         return torch.cat([E, E.new_zeros(max(0, config.init_r - len(E)))])
-    vectors = getattr(layer, "vera_lambda_d", {})
-    return vectors[adapter] if adapter in vectors else None
+    return getattr(layer, "vera_lambda_d", {}).get(adapter)
 
 
 def plain_update(layer: nn.Module, adapter: str) -> PlainUpdate | None:

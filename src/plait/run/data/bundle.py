@@ -1,22 +1,21 @@
-"""The data of a run: from its config to splits of token ids, and from rows to batches.
+"""The data of a run: from its config to splits of token ids.
 
 rows     one file, hub set or generator -> rows, split and limited
 reader   rows -> texts, labels, tasks, by the columns of the config
 tokens   texts -> token ids and the loss mask
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from plait.run.config import RunConfig
 from plait.run.data.reader import Kind, read_columns
 from plait.run.data.rows import read_splits
-from plait.run.data.tokens import TOKENIZER_COLUMNS, tokenize
+from plait.run.data.tokens import Collator, tokenize
 
 Split = Literal["train", "validation", "test"]
 
@@ -38,7 +37,7 @@ class DataBundle:
     validation: Dataset | None
     test: Dataset | None
     kind: Kind
-    collator: "Collator"
+    collator: Collator
     tokenizer: PreTrainedTokenizerBase
     labels: list[str] | None
     tasks: list[str] | None
@@ -49,41 +48,17 @@ class DataBundle:
         every = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in every.items() if split is not None}
 
+    def batch(self, split: Split, most: int) -> dict[str, torch.Tensor]:
+        """Return the first rows of a split, at most so many, as the model takes them."""
+        rows = getattr(self, split)
+        return self.collator([rows[i] for i in range(min(most, len(rows)))])
+
     @property
     def held_out_split(self) -> Split | None:
         """The split that a run is judged on: test, else validation, else None."""
         if self.test is not None:
             return "test"
         return None if self.validation is None else "validation"
-
-
-class Collator:
-    """Pads the rows of a batch to its longest one and keeps what the model takes.
-
-    task_ids, sample_types: also emit these, LongTensors (batch,), for a method that routes by task
-    or whose balance loss has a target for each type.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        causal: bool,
-        task_ids: bool = False,
-        sample_types: bool = False,
-    ):
-        inner = DataCollatorForSeq2Seq if causal else DataCollatorWithPadding
-        self.pad: Callable[[list[dict[str, Any]]], Any] = inner(tokenizer)
-        self.task_ids, self.sample_types = task_ids, sample_types
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Return input_ids, attention_mask (batch, longest) and labels."""
-        names = (*TOKENIZER_COLUMNS, "labels")
-        batch = dict(self.pad([{k: row[k] for k in names if k in row} for row in rows]))
-        if self.task_ids:
-            batch["task_ids"] = torch.tensor([row["task_id"] for row in rows])
-        if self.sample_types:
-            batch["sample_types"] = torch.tensor([row["sample_type"] for row in rows])
-        return batch
 
 
 def load_data(

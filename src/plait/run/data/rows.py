@@ -222,7 +222,9 @@ def _read_parquet(path: Path) -> list[Row]:
     try:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({error}). Write it anew.") from None
+        raise ValueError(
+            f"{path}: not a readable Parquet file ({error}). Write it again."
+        ) from None
     return [Row(f"{path}: row {n}", values) for n, values in enumerate(table.to_pylist(), 1)]
 
 

@@ -1,4 +1,4 @@
-"""Texts to token ids, with the loss mask.
+"""Texts to token ids with the loss mask, and rows of ids to batches.
 
 A row of a causal model is cut into *segments* of text, each trained or not. The prompt's tokens are
 the same as those that generation starts from: the whole text is tokenized at once if that keeps the
@@ -7,17 +7,19 @@ tokens of every leading part, and part by part if a token would cross a border.
 
 import bisect
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from plait.run.config import DataConfig, did_you_mean
 from plait.run.data.reader import Columns
 from plait.run.data.rows import Row
 
 IGNORED = -100  # the label of a token that is not trained
-TOKENIZER_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
+_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def tokenize(
@@ -44,6 +46,35 @@ def tokenize(
         _fit(encoded, split, data, causal)
         splits[split] = Dataset.from_list(encoded)
     return splits
+
+
+class Collator:
+    """Pads the rows of a batch to its longest one and keeps what the model takes.
+
+    task_ids, sample_types: also emit these, LongTensors (batch,), for a method that routes by task
+    or whose balance loss has a target for each type.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        causal: bool,
+        task_ids: bool = False,
+        sample_types: bool = False,
+    ):
+        inner = DataCollatorForSeq2Seq if causal else DataCollatorWithPadding
+        self.pad: Callable[[list[dict[str, Any]]], Any] = inner(tokenizer)
+        self.task_ids, self.sample_types = task_ids, sample_types
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return input_ids, attention_mask (batch, longest) and labels."""
+        names = (*_COLUMNS, "labels")
+        batch = dict(self.pad([{k: row[k] for k in names if k in row} for row in rows]))
+        if self.task_ids:
+            batch["task_ids"] = torch.tensor([row["task_id"] for row in rows])
+        if self.sample_types:
+            batch["sample_types"] = torch.tensor([row["sample_type"] for row in rows])
+        return batch
 
 
 def _label(label: Any, labels: list[str] | None, where: str) -> Any:
@@ -81,9 +112,7 @@ def _encode_texts(
         truncation=data.truncate,
         max_length=data.max_length if data.truncate else None,
     )
-    return [
-        {k: columns[k][i] for k in TOKENIZER_COLUMNS if k in columns} for i in range(len(texts))
-    ]
+    return [{k: columns[k][i] for k in _COLUMNS if k in columns} for i in range(len(texts))]
 
 
 def _encode_causal(
@@ -145,7 +174,8 @@ def _encode_segments(
 ) -> list[list[list[int]]]:
     """Tokenize each row's consecutive texts so that each leading part keeps its own tokens.
 
-    Joint tokens where the leading parts' tokens are their prefix; else each text on its own.
+    The texts are tokenized together if the tokens of each leading part are a prefix of the whole,
+    else one by one.
     """
     leading = ["".join(texts[: n + 1]) for texts in rows for n in range(len(texts))]
     runs = iter(tokenizer(leading, add_special_tokens=False)["input_ids"])
@@ -223,7 +253,7 @@ def _fit(encoded: list[dict[str, Any]], split: str, data: DataConfig, causal: bo
         )
     if long:
         for item in encoded:
-            for name in (*TOKENIZER_COLUMNS, "labels"):
+            for name in (*_COLUMNS, "labels"):
                 if name in item:
                     item[name] = item[name][:limit]
     if causal:

@@ -7,7 +7,8 @@ from peft import PeftConfig
 
 from plait.run.config import RunConfig, did_you_mean
 from plait.run.federated.config import FederateConfig
-from plait.run.prepare import Base, method_config
+from plait.run.model import Base
+from plait.run.prepare import method_config
 
 
 def client_configs(

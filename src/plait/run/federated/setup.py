@@ -17,8 +17,8 @@ from plait.run.data import DataBundle, load_data
 from plait.run.federated.adapters import client_configs
 from plait.run.federated.config import FederateConfig
 from plait.run.federated.rows import POOLED, divide_rows
-from plait.run.model import load_tokenizer, to_device
-from plait.run.prepare import check_config, prepare_base
+from plait.run.model import load_tokenizer, prepare_base, to_device
+from plait.run.prepare import check_config
 
 
 @dataclass(frozen=True)

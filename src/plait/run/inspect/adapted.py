@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from plait.core.bridge import PlaitLayer
-from plait.core.delta import Delta, LowRankDelta, mode
-from plait.core.mix import TaskTable, TokenRouter
+from plait.core.delta import Delta, mode
+from plait.core.low_rank import LowRankDelta
+from plait.core.mix import Mix, TaskTable, TokenRouter
 from plait.inspect.update import Update
 from plait.run.model import adaptable_layers
 from plait.upstream.layers import (
@@ -85,7 +86,7 @@ class PlaitAdapted(Adapted):
             return "experts"
         return "tasks" if isinstance(mix, TaskTable) else "single"
 
-    def mix(self) -> Tensor | TokenRouter | TaskTable | None:
+    def mix(self) -> Tensor | Mix | None:
         """The mix in evaluation, None for a dense update."""
         if not isinstance(self.delta, LowRankDelta):
             return None
@@ -138,23 +139,23 @@ class PlaitAdapted(Adapted):
         Where a method trains something else, such as coefficients: the factors that follow.
         """
         mix, (out, width) = self.mix(), self._shape
-        found: dict[str, Tensor] = {}
+        factors: dict[str, Tensor] = {}
         for name, p in self.delta.named_parameters(recurse=False):
             size = {"A": -1, "C": -1, "B": -2, "D": -2}.get(name[0])
             if size is None or p.ndim not in (2, 3) or p.shape[size] != (width, out)[-size - 1]:
                 continue
             if p.ndim == 2:
-                found[name] = wide(p)
+                factors[name] = wide(p)
                 continue
             labels: Any = range(1, len(p) + 1)
             if isinstance(mix, TaskTable) and len(mix.tasks) == len(p):
                 labels = mix.tasks
-            found |= {f"{name}[{label}]": wide(a) for label, a in zip(labels, p, strict=True)}
-        if not found and isinstance(self.delta, LowRankDelta):
+            factors |= {f"{name}[{label}]": wide(a) for label, a in zip(labels, p, strict=True)}
+        if not factors and isinstance(self.delta, LowRankDelta):
             with torch.no_grad(), mode(self.delta, training=False):
                 A, B = self.delta.factors()
-            found = {"A": wide(A), "B": wide(B)}
-        return found
+            factors = {"A": wide(A), "B": wide(B)}
+        return factors
 
     def gate(self) -> Tensor | None:
         """The product of the gates in evaluation, one number a rank."""
@@ -258,14 +259,14 @@ def adapted_layers(model: Any, base: nn.Module | None = None) -> list[Adapted]:
         return [FullAdapted(n, layer, before[n]) for n, layer in adaptable_layers(model).items()]
     adapter = model.active_adapters[0]
     config: Any = model.peft_config[adapter]
-    found: list[Adapted] = []
+    layers: list[Adapted] = []
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, PlaitLayer):
             if adapter in module.plait_delta:
-                found.append(PlaitAdapted(name, module, adapter))
+                layers.append(PlaitAdapted(name, module, adapter))
         elif is_tuner_layer(module):
-            found.append(UpstreamAdapted(name, module, adapter, config))
-    return found
+            layers.append(UpstreamAdapted(name, module, adapter, config))
+    return layers
 
 
 def place(name: str) -> tuple[int | None, str]:

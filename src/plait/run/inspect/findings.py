@@ -199,9 +199,9 @@ def by_module(layers: Iterable[LayerReport]) -> list[ModuleReport]:
     order = list(dict.fromkeys(run for run, _ in groups))
     reports = []
     for run, module in sorted(groups, key=lambda key: order.index(key[0])):
-        found = groups[run, module]
-        updates = [u for layer in found for u in layer.updates]
-        gates = [layer.gate for layer in found if layer.gate is not None]
+        members = groups[run, module]
+        updates = [u for layer in members for u in layer.updates]
+        gates = [layer.gate for layer in members if layer.gate is not None]
         numbers = {
             name: mean(getattr(u, name) for u in updates)
             for name in (
@@ -213,7 +213,7 @@ def by_module(layers: Iterable[LayerReport]) -> list[ModuleReport]:
             ModuleReport(
                 run=run,
                 module=module,
-                layers=len(found),
+                layers=len(members),
                 rank=(min(u.rank for u in updates), max(u.rank for u in updates)),
                 live=mean(g.live for g in gates),
                 ranks=mean(g.ranks for g in gates),
@@ -234,14 +234,14 @@ def by_pair(pairs: Iterable[PairReport]) -> list[SimilarityReport]:
             kind=kind,
             a=a,
             b=b,
-            layers=len(found),
-            cosine=mean(p.cosine for p in found),
-            overlap=mean(p.overlap for p in found),
-            chance=mean(p.chance for p in found),
-            smallest=mean(p.angles[0] for p in found if p.angles),
-            largest=mean(p.angles[-1] for p in found if p.angles),
+            layers=len(same),
+            cosine=mean(p.cosine for p in same),
+            overlap=mean(p.overlap for p in same),
+            chance=mean(p.chance for p in same),
+            smallest=mean(p.angles[0] for p in same if p.angles),
+            largest=mean(p.angles[-1] for p in same if p.angles),
         )
-        for (kind, a, b), found in sorted(groups.items(), key=lambda item: kinds.index(item[0][0]))
+        for (kind, a, b), same in sorted(groups.items(), key=lambda item: kinds.index(item[0][0]))
     ]
 
 
@@ -257,14 +257,14 @@ def by_task(layers: Iterable[LayerReport]) -> list[MeanLoad]:
             run=run,
             task=task,
             experts=experts,
-            layers=len(found),
-            tokens=max(load.tokens for load in found),
-            load=[mean(load.load[i] for load in found) for i in range(experts)],
-            first=[mean(load.first[i] for load in found) for i in range(experts)],
-            entropy=mean(load.entropy for load in found),
-            load_entropy=mean(load.load_entropy for load in found),
+            layers=len(members),
+            tokens=max(load.tokens for load in members),
+            load=[mean(load.load[i] for load in members) for i in range(experts)],
+            first=[mean(load.first[i] for load in members) for i in range(experts)],
+            entropy=mean(load.entropy for load in members),
+            load_entropy=mean(load.load_entropy for load in members),
         )
-        for (run, experts, task), found in groups.items()
+        for (run, experts, task), members in groups.items()
     ]
 
 
@@ -286,8 +286,8 @@ def mean(values: Iterable[Number | int]) -> Number:
     return sum(known) / len(known) if known else None
 
 
-def _one_line(found: re.Match[str]) -> str:
-    return f"[{' '.join(found[1].split())}]"
+def _one_line(match: re.Match[str]) -> str:
+    return f"[{' '.join(match[1].split())}]"
 
 
 def plain(value: Any) -> Any:

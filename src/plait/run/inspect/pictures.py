@@ -76,10 +76,10 @@ def draw(report: InspectReport) -> dict[str, bytes]:
 
 def _grid(pairs: Iterable[tuple[str, int | None, Sequence[float | None]]]) -> Grid:
     """The mean of what falls into each cell, of (module, block, values)."""
-    found: dict[tuple[str, int | None], list[float | None]] = defaultdict(list)
+    cells: dict[tuple[str, int | None], list[float | None]] = defaultdict(list)
     for module, block, values in pairs:
-        found[module, block].extend(values)
-    return {cell: mean(values) for cell, values in found.items()}
+        cells[module, block].extend(values)
+    return {cell: mean(values) for cell, values in cells.items()}
 
 
 def _heat(
@@ -185,11 +185,11 @@ def _width(grids: Iterable[Grid], names: Mapping[str, str]) -> float:
 
 def _similarity(report: InspectReport, kind: str) -> Figure | None:
     """Cosine and overlap of all pairs, mean over layers; and the mean over pairs by layer."""
-    found = [s for s in report.similarity if s.kind == kind]
-    if all(s.cosine is None and s.overlap is None for s in found):
+    similar = [s for s in report.similarity if s.kind == kind]
+    if all(s.cosine is None and s.overlap is None for s in similar):
         return None
-    labels = list(dict.fromkeys(x for s in found for x in (s.a, s.b)))
-    spans = any(s.overlap is not None for s in found)
+    labels = list(dict.fromkeys(x for s in similar for x in (s.a, s.b)))
+    spans = any(s.overlap is not None for s in similar)
     pairs = [p for p in report.pairs if p.kind == kind]
     grid = _grid((p.module, p.block, [p.overlap if spans else p.cosine]) for p in pairs)
     names = short_names(module for module, _ in grid)
@@ -210,11 +210,11 @@ def _similarity(report: InspectReport, kind: str) -> Figure | None:
         panels = figure.subplot_mosaic(mosaic, height_ratios=[tall, height])
     cosines = Normalize(-1, 1), "RdBu_r"
     shares = Normalize(0, 1), "viridis"
-    _pairs(figure, panels["cosine"], found, labels, "cosine", *cosines)
+    _pairs(figure, panels["cosine"], similar, labels, "cosine", *cosines)
     if spans:
-        _pairs(figure, panels["overlap"], found, labels, "overlap", *shares)
+        _pairs(figure, panels["overlap"], similar, labels, "overlap", *shares)
         panels["overlap"].set_yticks([])
-        random = mean(s.chance for s in found)
+        random = mean(s.chance for s in similar)
         panels["overlap"].set_xlabel(f"independent random spaces: {random:.2g}")
     image = _heat(panels["map"], grid, *(shares if spans else cosines), names)
     panels["map"].set_title(f"{matrices[-1]}, mean of pairs", loc="left")
@@ -225,7 +225,7 @@ def _similarity(report: InspectReport, kind: str) -> Figure | None:
 def _pairs(
     figure: Figure,
     axes: Any,
-    found: Sequence[SimilarityReport],
+    similar: Sequence[SimilarityReport],
     labels: Sequence[str],
     name: str,
     norm: Normalize,
@@ -233,7 +233,7 @@ def _pairs(
 ) -> None:
     values = np.full((len(labels), len(labels)), np.nan)
     np.fill_diagonal(values, 1.0)
-    for s in found:
+    for s in similar:
         i, j = labels.index(s.a), labels.index(s.b)
         number = getattr(s, name)
         values[i, j] = values[j, i] = np.nan if number is None else number
@@ -241,7 +241,7 @@ def _pairs(
     axes.set_aspect("equal")
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(labels)), labels)
-    axes.set_title(f"{found[0].kind}: {name}", loc="left")
+    axes.set_title(f"{similar[0].kind}: {name}", loc="left")
     figure.colorbar(image, ax=axes, shrink=0.8)
 
 
@@ -298,12 +298,12 @@ def _spectra(report: InspectReport) -> Figure | None:
 
 def _curves(report: InspectReport, run: str) -> dict[str, NDArray[Any]]:
     """Module -> spectra of its layers (layers, ranks), 0 behind the shorter ones."""
-    found: dict[str, list[list[float | None]]] = defaultdict(list)
+    by_module: dict[str, list[list[float | None]]] = defaultdict(list)
     for layer in report.layers:
         if layer.run == run:
-            found[layer.module] += [u.spectrum for u in layer.updates]
+            by_module[layer.module] += [u.spectrum for u in layer.updates]
     curves = {}
-    for module, spectra in found.items():
+    for module, spectra in by_module.items():
         values = np.zeros((len(spectra), max(map(len, spectra))))
         for row, spectrum in zip(values, spectra, strict=True):
             row[: len(spectrum)] = spectrum
@@ -338,8 +338,8 @@ def _gates(report: InspectReport) -> Figure | None:
         ordered = sorted(layers, key=lambda r: list(names).index(r.module))
         values = np.full((len(ordered), most), np.nan)
         for row, layer in zip(values, ordered, strict=True):
-            found = [] if layer.gate is None else layer.gate.values
-            row[: len(found)] = np.abs(np.array(found, dtype=float))
+            gates = [] if layer.gate is None else layer.gate.values
+            row[: len(gates)] = np.abs(np.array(gates, dtype=float))
         image = _image(right, values, Normalize(0, np.nanmax(values) or 1), "magma")
         starts = [i for i, r in enumerate(ordered) if not i or ordered[i - 1].module != r.module]
         ends = [*starts[1:], len(ordered)]

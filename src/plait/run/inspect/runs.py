@@ -41,7 +41,6 @@ from plait.run.inspect.findings import (
     by_pair,
     by_task,
 )
-from plait.run.inspect.pictures import draw
 from plait.run.model import load_base, to_device
 from plait.run.prepare import TrainedRun, load_run
 
@@ -102,8 +101,11 @@ def inspect_runs(
 
     def write(folder: Path) -> None:
         write_atomic(folder / REPORT, report.text())
-        for file, content in draw(report).items() if pictures else ():
-            write_atomic(folder / file, content)
+        if pictures:
+            from plait.run.inspect.pictures import draw  # loads matplotlib
+
+            for file, content in draw(report).items():
+                write_atomic(folder / file, content)
 
     replace_dir(out, write)
     return out, report
@@ -148,13 +150,13 @@ def _load(path: str | Path, label: str, overrides: Sequence[str]) -> _Run:
         outputs = None if cfg.model.task == "causal_lm" else model.config.num_labels
         base = to_device(load_base(cfg.model, outputs), cfg)
         notes.append("trained as well and not inspected: embeddings, norms, biases, output layer")
-    found: dict[str, Adapted] = {}
+    layers: dict[str, Adapted] = {}
     for layer in adapted_layers(model, base):
         if layer.weight().ndim == 2:
-            found[layer.name] = layer
+            layers[layer.name] = layer
         else:
             notes.append(f"left out: {layer.name}, whose weight is no matrix")
-    return _Run(label, str(path), loaded, found, notes)
+    return _Run(label, str(path), loaded, layers, notes)
 
 
 def _check_bases(runs: Sequence[_Run]) -> list[str]:
@@ -291,7 +293,7 @@ def _update(
 ) -> UpdateReport:
     s = dW.singular_values()
     norm = float(torch.linalg.norm(s))
-    found = Alignment(None, None, None) if parts is None else alignment(dW, parts)
+    turned = Alignment(None, None, None) if parts is None else alignment(dW, parts)
     return UpdateReport(
         name=name,
         norm=norm,
@@ -301,9 +303,9 @@ def _update(
         effective_rank=effective_rank(s),
         numerical_rank=numerical_rank(s, tuple(W.shape)),
         untouched=dW.untouched(),
-        left=found.left,
-        right=found.right,
-        cosine=found.cosine,
+        left=turned.left,
+        right=turned.right,
+        cosine=turned.cosine,
         spectrum=_list(s),
     )
 
@@ -326,9 +328,9 @@ def _pairs(
         for label, (dW, _) in updates[run].items():
             full = run if label == SINGLE else f"{run}: {label}"
             terms[full if several else label] = dW
-    for kind, found in sorted(factors.items()):
-        for a, b in combinations(found, 2):
-            x, y = found[a], found[b].to(found[a].device)
+    for kind, alike in sorted(factors.items()):
+        for a, b in combinations(alike, 2):
+            x, y = alike[a], alike[b].to(alike[a].device)
             angles = principal_angles(x, y)
             yield PairReport(
                 layer=name,
@@ -343,8 +345,8 @@ def _pairs(
                 angles=_list(angles.rad2deg()),
             )
     for a, b in combinations(terms, 2):
-        found = cosine(terms[a], terms[b])
-        yield PairReport(name, block, module, "dW", a, b, found, None, None, None)
+        likeness = cosine(terms[a], terms[b])
+        yield PairReport(name, block, module, "dW", a, b, likeness, None, None, None)
 
 
 # -------------------------------------------------------------------------------------- routing
@@ -352,7 +354,7 @@ def _pairs(
 
 def _routing(run: _Run, most: int) -> dict[str, RoutingReport]:
     """Route held-out rows; return what each router did, by layer."""
-    routed = {name: found for name, v in run.layers.items() if (found := v.router()) is not None}
+    routed = {name: router for name, v in run.layers.items() if (router := v.router()) is not None}
     if not routed:
         return {}
     if not most:

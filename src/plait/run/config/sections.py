@@ -1,0 +1,173 @@
+"""The sections of a run file: one dataclass each, with help and bounds on every field.
+
+A new key is a line here: reading, errors, `plait init` and the tables on the pages follow.
+"""
+
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from plait.options import option
+
+if typing.TYPE_CHECKING:
+    from plait.chain import ChainPlan
+
+ModelTask = Literal["causal_lm", "classification", "regression"]
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The base model."""
+
+    name: str = option("builtin:tiny", "A hub id, a local folder, or the shipped tiny Llama.")
+    revision: str | None = option(None, "Branch, tag or commit of a hub model.")
+    task: ModelTask = option("causal_lm", "What the model predicts.")
+    quantization: Literal["none", "8bit", "4bit"] = option(
+        "none", 'Bits of the frozen base weights; needs pip install "plait[quant]".'
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "float32", "Type of the base weights."
+    )
+    trust_remote_code: bool = option(False, "True runs code that the model brings along.")
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    """The fine-tuning method; all other keys of the section are options of that method."""
+
+    name: str = option("lora", "One of `plait methods`, which lists upstream's methods, too.")
+    options: dict[str, Any] = option(dict, "Checked keywords of the method's config class.")
+    lr_scale: dict[str, float] | None = option(
+        None,
+        "Factors on the learning rate of parameters by name; their weight decay is divided by "
+        "them.",
+        above=0,
+    )
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """The optimizer; all other keys of the section are options of that optimizer.
+
+    Learning rate and weight decay are those of `training`.
+    """
+
+    name: str = option(
+        "default",
+        "`default` (training.optim decides), lora_rite, lorsum, loraplus, lorafa or riemannian.",
+    )
+    options: dict[str, Any] = option(dict, "Checked keywords of the optimizer.")
+
+
+@dataclass(kw_only=True)
+class ColumnsConfig:
+    """Where the data keeps what plait needs: the name of a column, or its index from 0."""
+
+    prompt: str | int | None = option(None, "What the model reads, without loss.")
+    completion: str | int | None = option(None, "What the model learns to write.")
+    messages: str | int | None = option(None, "A chat: a list of {role, content}.")
+    text: str | int | None = option(None, "The text to learn, or to classify.")
+    text_pair: str | int | None = option(None, "The second text of a pair to classify.")
+    label: str | int | None = option(None, "The class, or the number to predict.")
+    task: str | int | None = option(None, "Name of the task of a row; metrics are split by it.")
+    sample_type: str | int | None = option(None, "0 or 1, for balance losses that tell them apart.")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The rows. Paths are relative to the working folder."""
+
+    train: str | list[str] = option(
+        "builtin:shift",
+        "Files (jsonl, json, csv, tsv, txt, parquet), a hub id, or a generator, "
+        "builtin:NAME?key=value. SOURCE#PART names the split of a hub set, or the key of a JSON "
+        "object of lists.",
+    )
+    validation: float | str | list[str] | None = option(
+        None, "A source, or a fraction of train such as 0.1; null: none.", above=0, below=1
+    )
+    test: str | list[str] | None = option(None, "A source; null: none.")
+    split: str = option(
+        "train", "Split of a hub set, or key of a JSON object of lists, where train names none."
+    )
+    subset: str | None = option(None, "Configuration of a hub set.")
+    format: Literal["jsonl", "json", "csv", "tsv", "txt", "parquet"] | None = option(
+        None, "Format of the files; null: by their endings."
+    )
+    delimiter: str | None = option(
+        None,
+        'null: "," in csv and a tab in tsv; txt: one text a line, or a separator such as "||".',
+        least=1,
+    )
+    header: bool | None = option(
+        None, "null: csv and tsv have a header, txt does not. Without one: columns c0, c1, ..."
+    )
+    quotes: bool | None = option(None, "null: csv has quoted values, tsv and txt do not.")
+    columns: ColumnsConfig = option(ColumnsConfig, "plait's names of columns: the data's names.")
+    prompt_template: str | None = option(
+        None, r'Over the columns, such as "Question: {question}\nAnswer: ".'
+    )
+    completion_template: str | None = option(None, 'Over the columns, such as "{answer}".')
+    max_length: int = option(512, "Tokens of a row; a longer row is an error.", least=1)
+    truncate: bool = option(False, "True cuts longer rows to max_length.")
+    train_on_prompt: bool = option(False, "False: the loss is taken on the completion alone.")
+    add_eos: bool = option(True, "End each row with the end-of-sequence token.")
+    limit: int | None = option(None, "Rows of train, drawn with the seed; null: all.", least=1)
+    validation_limit: int | None = option(None, "Rows of validation; null: all.", least=1)
+    test_limit: int | None = option(None, "Rows of test; null: all.", least=1)
+    seed: int = option(0, "Seed of the validation split, the limits and the generators.")
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """How a model is evaluated."""
+
+    generate: bool = option(
+        True, "Measure the exact match of greedy generation on rows with a completion."
+    )
+    max_new_tokens: int = option(64, "Tokens that generation may add.", least=1)
+    batch_size: int = option(32, "Rows at a time.", least=1)
+
+
+@dataclass(kw_only=True)
+class OutputConfig:
+    """Where the run goes."""
+
+    dir: str = option("runs/first", "The run folder; one that holds something is refused.", least=1)
+
+
+@dataclass(kw_only=True)
+class ChainConfig:
+    """A chain of adapters; an option that is null has the recipe's own default."""
+
+    plan: str = option("chain", "The recipe: chain, rac or xgb.")
+    links: int | None = option(None, "Number of links; or give steps_per_link.", least=1)
+    steps_per_link: int | None = option(None, "Optimizer steps of a link.", least=1)
+    ranks: int | list[int] | None = option(None, "Rank of all links, or of each.", least=1)
+    lr: Literal["restart", "global"] | None = option(
+        None, "Whether the learning rate's schedule restarts with each link."
+    )
+    warmup_steps: int | None = option(None, "Warm-up steps of a link that restarts.", least=0)
+    reset_optimizer: bool | None = option(None, "Whether a link starts with new optimizer state.")
+    storage: Literal["stack", "merge"] | None = option(
+        None, "Keep all links as one stacked adapter, or merge them into the base."
+    )
+    freeze: Literal["A", "B"] | None = option(None, "rac: the factor that is a frozen sketch.")
+    sketch: Literal["orthonormal", "gaussian"] | None = option(None, "rac: how it is drawn.")
+    sketch_std: float | None = option(None, "rac: standard deviation of a Gaussian sketch.")
+    blocks_per_link: int | float | None = option(
+        None, "xgb: blocks of the model that a link trains, or their share."
+    )
+    rank: int | None = option(None, "xgb: rank of a link.", least=1)
+    seed: int | None = option(None, "Seed of the links' starts and of the blocks drawn.")
+
+    def build(self) -> "ChainPlan":
+        """Return the plan.
+
+        Raises:
+            ValueError: an option of another recipe, or one out of range.
+        """
+        from plait.chain import ChainPlan
+
+        options = {k: v for k, v in vars(self).items() if v is not None and k != "plan"}
+        return ChainPlan.of(self.plan, **options)
