@@ -48,15 +48,27 @@ def test_worker_processes_write_the_lines_of_one_process(tmp_path: Path) -> None
     ("changes", "text"),
     [
         ({"timeouts": {"first": 5.0}}, "one process cannot end itself"),
-        ({"engine": {"workers": -1}}, "engine.workers = -1. Give 0 or more."),
-        ({"engine": {"threads": 0}}, "engine.threads = 0. Give 1 or more."),
-        ({"timeouts": {"wait": 0.0}}, "timeouts.wait = 0.0. Give seconds above 0."),
-        ({"evaluation": {"every": -1}}, "evaluation.every = -1. Give 0 or more."),
+        (
+            {"engine": {"workers": -1}},
+            "engine.workers is -1. It should be greater than or equal to 0.",
+        ),
+        (
+            {"engine": {"threads": 0}},
+            "engine.threads is 0. It should be greater than or equal to 1.",
+        ),
+        ({"timeouts": {"wait": 0.0}}, "timeouts.wait is 0.0. It should be greater than 0."),
+        (
+            {"evaluation": {"every": -1}},
+            "evaluation.every is -1. It should be greater than or equal to 0.",
+        ),
         (
             {"evaluation": {"every": 0, "after_training": True}},
             "evaluation.after_training is true and evaluation.every 0",
         ),
-        ({"sampling": {"retries": -1}}, "retries = -1. Give 0 or more."),
+        (
+            {"sampling": {"retries": -1}},
+            "sampling.retries is -1. It should be greater than or equal to 0.",
+        ),
         ({"privacy": {"clip": 1.0}}, "privacy.noise is not set."),
         ({"privacy": {"clip": 0.0, "noise": 1.0}}, "privacy.clip = 0.0"),
         ({"partition": {"kind": "own"}}, "own takes the names of the clients"),
