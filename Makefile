@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # A core each for two test processes; more threads than cores only get in each other's way.
 WORKERS ?= 2
 
-.PHONY: demo test test-deploy lint format docs assets clean
+.PHONY: demo test test-deploy lint format docs docs-update assets clean
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,6 +40,12 @@ lint: $(VENV)/dev.stamp
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format src tests examples docs
 	$(BIN)/ruff check --fix src tests examples docs
+
+# Writes again what is generated from the code: the schema of options, and the tables, help texts
+# and example code in docs/ and README.md.
+docs-update: $(VENV)/core.stamp
+	$(BIN)/python -m plait.run.config
+	$(BIN)/python docs/update.py
 
 docs: $(VENV)/docs.stamp
 	$(BIN)/mkdocs build --strict

@@ -1,1 +1,1 @@
-"""Scripts that make every number of the docs; run them with `python -m benchmarks.NAME`."""
+"""The studies behind the figures in the docs; run one as `python -m benchmarks.STUDY.SCRIPT`."""

@@ -9,11 +9,10 @@ import torch
 from hypothesis import settings
 from transformers import PreTrainedModel
 
-from tests.support import tiny
+from plait.testing import tiny
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
-pytest.register_assert_rewrite("tests.support.contract")
 # The same examples on every machine, however slow it is just now.
 settings.register_profile("same", deadline=None, derandomize=True, database=None)
 settings.load_profile("same")

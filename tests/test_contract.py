@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 import plait
 from plait.core import registry
-from tests.support import contract
-from tests.support.contract import CHECKS, Case
+from plait.testing import CHECKS, Case, checks, fresh_process, processes
 
 # B0 / 3 three times is not B0 to the last bit.
 ROUNDED = {"start_error": 1e-6}
@@ -80,8 +79,8 @@ def test_any_shape(case: Case) -> None:
     @settings(max_examples=5)
     @given(n_in=st.integers(1, 9), n_out=st.integers(1, 9), rows=st.integers(1, 3))
     def check(n_in: int, n_out: int, rows: int) -> None:
-        contract.forward_is_weight(case, n_in, n_out)
-        contract.fast_is_naive(case, n_in, n_out, rows, tiles=(2, 4))
+        checks.forward_is_weight(case, n_in, n_out)
+        checks.fast_is_naive(case, n_in, n_out, rows, tiles=(2, 4))
 
     check()
 
@@ -120,8 +119,8 @@ def test_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_methods", dict(registry._methods))
     path = tmp_path / "forgetful.py"
     path.write_text(FORGETFUL, encoding="utf-8")
-    contract.load(path)
-    broken = Case("hashes_its_name", module=path)
-    contract.save_and_load(broken)  # in this process all is well
-    problems = contract.fresh_process([*CASES, broken], tmp_path)
+    processes.load(path)
+    broken = Case("hashes_its_name")
+    checks.save_and_load(broken)  # in this process all is well
+    problems = fresh_process([*CASES, broken], tmp_path)
     assert problems == {"hashes_its_name": "differs in a new process"}

@@ -14,8 +14,7 @@ from plait.core import DeltaConfig, LowRankDelta, registry
 from plait.core.init import gaussian, kaiming
 from plait.core.mix import TokenRouter
 from plait.core.route import NOWHERE, Rows
-from tests.support import contract
-from tests.support.contract import CHECKS, Case
+from plait.testing import CHECKS, Case, checks
 
 Control = tuple[type[LowRankDelta], Callable[[Case], None], str, type[BaseException]]
 CONTROLS: list[Control] = []
@@ -59,63 +58,63 @@ class Plain(LowRankDelta):
         return self.A, self.B
 
 
-@caught_by(contract.start_is_the_base, "a fresh adapter changes the output")
-@caught_by(contract.quantised_bases_work, "8 bit: a fresh adapter changes it")
+@caught_by(checks.start_is_the_base, "a fresh adapter changes the output")
+@caught_by(checks.quantised_bases_work, "8 bit: a fresh adapter changes it")
 class StartsElsewhere(Plain):
     def __init__(self, base: Any, config: Any, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
         self.B = nn.Parameter(gaussian(gen, *self.B.shape, std=0.1))
 
 
-@caught_by(contract.random_start_differs, "init_weights=False starts at the base model")
+@caught_by(checks.random_start_differs, "init_weights=False starts at the base model")
 class HasNoRandomStart(Plain):
     def randomize(self, gen: torch.Generator) -> None:
         pass
 
 
-@caught_by(contract.starts_are_reproducible, "is drawn anew")
-@caught_by(contract.random_state_is_kept, "torch's global generator moved")
+@caught_by(checks.starts_are_reproducible, "is drawn anew")
+@caught_by(checks.random_state_is_kept, "torch's global generator moved")
 class DrawsFromTheGlobalGenerator(Plain):
     def __init__(self, base: Any, config: Any, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
         self.A = nn.Parameter(torch.rand(self.A.shape))
 
 
-@caught_by(contract.random_state_is_kept, "numpy's global generator moved")
+@caught_by(checks.random_state_is_kept, "numpy's global generator moved")
 class DrawsInEvents(Plain):
     def after_step(self) -> None:
         np.random.random()
 
 
-@caught_by(contract.only_the_delta_trains, "training changed .*q_proj.weight")
+@caught_by(checks.only_the_delta_trains, "training changed .*q_proj.weight")
 class EditsTheBase(Plain):
     def __init__(self, base: Any, config: Any, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
         base.weight.mul_(1.01)
 
 
-@caught_by(contract.only_the_delta_trains, "a Delta's parameter does not train")
+@caught_by(checks.only_the_delta_trains, "a Delta's parameter does not train")
 class FreezesAFactor(Plain):
     def train(self, mode: bool = True) -> "FreezesAFactor":
         self.A.requires_grad_(False)
         return super().train(mode)
 
 
-@caught_by(contract.gradients_reach_everything, "no gradient in three steps")
-@caught_by(contract.loss_falls, "in 30 steps")
+@caught_by(checks.gradients_reach_everything, "no gradient in three steps")
+@caught_by(checks.loss_falls, "in 30 steps")
 class IsDead(Plain):
     def __init__(self, base: Any, config: Any, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
         self.A = nn.Parameter(torch.zeros_like(self.A))
 
 
-@caught_by(contract.loss_falls, "evaluation mode gives loss")
+@caught_by(checks.loss_falls, "evaluation mode gives loss")
 class TrainsAnotherFunction(Plain):
     def gate(self) -> Tensor:
         return torch.full((len(self.A),), float(self.training))
 
 
-@caught_by(contract.optimizers_agree, "stale values after a step")
+@caught_by(checks.optimizers_agree, "stale values after a step")
 class CachesByVersion(Plain):
     """A fused optimizer writes without raising the version."""
 
@@ -130,20 +129,20 @@ class CachesByVersion(Plain):
         return self.A, self.cached
 
 
-@caught_by(contract.micro_batches_add_up, "accumulation is not one batch")
-@caught_by(contract.rows_are_independent, "a row depends on its batch")
+@caught_by(checks.micro_batches_add_up, "accumulation is not one batch")
+@caught_by(checks.rows_are_independent, "a row depends on its batch")
 class CentersTheBatch(Plain):
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         return super().down(x - x.mean(0), A)
 
 
-@caught_by(contract.rows_are_independent, "later tokens are seen")
+@caught_by(checks.rows_are_independent, "later tokens are seen")
 class LooksAhead(Plain):
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         return super().down(x + x.mean(-2, keepdim=True), A)
 
 
-@caught_by(contract.mixed_batch_is_separate_runs, "rows of default differ")
+@caught_by(checks.mixed_batch_is_separate_runs, "rows of default differ")
 class DependsOnTheBatchSize(Plain):
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         return super().down(x, A) / len(x)
@@ -161,7 +160,7 @@ class HasAStep(Plain):
         return torch.full((len(self.A),), 1 + 0.1 * self.steps)
 
 
-@caught_by(contract.resume_is_exact, "differs after a resume")
+@caught_by(checks.resume_is_exact, "differs after a resume")
 class ForgetsItsStep(HasAStep):
     def after_step(self) -> None:
         self.n += 1
@@ -170,12 +169,12 @@ class ForgetsItsStep(HasAStep):
         return torch.full((len(self.A),), 1 + 0.1 * self.n)
 
 
-@caught_by(contract.events_fire, "no event came in three steps")
+@caught_by(checks.events_fire, "no event came in three steps")
 class IsNeverCalled(HasAStep):
     needs_events = False  # type: ignore[assignment]
 
 
-@caught_by(contract.events_fire, "t = 6 after three steps")
+@caught_by(checks.events_fire, "t = 6 after three steps")
 class CountsTwice(HasAStep):
     def after_step(self) -> None:
         assert self.t is not None
@@ -199,12 +198,12 @@ class HasExperts(Plain):
         return config.r * (2 * in_features + out_features)
 
 
-@caught_by(contract.experts_part, r"A\[1\] equals A\[0\]")
+@caught_by(checks.experts_part, r"A\[1\] equals A\[0\]")
 class HasCopiesForExperts(HasExperts):
     pass
 
 
-@caught_by(contract.experts_part, "A parted")
+@caught_by(checks.experts_part, "A parted")
 class HasExpertsThatPart(HasExperts):
     case: ClassVar[dict[str, Any]] = {"alike": ("A",)}
 
@@ -212,14 +211,14 @@ class HasExpertsThatPart(HasExperts):
         return self.A[0] + 2 * self.A[1], self.B
 
 
-@caught_by(contract.storages_are_distinct, "is expanded")
+@caught_by(checks.storages_are_distinct, "is expanded")
 class HasOneTensorForAllExperts(HasExperts):
     def __init__(self, base: Any, config: Any, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
         self.A = nn.Parameter(self.A[:1].detach().clone().expand(2, -1, -1))
 
 
-@caught_by(contract.storages_are_distinct, "shares memory with")
+@caught_by(checks.storages_are_distinct, "shares memory with")
 class SharesBetweenLayers(Plain):
     def __init__(self, base: Any, config: Any, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
@@ -229,32 +228,32 @@ class SharesBetweenLayers(Plain):
 POOL = torch.randn(1000, generator=torch.Generator().manual_seed(0))
 
 
-@caught_by(contract.forward_is_weight, r"forward is not weight\(\)")
-@caught_by(contract.merge_is_exact, "merged differs")
+@caught_by(checks.forward_is_weight, r"forward is not weight\(\)")
+@caught_by(checks.merge_is_exact, "merged differs")
 class MergesAnotherWeight(Plain):
     def weight(self, **choice: Any) -> Tensor:
         return 0.5 * super().weight(**choice)
 
 
-@caught_by(contract.merge_is_exact, "the class fact `mergeable` is wrong")
+@caught_by(checks.merge_is_exact, "the class fact `mergeable` is wrong")
 class MiscallsItself(Plain):
     mergeable = False
 
 
-@caught_by(contract.fast_is_naive, "output differs")
+@caught_by(checks.fast_is_naive, "output differs")
 class ScalesTheFastForm(Plain):
     def forward(self, x: Tensor, task_ids: Tensor | None = None) -> Tensor:
         return 1.001 * super().forward(x, task_ids)
 
 
-@caught_by(contract.fast_is_naive, "x differs")
+@caught_by(checks.fast_is_naive, "x differs")
 class CutsTheGradient(Plain):
     def forward(self, x: Tensor, task_ids: Tensor | None = None) -> Tensor:
         return super().forward(x.detach(), task_ids)
 
 
-@caught_by(contract.fast_is_naive, "output differs")
-@caught_by(contract.forward_is_weight, "forward is not the loop over terms")
+@caught_by(checks.fast_is_naive, "output differs")
+@caught_by(checks.forward_is_weight, "forward is not the loop over terms")
 class RoutesWithoutSoftmax(Plain):
     """A router whose weights do not sum to one."""
 
@@ -273,26 +272,26 @@ class WithoutSoftmax(TokenRouter):
         return (w.unsqueeze(-2) @ z.unflatten(-1, (2, -1))).squeeze(-2)
 
 
-@caught_by(contract.shapes_are_free, "too many indices", IndexError)
+@caught_by(checks.shapes_are_free, "too many indices", IndexError)
 class WantsThreeAxes(Plain):
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         return super().down(x[:, :, :], A)
 
 
-@caught_by(contract.counts_are_the_formula, "the formula says")
+@caught_by(checks.counts_are_the_formula, "the formula says")
 class Miscounts(Plain):
     @classmethod
     def count(cls, config: Any, in_features: int, out_features: int) -> int:
         return config.r * in_features
 
 
-@caught_by(contract.counts_are_the_formula, "of dW is above the stated 1")
+@caught_by(checks.counts_are_the_formula, "of dW is above the stated 1")
 class MisstatesItsRank(Plain):
     def rank(self) -> int:
         return 1
 
 
-@caught_by(contract.save_and_load, "the loaded adapter differs")
+@caught_by(checks.save_and_load, "the loaded adapter differs")
 class DoesNotSaveItsStart(Plain):
     def __init__(self, base: Any, config: Any, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
@@ -303,7 +302,7 @@ class DoesNotSaveItsStart(Plain):
         return self.A + self.A0, self.B
 
 
-@caught_by(contract.save_and_load, "a decomposition at load")
+@caught_by(checks.save_and_load, "a decomposition at load")
 class DecomposesAtLoad(Plain):
     def __init__(self, base: Any, config: Any, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
@@ -311,7 +310,7 @@ class DecomposesAtLoad(Plain):
         self.A = nn.Parameter(Vh[: config.r].contiguous())
 
 
-@caught_by(contract.two_adapters_coexist, "adding an adapter changed the active one")
+@caught_by(checks.two_adapters_coexist, "adding an adapter changed the active one")
 class SharesBetweenAdapters(Plain):
     made: ClassVar[dict[str, nn.Parameter]] = {}
 
@@ -320,25 +319,25 @@ class SharesBetweenAdapters(Plain):
         self.A = self.made.setdefault(base.name, self.A)
 
 
-@caught_by(contract.export_is_as_declared, "the export differs")
+@caught_by(checks.export_is_as_declared, "the export differs")
 class ExportsAnotherScale(Plain):
     def folded(self, task: Any = None, approx: Any = None) -> tuple[Tensor, Tensor]:
         A, B = super().folded(task, approx)
         return 1.1 * A, B
 
 
-@caught_by(contract.export_is_as_declared, "the class fact `exact_export` is wrong")
+@caught_by(checks.export_is_as_declared, "the class fact `exact_export` is wrong")
 class PromisesAnExport(RoutesWithoutSoftmax):
     mergeable = False
 
 
-@caught_by(contract.half_precision_is_bounded, "relative error")
+@caught_by(checks.half_precision_is_bounded, "relative error")
 class RoundsTwice(Plain):
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         return super().down(x, A).mul(8).round().div(8)
 
 
-@caught_by(contract.half_precision_trains, "not finite")
+@caught_by(checks.half_precision_trains, "not finite")
 class Overflows(Plain):
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         if x.dtype != torch.bfloat16:
@@ -346,7 +345,7 @@ class Overflows(Plain):
         return (super().down(x, A).half() * 1e6).to(x.dtype) * 1e-6
 
 
-@caught_by(contract.checkpointing_changes_nothing, "another gradient under gradient checkpointing")
+@caught_by(checks.checkpointing_changes_nothing, "another gradient under gradient checkpointing")
 class CountsItsForwards(Plain):
     calls = 0
 
@@ -355,7 +354,7 @@ class CountsItsForwards(Plain):
         return torch.full((len(self.A),), 1.0 + self.calls)
 
 
-@caught_by(contract.quantised_bases_work, "", RuntimeError)
+@caught_by(checks.quantised_bases_work, "", RuntimeError)
 class ReadsThePackedWeight(Plain):
     def __init__(self, base: Any, config: Any, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
@@ -373,7 +372,7 @@ class LenientConfig(DeltaConfig):
         super().__post_init__()
 
 
-@caught_by(contract.config_is_strict, "DID NOT RAISE", pytest.fail.Exception)
+@caught_by(checks.config_is_strict, "DID NOT RAISE", pytest.fail.Exception)
 class TakesAnyRank(Plain):
     config_cls: ClassVar[type[DeltaConfig]] = LenientConfig
 
@@ -386,7 +385,7 @@ class ForgetfulConfig(DeltaConfig):
         return {k: v for k, v in super().to_dict().items() if k != "seed"}
 
 
-@caught_by(contract.config_is_strict, "seed was lost")
+@caught_by(checks.config_is_strict, "seed was lost")
 class LosesAnOption(Plain):
     config_cls: ClassVar[type[DeltaConfig]] = ForgetfulConfig
 

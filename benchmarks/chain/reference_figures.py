@@ -1,6 +1,6 @@
 """Reference figures of chains: what they gain and lose on a toy, and what rounding costs.
 
-    python benchmarks/chain/reference_figures.py [PART ...]    # rounding, quadratic, toy; none: all
+    python -m benchmarks.chain.reference_figures [PART ...]    # rounding, quadratic, toy; none: all
 
 1. Toy: four tanh layers of 24 x 24, target W + 0.25 N(0, 1) / sqrt(24), 256 inputs, AdamW with
    learning rate 5e-3, 600 steps in all, s = 1. Final loss of one adapter and of chains.
@@ -14,9 +14,7 @@ reference_figures.md.
 """
 
 import itertools
-import json
 import math
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +26,19 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import plait
+from benchmarks._common import (
+    least_to_most,
+    parser,
+    read_results,
+    table,
+    versions,
+    write_results,
+)
 from plait import ChainPlan
 from plait.core.init import seeded
-from plait.run.folder import environment, write_atomic
+from plait.run.folder import environment
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "reference_figures.json"
 SEEDS = (0, 1)
 SIDE, STEPS = 24, 600
 
@@ -250,38 +256,42 @@ def rounding() -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------- report
 
 
-def table(results: dict[str, Any]) -> str:
+def report(results: dict[str, Any]) -> str:
     """The results in Markdown."""
     where = results["environment"]
-    packages = where["packages"]
-    lines = [
-        f"Made by `benchmarks/chain/reference_figures.py` on {where['cpu_count']} shared CPU "
-        f"cores, one thread, torch {packages['torch']}, peft {packages['peft']}.",
-        "",
-        f"Toy: final loss, mean of seeds {', '.join(map(str, SEEDS))} and range; the start is "
-        f"{mean(results['toy']['LoRA r=1']['start']):.4f}.",
-        "",
-        "| run | final loss | range |",
-        "|---|---:|---:|",
+    toy_runs = [
+        [name, f"{mean(run['final']):.2e}", least_to_most(run["final"], ".2e")]
+        for name, run in results["toy"].items()
     ]
-    for name, row in results["toy"].items():
-        final = row["final"]
-        lines.append(f"| {name} | {mean(final):.2e} | {min(final):.2e} to {max(final):.2e} |")
-    lines += ["", "Quadratic, fp64:", "", "| run | result |", "|---|---|"]
-    for name, row in results["quadratic"].items():
-        shown = ", ".join(f"{k}: {_text(v)}" for k, v in row.items())
-        lines.append(f"| {name} | {shown} |")
-    lines += [
-        "",
-        "Share of dW lost by 200 rank-1 links, 3 seeds:",
-        "",
-        "| base | merged one after another | one rounding of the sum |",
-        "|---|---:|---:|",
+    quadratic_runs = [
+        [name, ", ".join(f"{key}: {_text(value)}" for key, value in run.items())]
+        for name, run in results["quadratic"].items()
     ]
-    for name, row in results["rounding"].items():
-        shown = [f"{min(v):.1%} to {max(v):.1%}" for v in row.values()]
-        lines.append(f"| {name} | {shown[0]} | {shown[1]} |")
-    return "\n".join(lines) + "\n"
+    roundings = [
+        [name, *(least_to_most(values, ".1%") for values in run.values())]
+        for name, run in results["rounding"].items()
+    ]
+    return "\n".join(
+        [
+            f"Made by `benchmarks/chain/reference_figures.py` on {where['cpu_count']} shared CPU "
+            f"cores, one thread, {versions(where, 'torch', 'peft')}.",
+            "",
+            f"Toy: final loss, mean of seeds {', '.join(map(str, SEEDS))} and range; the start is "
+            f"{mean(results['toy']['LoRA r=1']['start']):.4f}.",
+            "",
+            table(["run", "final loss", "range"], toy_runs, "|---|---:|---:|"),
+            "Quadratic, fp64:",
+            "",
+            table(["run", "result"], quadratic_runs),
+            "Share of dW lost by 200 rank-1 links, 3 seeds:",
+            "",
+            table(
+                ["base", "merged one after another", "one rounding of the sum"],
+                roundings,
+                "|---|---:|---:|",
+            ),
+        ]
+    )
 
 
 def _text(value: Any) -> str:
@@ -293,17 +303,14 @@ def _text(value: Any) -> str:
 
 
 def main() -> None:
-    """Measure what is asked for and write everything down."""
+    """Measure the parts that are asked for and write everything down."""
     torch.set_num_threads(1)
     parts = {"rounding": rounding, "quadratic": quadratic, "toy": toy}
-    wanted = sys.argv[1:] or list(parts)
-    file = RESULTS / "reference_figures.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    results |= {name: parts[name]() for name in wanted}
-    results["environment"] = environment()
-    RESULTS.mkdir(exist_ok=True)
-    write_atomic(RESULTS / "reference_figures.json", json.dumps(results, indent=1) + "\n")
-    write_atomic(RESULTS / "reference_figures.md", table(results))
+    options = parser(__doc__)
+    options.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; none: all")
+    measured = {name: parts[name]() for name in options.parse_args().parts or parts}
+    results = read_results(RESULTS) | measured | {"environment": environment()}
+    write_results(RESULTS, results, report(results))
 
 
 if __name__ == "__main__":

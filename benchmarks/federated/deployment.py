@@ -9,7 +9,6 @@ client's own clock. Clients of a round work side by side, so a round is one mess
     python -m benchmarks.federated.deployment --clients 2 --rounds 4 --out FILE.json
 """
 
-import argparse
 import json
 import os
 import platform
@@ -28,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks._common import parser, write_results
 from plait.run.federated.folder import read_rounds
 
 LIMIT = 600.0  # seconds for any one step
@@ -135,12 +135,12 @@ def measure(folder: Path, clients: int, rounds: int, steps: int) -> dict[str, An
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--clients", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
-    args = parser.parse_args(argv)
+    options = parser(__doc__)
+    options.add_argument("--clients", type=int, default=2)
+    options.add_argument("--rounds", type=int, default=4)
+    options.add_argument("--steps", type=int, default=2)
+    options.add_argument("--out", type=Path, help="a JSON file for the figures")
+    args = options.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="plait-") as folder:
         found = measure(Path(folder), args.clients, args.rounds, args.steps)
     found["clients"], found["load"] = args.clients, os.getloadavg()[0]
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found["platform"] = f"{platform.system()} {platform.machine()}"
     print(json.dumps(found, indent=2))
     if args.out:
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+        write_results(args.out, found)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ the plain mean. flip: an update with its sign turned. scale: 1e6 times as large.
 Results: results/faults.json.
 """
 
-import argparse
 import itertools
-import json
 import multiprocessing as mp
 import os
 import random
@@ -32,6 +30,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from benchmarks._common import parser, write_results
 from plait.federated.payload import pack_tensors, unpack_tensors
 from plait.federated.protocol import Order, Reply
 from plait.run.federated.clients import make_clients
@@ -40,9 +39,9 @@ from plait.run.federated.config import load_federate_config
 from plait.run.federated.engines import simulate
 from plait.run.federated.folder import read_rounds
 from plait.run.federated.setup import prepare_federation
-from plait.run.folder import environment, write_atomic
+from plait.run.folder import environment
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "faults.json"
 POISONED = ("client-3", "client-7")
 
 
@@ -220,19 +219,17 @@ def poison_runs(
 
 def main() -> None:
     """Run both and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=8)
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--kills", type=int, default=20)
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--rounds", type=int, default=8)
+    args = options.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         kills = kill_runs(args.kills, Path(folder))
         print(f"{sum(row['equal'] for row in kills)} of {len(kills)} resumes are bit-equal")
         poison = poison_runs(args.seeds, args.rounds, Path(folder))
-    found = {"environment": environment(), "kills": kills, "poison": poison}
-    RESULTS.mkdir(exist_ok=True)
-    write_atomic(RESULTS / "faults.json", json.dumps(found, indent=1) + "\n")
+    write_results(RESULTS, {"environment": environment(), "kills": kills, "poison": poison})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from plait.core.files import write_atomic
+from benchmarks._common import write_results
 from plait.core.init import seeded
 from plait.federated import Algorithm, Client, State, algorithm, weights_of
 from plait.federated.adapter import Layer, StateDict
@@ -309,8 +309,7 @@ def main() -> None:
         "environment": environment(),
     }
     results["seconds"] = round(time.monotonic() - begin)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(RESULTS, json.dumps(results, indent=2) + "\n")
+    write_results(RESULTS, results)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ with DEV_SEED, measured on development rows. All start from one grid; where the 
 end of it, the grid grows by its own factor for that method.
 """
 
-import argparse
 import io
 import json
-import os
 import random
 import shutil
 import statistics
@@ -32,15 +30,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from benchmarks import _common
+from benchmarks._common import ROOT, data_folder, mean_and_deviation, write_results
+from plait.core.files import write_atomic
 from plait.run.federated.config import load_federate_config
 from plait.run.federated.engines import simulate
 from plait.run.federated.folder import read_rounds
 from plait.run.federated.report import Measurements, measurements
-from plait.run.folder import environment, write_atomic
+from plait.run.folder import environment
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-PICTURES = HERE.parent.parent / "docs" / "pictures"
+RESULTS = Path(__file__).parent / "results"
+PICTURES = ROOT / "docs" / "pictures"
 SEEDS = (0, 1, 2)
 DEV_SEED = 100
 STAGES = ("as a round starts", "after local training")  # when clients are measured
@@ -335,7 +335,7 @@ def study(name: str, data: Path, work: Path, only: Sequence[str], seeds: Sequenc
 
     def note() -> None:
         found = {"environment": environment(), "settings": {**noted(), name: own}}
-        write_atomic(RESULTS / "study.json", json.dumps(found, indent=1) + "\n")
+        write_results(RESULTS / "study.json", found)
 
     def go(variant: Variant, label: str, seed: int, rate: float, short: bool) -> dict[str, Any]:
         out = folder / f"{label.replace(', ', '-').replace(' ', '-')}-{seed}-{rate:g}"
@@ -382,8 +382,7 @@ def untried(tried: Mapping[str, Mapping[str, float]], grid: Sequence[float]) -> 
 
 def noted() -> dict[str, Any]:
     """Setting -> its figures in study.json."""
-    file = RESULTS / "study.json"
-    return json.loads(file.read_text())["settings"] if file.exists() else {}
+    return _common.read_results(RESULTS / "study.json").get("settings", {})
 
 
 def chosen(tried: Mapping[str, Mapping[str, float]]) -> float:
@@ -392,12 +391,6 @@ def chosen(tried: Mapping[str, Mapping[str, float]]) -> float:
 
 
 # Tables and pictures ------------------------------------------------------------------------------
-
-
-def spread(values: Sequence[float], form: str = ".3f") -> str:
-    """Mean and standard deviation over the seeds; the mean alone of one value."""
-    text = f"{_mean(values):{form}}"
-    return f"{text} ± {statistics.stdev(values):.3f}" if len(values) > 1 else text
 
 
 def paired(
@@ -435,42 +428,45 @@ def table(own: Mapping[str, Any]) -> str:
         rates = [name for name in scores if name.partition(",")[0] == other]
         best = better(rates, key=scores.__getitem__) if rates else other
         gaps = paired(runs, label, best, score, stage)
-        return "-" if label in rates or not gaps else spread(gaps, "+.3f")
+        return "-" if label in rates or not gaps else mean_and_deviation(gaps, "+.3f")
 
     shown = ["accuracy", "loss"] if score == "accuracy" else ["loss"]
     head = ["method", "seeds", "rate", *shown, "worst client", "s.d. over clients"]
     head += [f"{score} - local", f"{score} - central"]
     head += [f"{score} after training", "after training - local", "up KiB", "down KiB", "CPU s"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = []
     for label in sorted(scores, key=scores.__getitem__, reverse=better is max):
         seeds = list(runs[label].values())
         alone = any(len(run["clients"]) == 1 for run in seeds)
         clients = [[c[score] for c in run["clients"].values()] for run in seeds]
         cells = [label, str(len(seeds)), f"{seeds[0]['rate']:g}"]
-        cells += [spread([last(run)[key] for run in seeds]) for key in shown]
+        cells += [mean_and_deviation([last(run)[key] for run in seeds]) for key in shown]
         cells += (
             ["-", "-"]
             if alone
             else [
-                spread([worst(c) for c in clients]),
+                mean_and_deviation([worst(c) for c in clients]),
                 f"{_mean([statistics.stdev(c) for c in clients]):.3f}",
             ]
         )
         trained = [last(run)[score] for run in measured(runs[label], STAGES[1]).values()]
         few = "" if len(trained) == len(seeds) else f" ({len(trained)} of {len(seeds)} seeds)"
         cells += [gap(label, "local", STAGES[0]), gap(label, "central", STAGES[0])]
-        cells += [spread(trained) + few if trained else "-", gap(label, "local", STAGES[1])]
+        cells += [
+            mean_and_deviation(trained) + few if trained else "-",
+            gap(label, "local", STAGES[1]),
+        ]
         cells += [f"{_mean([run[way] for run in seeds]) / 1024:.0f}" for way in ("up", "down")]
         cells.append(f"{_mean([run['cpu'] for run in seeds]):.0f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return _common.table(head, rows)
 
 
 def rates_table(own: Mapping[str, Any]) -> str:
     """Loss of each learning rate, the chosen one in bold; "-": not tried."""
     rates = {float(rate) for tried in own["rates"].values() for rate in tried}
     grid = [f"{rate:g}" for rate in sorted(rates)]
-    lines = ["| method | " + " | ".join(grid) + " |", "|---" * (1 + len(grid)) + "|"]
+    rows = []
     for label, tried in own["rates"].items():
         best = f"{chosen(tried):g}"
         cells = [
@@ -481,8 +477,8 @@ def rates_table(own: Mapping[str, Any]) -> str:
             else f"{tried[r]['loss']:.3f}"
             for r in grid
         ]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([label, *cells])
+    return _common.table(["method", *grid], rows)
 
 
 _MARKERS = "os^vDPX*<>hp8"
@@ -579,18 +575,15 @@ def show() -> None:
 
 def main() -> None:
     """Run what is missing, or show what is there."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("run", "show"))
-    parser.add_argument("settings", nargs="*", default=["clinc"], help="clinc, dolly")
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="rows and runs")
-    args = parser.parse_args()
+    options = _common.parser(__doc__)
+    options.add_argument("action", choices=("run", "show"))
+    options.add_argument("settings", nargs="*", default=["clinc"], help="clinc, dolly")
+    options.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    options.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    options.add_argument("--work", type=Path, default=Path("runs/study"), help="rows and runs")
+    args = options.parse_args()
     if args.action == "run":
-        root = HERE.parent.parent.parent
-        data = Path(os.environ.get("PLAIT_DATA", root / "shared" / "data"))
-        if not data.is_dir():
-            raise SystemExit(f"{data}: no data is here. Set PLAIT_DATA to the folder of data sets.")
+        data = data_folder()
         for name in args.settings:
             study(name, data, args.work, args.only, args.seeds)
     show()

@@ -1,16 +1,14 @@
 """Measure the optimizers on the small problems of toys.py and write the figures down.
 
     python -m benchmarks.optim.reference_figures
-    python -m benchmarks.optim.reference_figures --time    # only the times anew
+    python -m benchmarks.optim.reference_figures --time    # only the times, again
 
 Invariance: largest relative difference of the trajectories of dW from (A, B) and (R A, B R^-1).
-Linear task: distance to the best rank-r solution, (f - f*) / f*. Time: RITE's own step beside
-AdamW's, in turns in one process. Results, with hardware, versions, seeds and spread, go to
+Linear task: distance to the best rank-r solution, (f - f*) / f*. Time: a step of LoRA-RITE
+and of AdamW, alternating in one process. Results, with hardware, versions, seeds and spread, go to
 benchmarks/optim/results. Learning rates are fixed, not tuned: the losses are no ranking.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,11 +21,20 @@ from peft.optimizers import create_loraplus_optimizer, create_riemannian_optimiz
 from torch import nn
 
 import plait
+from benchmarks._common import (
+    mean_and_deviation,
+    median_and_range,
+    parser,
+    read_results,
+    table,
+    versions,
+    write_results,
+)
 from benchmarks.optim.toys import Invariance, LinearTask, Make
 from plait.core.init import seeded
-from plait.run.folder import environment, write_atomic
+from plait.run.folder import environment
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "reference_figures.json"
 SEEDS = range(5)
 STEPS = (1, 2, 5, 10, 30, 100)
 EPOCHS = (1, 2, 5, 10, 30, 60)
@@ -166,11 +173,11 @@ LINEAR = {
 def measure_linear() -> dict[str, dict[str, list[list[float]]]]:
     """Table -> label -> for each seed the gaps at the table's steps or epochs."""
     found: dict[str, dict[str, list[list[float]]]] = {}
-    for table, (rows, at, size, ill) in LINEAR.items():
-        found[table] = {}
+    for name, (rows, at, size, ill) in LINEAR.items():
+        found[name] = {}
         for label, run in rows.items():
             gaps = [run(LinearTask(seed, ill), at[-1], size) for seed in SEEDS]
-            found[table][label] = [[g[i - 1] for i in at] for g in gaps]
+            found[name][label] = [[g[i - 1] for i in at] for g in gaps]
     return found
 
 
@@ -206,15 +213,9 @@ def measure_time(sizes: tuple[int, ...] = (1024, 2048), layers: int = 8, rank: i
 # Tables -----------------------------------------------------------------------------------------
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown; all columns but the first are numbers."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over the seeds."""
-    return f"{statistics.mean(values):.2g} ± {statistics.stdev(values):.1g}"
+def numbers(head: list[str], rows: list[list[str]]) -> str:
+    """A table whose columns, except for the first, are numbers."""
+    return table(head, rows, "| --- |" + " ---: |" * (len(head) - 1))
 
 
 def report(found: dict[str, Any]) -> str:
@@ -233,62 +234,55 @@ def report(found: dict[str, Any]) -> str:
         losses = f"{statistics.mean(first[1]):.3f} -> {statistics.mean(last[1]):.3f}"
         rows.append([label, *[f"{max(v):.1e}" for _, v in differences], losses])
     heads = [*list(next(iter(found["invariance"].values())))[:-2], "loss"]
-    text += [table(["optimizer", *heads], rows)]
+    text += [numbers(["optimizer", *heads], rows)]
     for name, (_, at, size, _) in LINEAR.items():
         unit = "epochs" if size else "steps"
         text += [f"## Linear task, {name}", ""]
         text += [f"(f - f*) / f* after {unit}, mean ± standard deviation over {seeds}.", ""]
         rows = [
-            [label, *[spread([g[i] for g in gaps]) for i in range(len(at))]]
+            [
+                label,
+                *[mean_and_deviation([g[i] for g in gaps], ".2g", ".1g") for i in range(len(at))],
+            ]
             for label, gaps in found["linear"][name].items()
         ]
-        text += [table(["optimizer", *map(str, at)], rows)]
+        text += [numbers(["optimizer", *map(str, at)], rows)]
     text += ["## Time of a step", ""]
     text += ["Processor time; rank 16, 8 layers, one thread; median (least to most).", ""]
     rows = [
         [
             side,
             *[
-                f"{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})"
+                median_and_range(v, ".2f")
                 for v in (*measured["ms a layer"].values(), measured["ratio"])
             ],
         ]
         for side, measured in found["time"].items()
     ]
-    text += [table(["in = out", "AdamW, ms a layer", "LoRA-RITE, ms a layer", "ratio"], rows)]
+    text += [numbers(["in = out", "AdamW, ms a layer", "LoRA-RITE, ms a layer", "ratio"], rows)]
     return "\n".join(text)
 
 
 def main() -> None:
-    """Measure everything, about two minutes on a core of one's own; or the times alone."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--time", action="store_true", help="measure only the times anew")
+    """Measure everything, about two minutes on an idle core, or the times alone."""
+    options = parser(__doc__)
+    options.add_argument("--time", action="store_true", help="measure only the times")
     torch.set_num_threads(1)
-    if parser.parse_args().time:
-        found = json.loads((RESULTS / "reference_figures.json").read_text(encoding="utf-8"))
-        write(found | {"time": measure_time()})
-        return
-    facts = environment()
-    found = {
-        "command": "python -m benchmarks.optim.reference_figures",
-        "seeds": list(SEEDS),
-        "environment": facts,
-        "invariance": measure_invariance(),
-        "linear": measure_linear(),
-        "time": measure_time(),
-    }
-    versions = facts["packages"]
-    found["on"] = (
-        f"{facts['cpu_count']} CPU cores ({facts['platform']}) shared with other work, one thread, "
-        f"torch {versions['torch']}, peft {versions['peft']}"
-    )
-    write(found)
-
-
-def write(found: dict[str, Any]) -> None:
-    """The figures as JSON and as tables."""
-    write_atomic(RESULTS / "reference_figures.json", json.dumps(found, indent=1) + "\n")
-    write_atomic(RESULTS / "reference_figures.md", report(found))
+    if options.parse_args().time:
+        results = read_results(RESULTS) | {"time": measure_time()}
+    else:
+        where = environment()
+        results = {
+            "command": "python -m benchmarks.optim.reference_figures",
+            "seeds": list(SEEDS),
+            "environment": where,
+            "invariance": measure_invariance(),
+            "linear": measure_linear(),
+            "time": measure_time(),
+            "on": f"{where['cpu_count']} CPU cores ({where['platform']}) shared with other work, "
+            f"one thread, {versions(where, 'torch', 'peft')}",
+        }
+    write_results(RESULTS, results, report(results))
 
 
 if __name__ == "__main__":

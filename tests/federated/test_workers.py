@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,25 @@ def test_a_worker_that_dies_while_it_is_idle_costs_no_order() -> None:
         assert not any(reply.failed for reply in exchanged(workers, "a", "b").values())
 
 
+def test_workers_are_forks_of_one_server_with_the_libraries() -> None:
+    """One import for all of them, and none of this process's threads in them."""
+
+    def parents() -> set[int]:
+        pids = [worker.process.pid for worker in workers._pool]
+        stats = [Path(f"/proc/{pid}/stat").read_text(encoding="ascii") for pid in pids]
+        return {int(stat.rpartition(")")[2].split()[1]) for stat in stats}
+
+    with Workers(partial(answer_with, nothing), 2, FAST, threads=1) as workers:
+        workers.ready()
+        (server,) = parents()
+        assert server != os.getpid()
+    with Workers(partial(answer_with, nothing), 1, FAST, threads=1) as workers:
+        workers.ready()
+        assert parents() == {server}
+
+
 def test_workers_end_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    forkserver._forkserver._stop()  # workers print where a new server prints: to this capture
     with Workers(partial(answer_with, nothing), 1, FAST, threads=1) as workers:
         exchanged(workers, "a")
     shown = capfd.readouterr()

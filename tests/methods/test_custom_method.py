@@ -10,11 +10,11 @@ import pytest
 
 import plait
 from plait.core import registry
-from tests.support import contract
-from tests.support.contract import CHECKS, ROOT, Case
+from plait.testing import CHECKS, Case, fresh_process, processes
+from tests.support import ROOT
 
 FILE = ROOT / "examples" / "custom_method.py"
-CASE = Case("gated", module=FILE)
+CASE = Case("gated")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,7 +22,7 @@ def registered() -> Iterator[Any]:
     """The example's method, for this module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_methods", dict(registry._methods))
-        yield contract.load(FILE)
+        yield processes.load(FILE)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -31,7 +31,7 @@ def test_contract(check: Any) -> None:
 
 
 def test_fresh_process(tmp_path: Path) -> None:
-    assert contract.fresh_process([CASE], tmp_path) == {}
+    assert fresh_process([CASE], tmp_path) == {}
 
 
 def test_is_listed() -> None:

@@ -3,8 +3,10 @@
     exchange: an idle worker gets the next order; a worker that is silent at the deadline is killed;
               the order of a worker that dies fails; both are replaced before the next order
 
-A worker is a new Python process that builds its answerer (base model, adapters, data) once and then
-answers order after order. Private states are files, so any worker can answer for any client.
+A worker is a process that builds its own answerer (base model, adapters, data) once and answers
+order after order. Workers are forked from a server process that has imported torch and plait, so
+that starting or replacing one takes a fraction of a second. Private states are files, so any worker
+can answer for any client.
 
 Limits: one machine. Each worker holds its own base model. Only the deadline distinguishes a slow
 order from one that hangs.
@@ -201,7 +203,9 @@ class Workers:
         return failure(worker.client, f"ChildProcessError: its process ended, exit code {code}")
 
     def _start(self) -> _Worker:
-        context = mp.get_context("spawn")  # a fork of a process with threads can hang
+        # The server has no threads: a fork of this process, which may have some, could hang.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["plait.federated.client"])
         here, there = context.Pipe()
         process = context.Process(target=_work, args=(there, self.make, self.threads), daemon=True)
         process.start()

@@ -31,10 +31,10 @@ def open_folder(config: FederateConfig, resume: bool) -> FederatedFolder:
         FileExistsError: it holds something already and resume is False.
         FileNotFoundError: there is nothing to resume.
     """
-    folder = FederatedFolder(config.output.dir)
     if not resume:
-        folder.check_free()
-    elif not folder.path.is_dir():
+        return FederatedFolder.free(config.output.dir)
+    folder = FederatedFolder(config.output.dir)
+    if not folder.path.is_dir():
         raise FileNotFoundError(
             f"{folder.path}: there is no run to resume. Start it without --resume."
         )

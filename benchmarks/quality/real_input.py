@@ -1,30 +1,29 @@
-"""Train every example of examples/real on the real data and write the results down.
+"""Train every example of examples/real on the real data and write down the results.
 
-    PLAIT_DATA=/path/to/data python benchmarks/real_input.py [NAME ...] [--export]
-    python benchmarks/real_input.py --readme     # only write the table into README.md
+    PLAIT_DATA=/path/to/data python -m benchmarks.quality.real_input [NAME ...] [--export]
+    python -m benchmarks.quality.real_input --readme     # only write the table into README.md
 
-One seed and an untuned learning rate each: it shows that each method works on real input. It does
-not compare them. Results go to benchmarks/quality/results/real_input.json, with hardware and
-versions, and as a table to real_input.md.
+Each run has one seed and an untuned learning rate: the results show that each method works on real
+input, and rank nothing. They go to results/real_input.json, with hardware and versions, and as a
+table to real_input.md.
 """
 
-import argparse
 import json
-import os
 import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks._common import ROOT, data_folder, parser, read_results, table, write_results
+from plait.core.files import write_atomic
 from plait.run.config import load_config
 from plait.run.export import export_run
-from plait.run.folder import environment, write_atomic
+from plait.run.folder import environment
 from plait.run.train import train
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "quality" / "results"
-CONFIGS = HERE.parent / "examples" / "real"
+RESULTS = Path(__file__).parent / "results" / "real_input.json"
+CONFIGS = ROOT / "examples" / "real"
 
 
 def sources(name: str, data: Path) -> list[str]:
@@ -74,26 +73,22 @@ def measure(file: Path, overrides: list[str], export: bool) -> dict[str, Any]:
         return row
 
 
-def table(rows: dict[str, Any]) -> str:
+def report(runs: dict[str, Any]) -> str:
     """The results as a Markdown table."""
-    lines = [
-        "| run | metric | before | after | training s | trainable | LoRA export: logit error |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        metric = "accuracy" if "accuracy" in row["after"] else "loss"
-        lora = row.get("lora", {})
+    head = ["run", "metric", "before", "after", "training s", "trainable"]
+    rows = []
+    for name, run in runs.items():
+        metric = "accuracy" if "accuracy" in run["after"] else "loss"
+        values = [f"{run[when][metric]:.3f}" for when in ("before", "after")]
+        lora = run.get("lora", {})
         error = "refused" if "refused" in lora else f"{lora.get('stock_error', float('nan')):.1e}"
-        lines.append(
-            f"| {name} | {metric} | {row['before'][metric]:.3f} | {row['after'][metric]:.3f} | "
-            f"{row['seconds']} | {row['trainable']:,} | {error} |"
-        )
-    return "\n".join(lines) + "\n"
+        rows.append([name, metric, *values, run["seconds"], f"{run['trainable']:,}", error])
+    return table([*head, "LoRA export: logit error"], rows)
 
 
 def write_readme(known: dict[str, Any]) -> None:
     """Put the table between the markers of README.md."""
-    file, begin, end = HERE.parent / "README.md", "<!-- begin results", "<!-- end results -->"
+    file, begin, end = ROOT / "README.md", "<!-- begin results", "<!-- end results -->"
     head, _, rest = file.read_text(encoding="utf-8").partition(begin)
     marker, _, tail = rest.partition("-->\n")
     where = known["environment"]
@@ -102,41 +97,37 @@ def write_readme(known: dict[str, Any]) -> None:
         for name in ("torch", "peft", "transformers")
     }
     text = (
-        "Each method on real data, by `benchmarks/real_input.py`: one seed, an untuned learning "
-        "rate each, so the rows show that a method works and rank nothing. SST-2 with MiniLM "
-        "(accuracy on 300 rows, 100 steps of 16) and E2E descriptions with a 260 k parameter Llama "
-        "(loss on 150 rows, 100 steps of 8).\n"
+        "Each method on real data, by `benchmarks/quality/real_input.py`: one seed, an untuned "
+        "learning rate each, so the rows show that a method works and rank nothing. SST-2 "
+        "with MiniLM (accuracy on 300 rows, 100 steps of 16) and E2E descriptions with a 260 k "
+        "parameter Llama (loss on 150 rows, 100 steps of 8).\n"
         f"{where['cpu_count']} CPU cores shared with other work, one thread, "
         f"torch {used['torch']}, peft {used['peft']}, transformers {used['transformers']}; which "
         "run had which stands in the JSON file. Seconds depend on what else the machine did: "
         "`alloc` spent most of its on scoring 280 ranks three times. The last column is the "
         "largest logit difference of the plain-LoRA export, read back by stock peft.\n\n"
     )
-    body = f"{begin}{marker}-->\n{text}{table(known['runs'])}"
+    body = f"{begin}{marker}-->\n{text}{report(known['runs'])}"
     write_atomic(file, head + body + end + tail.partition(end)[2])
 
 
 def main() -> None:
     """Run the examples that are named, or all."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="such as sst2_cola; none: all")
-    parser.add_argument("--export", action="store_true", help="export each run as well")
-    parser.add_argument("--readme", action="store_true", help="only write README.md's table")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("names", nargs="*", help="such as sst2_cola; none: all")
+    options.add_argument("--export", action="store_true", help="export each run as well")
+    options.add_argument("--readme", action="store_true", help="only write README.md's table")
+    args = options.parse_args()
     if args.readme:
-        return write_readme(json.loads((RESULTS / "real_input.json").read_text()))
-    data = Path(os.environ.get("PLAIT_DATA", HERE.parent.parent / "shared" / "data"))
-    if not data.is_dir():
-        raise SystemExit(f"{data}: no data is here. Set PLAIT_DATA to the folder of the data sets.")
-    file = RESULTS / "real_input.json"
-    known = json.loads(file.read_text()) if file.exists() else {"runs": {}}
+        return write_readme(read_results(RESULTS))
+    data = data_folder()
+    known = read_results(RESULTS) or {"runs": {}}
     for name in args.names or sorted(p.stem for p in CONFIGS.glob("*.yaml")):
         overrides = sources(name, data)
         known["runs"][name] = measure(CONFIGS / f"{name}.yaml", overrides, args.export)
         known["environment"] = environment()
         known["runs"] = dict(sorted(known["runs"].items()))
-        write_atomic(file, json.dumps(known, indent=1) + "\n")
-        write_atomic(RESULTS / "real_input.md", table(known["runs"]))
+        write_results(RESULTS, known, report(known["runs"]))
         print(name, json.dumps(known["runs"][name]["after"]), flush=True)
 
 
