@@ -244,7 +244,10 @@ def test_a_new_head_is_averaged_with_the_adapters(tmp_path: Path) -> None:
         ({"partition": {"alpha": 1}}, r"partition\.alpha is no option of iid\. Remove it"),
         ({"partition": {"clients": None}}, r"partition\.clients is not set, and iid needs it"),
         ({"method": {"name": "full", "r": None, "target_modules": None}}, r"'full', which has no"),
-        ({"method": {"name": "vera"}}, r"method\.name is 'vera': fedit: an adapter of type VERA"),
+        (
+            {"method": {"name": "vera"}},
+            r"method\.name is 'vera': fedit: vera is neither upstream's",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_config(changes: dict[str, Any], text: str, tmp_path: Path) -> None:

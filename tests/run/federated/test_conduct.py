@@ -70,7 +70,10 @@ def test_worker_processes_write_the_lines_of_one_process(tmp_path: Path) -> None
             "sampling.retries is -1. It should be greater than or equal to 0.",
         ),
         ({"privacy": {"clip": 1.0}}, "privacy.noise is not set."),
-        ({"privacy": {"clip": 0.0, "noise": 1.0}}, "privacy.clip = 0.0"),
+        (
+            {"privacy": {"clip": 0.0, "noise": 1.0}},
+            "privacy.clip is 0.0. It should be greater than 0.",
+        ),
         ({"partition": {"kind": "own"}}, "own takes the names of the clients"),
         (
             {"partition": {"kind": "own", "clients": ["a", "a"]}},
@@ -86,7 +89,7 @@ def test_worker_processes_write_the_lines_of_one_process(tmp_path: Path) -> None
         ),
         ({"partition": {"kind": "own", "clients": ["a", "b"]}}, "Use 'files' to simulate"),
         ({"federated": {"run": "a/b"}}, "run = 'a/b' cannot name a file"),
-        ({"federated": {"scaling": 0.0}}, "federated.scaling = 0.0. Give a number above 0."),
+        ({"federated": {"scaling": 0.0}}, "federated.scaling is 0.0. It should be greater than 0."),
         (
             {"federated": {"scaling": 2.0}, "method": {"lora_alpha": 8}},
             "federated.scaling is 2 and method.lora_alpha 8. Give one of them.",
