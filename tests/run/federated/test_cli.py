@@ -239,12 +239,15 @@ def test_a_new_head_is_averaged_with_the_adapters(tmp_path: Path) -> None:
         ({"method": {"rank_": 2}}, r"method\.rank_ is not an option of lora"),
         ({"local": {"rounds": "x"}}, r"local\.rounds is 'x'\. It should be a valid integer"),
         ({"local": {"epochs": 1}}, r"steps = 1, epochs = 1\. Give one of them"),
-        ({"guard": {"trim": 0.5}}, r"guard\.trim = 0\.5"),
-        ({"sampling": {"fraction": 0}}, r"sampling\.fraction = 0\.0"),
+        ({"guard": {"trim": 0.5}}, r"guard\.trim is 0\.5\. It should be less than 0\.5\."),
+        ({"sampling": {"fraction": 0}}, r"sampling\.fraction is 0\. It should be greater than 0\."),
         ({"partition": {"alpha": 1}}, r"partition\.alpha is no option of iid\. Remove it"),
         ({"partition": {"clients": None}}, r"partition\.clients is not set, and iid needs it"),
         ({"method": {"name": "full", "r": None, "target_modules": None}}, r"'full', which has no"),
-        ({"method": {"name": "vera"}}, r"method\.name is 'vera': fedit: an adapter of type VERA"),
+        (
+            {"method": {"name": "vera"}},
+            r"method\.name is 'vera': fedit: vera is neither upstream's",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_config(changes: dict[str, Any], text: str, tmp_path: Path) -> None:

@@ -48,17 +48,32 @@ def test_worker_processes_write_the_lines_of_one_process(tmp_path: Path) -> None
     ("changes", "text"),
     [
         ({"timeouts": {"first": 5.0}}, "one process cannot end itself"),
-        ({"engine": {"workers": -1}}, "engine.workers = -1. Give 0 or more."),
-        ({"engine": {"threads": 0}}, "engine.threads = 0. Give 1 or more."),
-        ({"timeouts": {"wait": 0.0}}, "timeouts.wait = 0.0. Give seconds above 0."),
-        ({"evaluation": {"every": -1}}, "evaluation.every = -1. Give 0 or more."),
+        (
+            {"engine": {"workers": -1}},
+            "engine.workers is -1. It should be greater than or equal to 0.",
+        ),
+        (
+            {"engine": {"threads": 0}},
+            "engine.threads is 0. It should be greater than or equal to 1.",
+        ),
+        ({"timeouts": {"wait": 0.0}}, "timeouts.wait is 0.0. It should be greater than 0."),
+        (
+            {"evaluation": {"every": -1}},
+            "evaluation.every is -1. It should be greater than or equal to 0.",
+        ),
         (
             {"evaluation": {"every": 0, "after_training": True}},
             "evaluation.after_training is true and evaluation.every 0",
         ),
-        ({"sampling": {"retries": -1}}, "retries = -1. Give 0 or more."),
+        (
+            {"sampling": {"retries": -1}},
+            "sampling.retries is -1. It should be greater than or equal to 0.",
+        ),
         ({"privacy": {"clip": 1.0}}, "privacy.noise is not set."),
-        ({"privacy": {"clip": 0.0, "noise": 1.0}}, "privacy.clip = 0.0"),
+        (
+            {"privacy": {"clip": 0.0, "noise": 1.0}},
+            "privacy.clip is 0.0. It should be greater than 0.",
+        ),
         ({"partition": {"kind": "own"}}, "own takes the names of the clients"),
         (
             {"partition": {"kind": "own", "clients": ["a", "a"]}},
@@ -74,7 +89,7 @@ def test_worker_processes_write_the_lines_of_one_process(tmp_path: Path) -> None
         ),
         ({"partition": {"kind": "own", "clients": ["a", "b"]}}, "Use 'files' to simulate"),
         ({"federated": {"run": "a/b"}}, "run = 'a/b' cannot name a file"),
-        ({"federated": {"scaling": 0.0}}, "federated.scaling = 0.0. Give a number above 0."),
+        ({"federated": {"scaling": 0.0}}, "federated.scaling is 0.0. It should be greater than 0."),
         (
             {"federated": {"scaling": 2.0}, "method": {"lora_alpha": 8}},
             "federated.scaling is 2 and method.lora_alpha 8. Give one of them.",
