@@ -477,3 +477,31 @@ def test_a_simulation_survives_its_clients_and_raises_what_its_server_raised(
     assert not (tmp_path / "user").exists(), "nothing is written to the user's home"
     with pytest.raises(ValueError, match=r"engine.workers = 0. Give 1 or more."):
         simulate(conduct, partial(toy, str(pids)), names, home=tmp_path / "home", workers=0)
+
+
+def killer() -> Answer:
+    """Answers that end their process for c1, always."""
+
+    def answer(data: bytes) -> bytes:
+        order, _ = Order.unpack(data)
+        if order.client == "c1":
+            os._exit(7)
+        return Reply(order.client).pack()
+
+    return answer
+
+
+@pytest.mark.slow
+def test_a_client_that_kills_its_worker_again_and_again_fails(tmp_path: Path) -> None:
+    """Ray's workers mark what they receive, so each death counts, and only deaths do."""
+    names = ["c0", "c1"]
+    replies = simulate(
+        lambda exchange: dict(exchange({n: Order("train", client=n).pack() for n in names})),
+        killer,
+        names,
+        home=tmp_path / "home",
+        workers=1,
+        deadlines=Deadlines(600.0, 300.0),
+    )
+    failed = {name: Reply.unpack(data).failed for name, data in replies.items()}
+    assert failed == {"c0": "", "c1": "ChildProcessError: its worker process ended"}
