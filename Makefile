@@ -42,8 +42,10 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff format src tests examples docs
 	$(BIN)/ruff check --fix src tests examples docs
 
-# Writes the generated parts of docs/ and README.md again: tables, help texts, example code.
+# Writes again what is generated from the code: the schema of options, and the tables, help texts
+# and example code in docs/ and README.md.
 docs-update: $(VENV)/core.stamp
+	$(BIN)/python -m plait.run.config
 	$(BIN)/python docs/update.py
 
 docs: $(VENV)/docs.stamp

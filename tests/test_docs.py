@@ -21,6 +21,7 @@ from peft import PeftConfig
 
 import plait
 from plait.core import DeltaConfig
+from plait.run.config import schema
 from plait.upstream.table import BASELINES
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,17 @@ def test_page_is_up_to_date(page: Path, update: ModuleType) -> None:
     if "begin generated: command" in text and sys.version_info >= (3, 13):
         pytest.skip("argparse of Python 3.13 writes options in another form.")
     assert update.updated(text, page) == text, "Run: make docs-update"
+
+
+def test_schema_of_options_is_up_to_date() -> None:
+    def unordered(text: str) -> str:
+        """The order of a Union depends on what was imported first."""
+        return re.sub(r'"([^"\n]+ \| [^"\n]+)"', lambda m: str(sorted(m[1].split(" | "))), text)
+
+    stored = schema.FILE.read_text("utf-8")
+    assert unordered(stored) == unordered(schema.text()), "Run: make docs-update"
+    stale = stored.replace('"default": 8', '"default": 9', 1)
+    assert unordered(stale) != unordered(stored)
 
 
 @pytest.mark.parametrize(

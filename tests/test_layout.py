@@ -77,6 +77,7 @@ PRIVATE = ("peft.tuners", "peft.utils", "peft.mapping")
 UPSTREAM = set(BASELINES) - {"lora", "full"}
 # PiSSA's start is an option of plait's own methods, and a row of the support matrix.
 OWN_WORDS = {(place, "pissa") for place in ("core/free.py", "methods/cola.py", "run/support.py")}
+OWN_WORDS.add(("__init__.py", "adalora"))  # drive_adalora, a public name
 METHOD_IMPORTS = {"plait", "torch", "dataclasses", "typing", "math", "warnings", "collections"}
 
 

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     to = tmp_path_factory.mktemp("parallel")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [sys.executable, *launch, str(ROOT / "tests" / "parallel.py"), str(to)],
+        [sys.executable, *launch, str(ROOT / "tests" / "support" / "parallel.py"), str(to)],
         capture_output=True,
         text=True,
         check=False,

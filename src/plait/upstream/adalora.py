@@ -100,6 +100,20 @@ def adalora_of(model: nn.Module) -> Any:
     return next(iter(adalora_tuners(model)), None)
 
 
+def check_total_step(model: nn.Module, steps: int) -> None:
+    """Raise ValueError if AdaLoRA's schedule does not end with the training's last step."""
+    tuner = adalora_of(model)
+    if tuner is None:
+        return
+    planned = tuner.peft_config[tuner.trainable_adapter_name].total_step
+    if planned != steps:
+        raise ValueError(
+            f"method.total_step is {planned}, but training has {steps} optimizer steps, so "
+            f"adalora's schedule would not end where training does. Set it to {steps}, or leave "
+            "it out."
+        )
+
+
 # Checkpoints ------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset
 
@@ -25,7 +26,7 @@ class ClientRows:
 
     data: DataBundle | None
     partition: Partition
-    train: Mapping[str, Dataset]
+    train: Mapping[str, Any]
     held_out: Mapping[str, Dataset | None]
 
 

@@ -6,6 +6,7 @@ clients would make together.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from datasets import Dataset
 
@@ -66,9 +67,10 @@ def prepare_federation(config: FederateConfig, client: str | None = None) -> Set
     with keyed_randomness("base", config.sampling.seed):  # a new head is drawn
         base = prepare_base(run, data, part.labels)
     to_device(base.model, run)
+    collate: Any = None if data is None else data.collator  # a server without rows trains nothing
     training = LocalTraining(
         rows.train,
-        None if data is None else data.collator,
+        collate,
         seed=config.sampling.seed,
         **{f.name: getattr(config.local, f.name) for f in fields(LocalOptions)},
     )

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from plait.core.bridge import PlaitLayer
 from plait.core.delta import Delta, mode
 from plait.core.low_rank import LowRankDelta
-from plait.core.mix import TaskTable, TokenRouter
+from plait.core.mix import Mix, TaskTable, TokenRouter
 from plait.inspect.update import Update
 from plait.run.model import adaptable_layers
 from plait.upstream.layers import (
@@ -86,7 +86,7 @@ class PlaitAdapted(Adapted):
             return "experts"
         return "tasks" if isinstance(mix, TaskTable) else "single"
 
-    def mix(self) -> Tensor | TokenRouter | TaskTable | None:
+    def mix(self) -> Tensor | Mix | None:
         """The mix in evaluation, None for a dense update."""
         if not isinstance(self.delta, LowRankDelta):
             return None
