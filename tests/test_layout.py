@@ -248,7 +248,25 @@ def test_every_module_says_what_it_is() -> None:
         assert ast.get_docstring(tree) or place(path) == "_version.py", place(path)
 
 
+def imported_tests(tree: ast.AST) -> list[str]:
+    """Test modules that a file imports: what tests share belongs in tests/support."""
+    return [name for name in imported(tree) if name.startswith("tests.") and ".test_" in name]
+
+
+def test_no_test_module_imports_another() -> None:
+    tests = ROOT / "tests"
+    for path in sorted([*tests.rglob("test_*.py"), *(tests / "support").glob("*.py")]):
+        assert not imported_tests(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
 # The rules can be broken -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code", ["from tests.run.test_train import x", "import tests.optim.test_pairs"]
+)
+def test_imports_of_test_modules_are_found(code: str) -> None:
+    assert imported_tests(ast.parse(code))
 
 
 @pytest.mark.parametrize(

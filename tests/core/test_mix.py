@@ -8,8 +8,9 @@ import torch
 import plait
 from plait.core.mix import Matrix, Pairing, TaskTable, TokenRouter, as_mix
 from plait.core.route import Rows
-from tests.support import tiny
-from tests.support.contract import Case, deltas, relative, wrap
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import deltas, relative, wrap
 
 TASKS = ["law", "care"]
 

@@ -12,36 +12,25 @@ from torch import Tensor
 
 import plait
 from plait.core.init import seeded
-from plait.upstream.export import to_lora
-from tests.support import tiny
-from tests.support.contract import (
-    Case,
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import (
     adamw,
     base_logits,
     batch,
     deltas,
-    layers,
     logits,
-    one_layer,
     relative,
     steps,
     trained,
+    update,
     wrap,
 )
+from plait.testing.helpers import one_delta as layer
+from plait.upstream.export import to_lora
 
 TOKEN = Case("droplora", {"scope": "token", "lora_dropout": 0.0})
 STEP = Case("droplora", {"scope": "step", "lora_dropout": 0.0})
-
-
-def layer(case: Case, n_in: int = 7, n_out: int = 5, **options: Any) -> tuple[Any, Any]:
-    """A model of one fp64 layer with random factors, in training, and its Delta."""
-    model, host = one_layer(case, n_in, n_out, **options)
-    return model.train(), host.plait_delta["default"]
-
-
-def update(model: Any, x: Tensor) -> Tensor:
-    """What the adapter adds to the layer's output."""
-    return model(x) - layers(model)[0].base_layer(x)
 
 
 def loop(delta: Any, x: Tensor, z: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ def bounded(hint: Any, facts: typing.Mapping[str, Any]) -> Any:
 
     A text that reads as a number is one where a bounded number comes first: 1e-4 is text to PyYAML.
     """
-    names = {"ge": "least", "gt": "above", "lt": "below"}
+    names = {"ge": "least", "gt": "above", "le": "most", "lt": "below"}
     limits = {name: facts[ours] for name, ours in names.items() if facts.get(ours) is not None}
     return _limited(hint, limits) if limits else hint
 
