@@ -12,7 +12,7 @@ import pytest
 from peft import PeftModel, get_peft_model
 
 import plait
-from tests.support import tiny
+from plait.testing import tiny
 
 HEAVY = "{'torch', 'peft', 'transformers'} & set(sys.modules)"
 KNOWS = """
@@ -125,7 +125,7 @@ def test_peft_alone_loads_an_adapter_after_import_plait(tmp_path: Path) -> None:
         "import sys, plait\n"
         f"assert not {HEAVY}\n"
         "from peft import PeftModel\n"
-        "from tests.support import tiny\n"
+        "from plait.testing import tiny\n"
         "model = PeftModel.from_pretrained(tiny.llama(), sys.argv[1])\n"
         "assert model.peft_config['default'].r == 4",
         str(tmp_path / "adapter"),

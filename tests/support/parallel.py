@@ -27,8 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import plait
 from plait.core import whole
-from tests.support import tiny
-from tests.support.contract import ROOT, TARGETS, Case, load, trained
+from plait.testing import tiny
+from plait.testing.case import TARGETS, Case
+from plait.testing.helpers import trained
+from plait.testing.processes import load
+from tests.support import ROOT
 
 fsdp = load(ROOT / "examples" / "fsdp.py")  # what the documentation shows
 

@@ -6,29 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
-from plait.federated.payload import unpack_tensors
 from plait.federated.privacy import Privacy
 from plait.run.federated.clients import make_clients
 from plait.run.federated.conduct import conduct
 from plait.run.federated.config import load_federate_config
 from plait.run.federated.engines import simulate
 from plait.run.federated.setup import prepare_federation
-from plait.run.folder import RunFolder
 from plait_cli import main
-from tests.run.federated.test_cli import config, lines, write
-
-
-def states(folder: RunFolder) -> dict[str, torch.Tensor]:
-    """The tensors of the newest checkpoint."""
-    path = sorted((folder.path / "server").glob("round-*"))[-1]
-    return unpack_tensors(path.read_bytes())[1]
-
-
-def equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(x, b[k]) for k, x in a.items())
+from tests.support.federated_runs import config, lines, write
+from tests.support.federated_states import equal, states
 
 
 def test_worker_processes_write_the_lines_of_one_process(tmp_path: Path) -> None:
