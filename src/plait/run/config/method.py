@@ -119,7 +119,7 @@ def peft_config(
     options: dict[str, Any] = {"target_modules": "all-linear"}
     baseline = BASELINES.get(method.name)
     if baseline:
-        options |= baseline.defaults | baseline.fixed
+        options |= {**baseline.defaults, **baseline.fixed}
     for key, value in method.options.items():
         options[baseline.renamed.get(key, key) if baseline else key] = value
     if baseline and baseline.complete:
