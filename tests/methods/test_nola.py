@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -472,3 +473,31 @@ def test_export_materialises_the_factors(tmp_path: Path) -> None:
 def test_refused_options(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         plait.NolaConfig(**options)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_tracers_leave_no_trace_in_the_bases(keep: bool) -> None:
+    """torch.export, fake tensors and inference mode, before and after the first real forward."""
+
+    def model() -> Any:
+        return one_layer(CASE, 16, 16, torch.float32, keep_bases=keep, seed=77 + keep)[0].eval()
+
+    x = tiny.numbers(3, 16, dtype=torch.float32)
+    for _ in range(2):
+        net = model()
+        layer = layers(net)[0]
+        program = torch.export.export(layer, (x,))
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            net(fake.from_tensor(x))
+        with torch.inference_mode():
+            inferred = net(x)
+        model().train()(x).sum().backward()
+        actual = model()(x).detach()
+        update = actual - layer.base_layer(x)
+        assert update.abs().max() > 1e-3
+        assert torch.equal(inferred, actual)
+        assert relative(update, x @ layer.get_delta_weight("default").T) < 1e-4
+        assert relative(program.module()(x), actual) < 1e-6
+        kept = [t for one in deltas(net)[0].bases for t in one.kept.values()]
+        assert all(type(t) is Tensor and not t.is_inference() for t in kept)
+        assert len(kept) == (2 if keep else 0)

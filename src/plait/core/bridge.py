@@ -9,21 +9,33 @@ private to peft.
 import copy
 import functools
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import constants, file_exists, try_to_load_from_cache
 from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    WEIGHTS_NAME,
     register_peft_method,
     resolve_quantization_backend,
 )
-from peft.utils.other import get_pattern_key
+from peft.utils.other import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    get_pattern_key,
+)
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -34,10 +46,9 @@ from plait.core.config import DeltaConfig
 from plait.core.delta import Delta, FrozenLinear, NotMergeable
 from plait.core.init import seeded
 from plait.core.mix import task_index
+from plait.core.mixed import BASE, split_bias, split_saved
 from plait.core.route import Route, Rows
 from plait.core.sharding import refuse_sharded
-
-BASE = "__base__"  # peft's name for "no adapter" in a mixed batch
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -86,14 +97,17 @@ def host(key: str, config: type[DeltaConfig], delta: type[Delta]) -> None:
 
 
 def _watch_peft_model(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """Capture task_ids from the forward of a PeftModel that takes a PlaitModel as its base_model.
+    """Prepare a PeftModel that takes a PlaitModel as its base_model.
 
-    The forward of PeftModelFor* names `task_ids` and drops it for every method but Poly. The tuner
-    is made before its PeftModel, so torch's public registration hook is the first chance to see it.
+    It captures task_ids from the forward: PeftModelFor* names `task_ids` and drops it for every
+    method but Poly. Saving and loading refuse pickles. The tuner is made before its PeftModel, so
+    torch's public registration hook is the first chance to see it.
     """
     if isinstance(child, PlaitModel) and isinstance(parent, PeftModel):
         parent.register_forward_pre_hook(child.plait_route.capture_args, with_kwargs=True)
         parent.register_forward_hook(child.plait_route.clear_args, always_call=True)
+        parent.save_pretrained = partial(_save_pretrained, parent)
+        parent.load_adapter = partial(_load_adapter, parent)
 
 
 register_module_module_registration_hook(_watch_peft_model)
@@ -172,9 +186,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             read=self.base_weight,
             blank=config.awaits_weights or not config.init_weights,
         )
-        delta = self.delta_cls(base, resolved, seeded(config.seed, self.name))
-        if not config.init_weights:
-            delta.randomize(seeded(config.seed, self.name, adapter))
+        delta = self._start(adapter, base, resolved)
         delta.adapter = config
         delta.awaits_weights = config.awaits_weights
         alike = (resolved.r, self.in_features, self.out_features)
@@ -188,6 +200,62 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         self.plait_delta[adapter] = delta.train(self.training)
         events.watch(delta)
 
+    def _start(self, adapter: str, base: FrozenLinear, config: DeltaConfig) -> Delta:
+        """A Delta as its config starts it; `base` and `config` are this layer's."""
+        delta = self.delta_cls(base, config, seeded(config.seed, self.name))
+        if not config.init_weights:
+            delta.randomize(seeded(config.seed, self.name, adapter))
+        return delta
+
+    def _untouched(self, adapter: str) -> bool:
+        """Whether the parameters of an adapter are those of its start."""
+        delta: Any = self.plait_delta[adapter]
+        start = self._start(adapter, delta.base, delta.config)
+        return all(
+            p.is_meta or torch.equal(p, start.get_parameter(name).to(p))
+            for name, p in delta.named_parameters()
+        )
+
+    def _weights_came(self, delta: Any) -> bool:
+        """Whether a Delta that waits for its weights got them in place, and has no other state."""
+        name = next(n for n, d in self.plait_delta.items() if d is delta)
+        if any(value is not None for value in delta.state().values()) or self._untouched(name):
+            return False
+        delta.awaits_weights = False
+        return True
+
+    def complete_copies(self, used: Any) -> None:
+        """Give an adapter whose parameters were copied from another one that one's state, too.
+
+        Libraries copy an adapter by `add_adapter(name, config)` and its parameters alone, such as
+        TRL for the reference model. State is in buffers (steps, live ranks, starts). It is copied
+        before the first step after that changes the original, and whenever the copy is used.
+
+        Args:
+            used: the Delta that is about to be used.
+
+        Raises:
+            RuntimeError: the original is a chain, whose finished links no adapter can hold.
+        """
+        deltas: Any = self.plait_delta
+        if len(deltas) < 2 or torch.compiler.is_compiling():
+            return
+        for name, delta in deltas.items():
+            for source, original in deltas.items():
+                again = delta.state_from == "copy" and delta is not used
+                if delta is original or again or not delta.copies(original):
+                    continue
+                if delta.awaits_weights and not original.lived and self._untouched(name):
+                    continue  # equal because both are at the same start
+                if self.plait_trunk is not None and self.plait_trunk.adapter == source:
+                    raise RuntimeError(
+                        f"{self.name}: adapter {name!r} is a copy of {source!r}, which is a chain: "
+                        "its finished links were not copied. Stack it first, "
+                        "plait.chain.save_stacked, and load that adapter."
+                    )
+                delta.adopt(original)
+                break
+
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
@@ -195,6 +263,13 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.plait_delta:
             base: Any = self.get_base_layer()
             self.plait_delta[adapter_name].to(device or base.weight.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PlaitLayer":
+        """Move or cast; while adapters are merged, the kept base weight, too."""
+        super()._apply(fn, recurse)
+        if self.unmerged is not None:
+            self.unmerged = fn(self.unmerged)
+        return self
 
     def cast(self, adapter: str, keep_wide: bool) -> None:
         """Cast the factors to fp32 (fp64 on an fp64 base), or to the base weight's dtype."""
@@ -222,8 +297,9 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         active: list[Any] = [
             self.plait_delta[a] for a in self.active_adapters if a in self.plait_delta
         ]
+        for delta in active:
+            self._begin(delta)
         if len(active) == 1 and self._can_join(active[0]):
-            self._begin(active[0])
             return active[0].joint(x, self.base_layer.weight, self.base_layer.bias)
         y = self.base_layer(x, *args, **kwargs)
         for delta in active:
@@ -232,7 +308,6 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
 
     def _update(self, delta: Any, x: Tensor, rows: Rows) -> Tensor:
         """The update (.., out) of one Delta on its rows of the batch."""
-        self._begin(delta)
         if not torch.is_floating_point(x):
             raise TypeError(
                 f"{self.name}: the input has dtype {x.dtype}; plait needs a floating one."
@@ -244,7 +319,8 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
 
     def _begin(self, delta: Any) -> None:
         """Count a training forward for the guard; refuse a Delta whose weights were not loaded."""
-        if delta.awaits_weights:
+        self.complete_copies(delta)
+        if delta.awaits_weights and not self._weights_came(delta):
             raise RuntimeError(
                 f"{self.name}: this adapter was made from a saved config and its weights were not "
                 "loaded. Use PeftModel.from_pretrained(base, path), or a new config to train."
@@ -272,6 +348,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             if name not in self.plait_delta:  # BASE, or an adapter that leaves this layer alone
                 continue
             index = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
+            self._begin(self.plait_delta[name])
             update = self._update(self.plait_delta[name], x[index], rows.of(index))
             y = y.index_add(0, index, update.to(y.dtype))
         return y
@@ -301,6 +378,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             ValueError: the adapter is sharded (FSDP2).
         """
         delta: Any = self.plait_delta[adapter]
+        self.complete_copies(delta)
         weight = delta.weight(**choice)
         return weight.T.contiguous() if self.transposed else weight
 
@@ -377,10 +455,12 @@ class PlaitModel(BaseTuner):
         self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         inner = dict(model.peft_config) if isinstance(model, PeftModel) else None
+        # adapter that trains biases -> (name, module, bias before it) of each
+        self.plait_biases: dict[str, list[tuple[str, nn.Module, Tensor]]] = {}
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         if inner is not None:  # upstream adds our config to the inner model's, which breaks saving
-            single = isinstance(peft_config, DeltaConfig)
-            self.peft_config = {adapter_name: peft_config} if single else dict(peft_config)
+            names = [adapter_name] if isinstance(peft_config, DeltaConfig) else list(peft_config)
+            self.peft_config = {name: self.peft_config[name] for name in names}
             model.peft_config = inner
 
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
@@ -394,7 +474,14 @@ class PlaitModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """As upstream; if no target matches, the error lists the model's linear layers."""
+        """As upstream; if no target matches, the error lists the model's linear layers.
+
+        The adapter gets a config of its own: schedules and the grouping of layers depend on it, so
+        one object that makes two adapters must not be shared.
+        """
+        config: Any = copy.deepcopy(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
+        targets = config.target_modules
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except ValueError as error:
@@ -404,6 +491,11 @@ class PlaitModel(BaseTuner):
             raise type(error)(
                 f"{error} Linear layers of this model: {', '.join(sorted(linear))}."
             ) from None
+        config.awaits_weights = False  # its Deltas wait; an adapter made from it later does not
+        if config.bias != "none":
+            self.plait_biases[adapter_name] = list(_biases(model, config.bias))
+        if isinstance(targets, str) and targets.lower() == "all-linear":
+            warn_left_out(model)
 
     def _create_and_replace(
         self,
@@ -472,6 +564,8 @@ class PlaitModel(BaseTuner):
                     f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
                     f"This model has: {', '.join(sorted(known))}."
                 )
+            self._split_saved_modules()
+            self._split_biases()
         model, generates = self.model, ids is not None and hasattr(self.model, "generate")
         if generates:  # generate() refuses arguments that the base model's forward does not name
             model.generate = functools.partial(_generate, type(model).generate, model)  # type: ignore
@@ -481,6 +575,34 @@ class PlaitModel(BaseTuner):
         finally:
             if generates:
                 del model.generate
+
+    def _split_saved_modules(self) -> None:
+        """Let saved modules and trained tokens serve mixed batches from now on."""
+        layer = next(self.plait_layers())
+        for name, module in self.model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and "plait_splits" not in vars(module):
+                hook = partial(split_saved, layer, name, _run_saved)
+                module.register_forward_hook(hook, with_kwargs=True)
+                module.plait_splits = True  # type: ignore[assignment]
+
+    def _split_biases(self) -> None:
+        """Let rows, and forwards, without the adapter that trains biases use those before it."""
+        for adapter, biases in self.plait_biases.items():
+            layer = next(self.plait_layers())
+            for name, module, bias in biases:
+                hook = partial(split_bias, layer, adapter, name, bias)
+                module.register_forward_hook(hook, with_kwargs=True)
+            biases.clear()
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As upstream; an adapter that trains biases takes them with it."""
+        self._split_biases()
+        super().set_adapter(*args, **kwargs)
+
+    def disable_adapter_layers(self) -> None:
+        """As upstream, and trained biases are disabled, too."""
+        self._split_biases()
+        self._enable_adapter_layers(enabled=False)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str
@@ -494,11 +616,13 @@ class PlaitModel(BaseTuner):
                 `plait.to_lora(model, adapter_name)`.
 
         Raises:
-            ValueError: an unknown adapter, not one weight for each, a name that is taken, or a
-                sharded model (FSDP2).
+            ValueError: an unknown adapter, not one weight for each, a name that is taken, a
+                sharded model (FSDP2), or adapters with unlike heads, saved modules, trained
+                tokens or biases, which no sum of updates holds.
         """
         combine.check(adapters, weights, list(self.peft_config), adapter_name)
         refuse_sharded(self, "add_weighted_adapter")
+        self._share_saved_modules(adapters, adapter_name)
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapters[0]])
         for layer in self.plait_layers():
             here = [
@@ -510,6 +634,38 @@ class PlaitModel(BaseTuner):
                 total.adapter = self.peft_config[adapter_name]
                 layer.plait_delta[adapter_name] = total.train(layer.training)
 
+    def _share_saved_modules(self, adapters: list[str], adapter_name: str) -> None:
+        """Give a weighted sum the saved modules that its adapters have in common."""
+        named = ", ".join(adapters)
+        biased = [a for a in adapters if getattr(self.peft_config[a], "bias", "none") != "none"]
+        if biased:
+            raise ValueError(
+                f"add_weighted_adapter: {biased[0]} trains biases of the base model, which a sum "
+                'of updates does not hold. Train it with bias="none".'
+            )
+        shared: list[tuple[Any, nn.Module]] = []
+        for name, module in self.model.named_modules():
+            if not isinstance(module, AuxiliaryTrainingWrapper):
+                continue
+            if not module._get_available_adapters() & set(adapters):
+                continue
+            if not isinstance(module, ModulesToSaveWrapper):
+                raise ValueError(
+                    f"add_weighted_adapter: {named} train tokens of {name}, which a sum of updates "
+                    "does not hold. Train them without trainable_token_indices."
+                )
+            heads = [_saved(module, adapter) for adapter in adapters]
+            if any(not _equal(heads[0], head) for head in heads[1:]):
+                raise ValueError(
+                    f"add_weighted_adapter: {name} is in modules_to_save and differs between "
+                    f"{named}; a sum of updates cannot hold it. Train them with one {name}."
+                )
+            shared.append((module, heads[0]))
+        for module, head in shared:
+            module.update(adapter_name)
+            module.modules_to_save[adapter_name].load_state_dict(head.state_dict())
+            module.modules_to_save[adapter_name].requires_grad_(False)
+
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, *args: Any, **kwargs: Any
@@ -518,12 +674,12 @@ class PlaitModel(BaseTuner):
         name = kwargs.get("adapter_name", "default")
         for layer in model.modules():
             if isinstance(layer, PlaitLayer) and name in layer.plait_delta:
+                layer.complete_copies(layer.plait_delta[name])
                 if isinstance(layer.plait_delta[name], combine.WeightedSum):
                     raise ValueError(
                         f"Adapter {name!r} is a weighted sum and has no file format of its own. "
                         f"Export it: plait.to_lora(model, {name!r}).write(folder)."
                     )
-                break
         return super()._get_adapter_state_dict(model, *args, **kwargs)
 
     def merge_adapter(
@@ -596,3 +752,121 @@ def _generate(generate: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any
 
 def _linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D) or "in_features" in vars(module)
+
+
+def _run_saved(module: Any, adapter: str, x: Any) -> Any:
+    """The output of a saved module or of trained tokens, for rows of one adapter."""
+    if isinstance(module, TrainableTokensWrapper):
+        tokens = module.token_adapter
+        if tokens.merged:
+            raise ValueError(
+                "adapter_names cannot be used while adapters are merged. Call unmerge_adapter()."
+            )
+        names = [adapter] if adapter in tokens.trainable_tokens_delta else []
+        # peft disables it if the active adapter has no tokens.
+        disabled, tokens._disable_adapters = tokens._disable_adapters, False
+        try:
+            return tokens.forward_adapters(x, names)
+        finally:
+            tokens._disable_adapters = disabled
+    return _saved(module, adapter)(x)
+
+
+def _saved(module: Any, adapter: str) -> nn.Module:
+    """An adapter's copy of a module in modules_to_save, or the base model's."""
+    return dict(module.modules_to_save.items()).get(adapter, module.original_module)
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules hold the same tensors."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def _biases(model: nn.Module, which: str) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Name, module and a copy of the bias of the base model's modules that `bias` trains."""
+    named = dict(model.named_modules())
+    if which == "all":
+        layers = [m for m in named.values() if isinstance(m, PlaitLayer)]
+        inside = {id(m) for layer in layers for m in layer.plait_delta.modules()}
+        base = {
+            n: m
+            for n, m in named.items()
+            if id(m) not in inside and ".modules_to_save." not in f".{n}."
+        }
+    else:
+        base = {n: m.get_base_layer() for n, m in named.items() if isinstance(m, PlaitLayer)}
+    for name, module in base.items():
+        bias = module._parameters.get("bias")
+        if bias is not None:
+            yield name, module, bias.detach().clone()
+
+
+def warn_left_out(model: nn.Module) -> None:
+    """Warn of the fused experts that `target_modules="all-linear"` leaves out.
+
+    Mixtures of experts hold the weights of all experts of a block in one tensor (experts, .., ..).
+    It is no linear layer, so neither upstream nor plait finds it.
+    """
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, BaseTunerLayer) and not isinstance(m, TrainableTokensLayer)
+    ]
+    adapted = {id(m) for layer in layers for m in layer.modules()}  # type: ignore[attr-defined]
+    fused = {
+        f"{name}.{key}": p
+        for name, module in model.named_modules()
+        for key, p in module.named_parameters(recurse=False)
+        if p.ndim == 3 and min(p.shape) > 1 and id(module) not in adapted and not _convolves(module)
+    }
+    if fused:
+        left, total = (
+            sum(p.numel() for p in part) for part in (fused.values(), model.parameters())
+        )
+        warnings.warn(
+            f'target_modules = "all-linear" adapts {len(layers)} linear layers and leaves out '
+            f"{len(fused)} fused expert weights with {left:,} of the model's {total:,} parameters, "
+            f"such as {next(iter(fused))}: they are no linear layers. Upstream's lora adapts them "
+            "by target_parameters.",
+            events.PlaitWarning,
+            stacklevel=2,
+        )
+
+
+def _convolves(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def _save_pretrained(
+    model: Any, save_directory: Any, safe_serialization: bool = True, *args: Any, **kwargs: Any
+) -> None:
+    """PeftModel.save_pretrained; refuse to write a pickle, which may run any code when read."""
+    if not safe_serialization:
+        raise ValueError(
+            f"save_pretrained({str(save_directory)!r}, safe_serialization=False) writes a pickle, "
+            "which can run any code when it is read. Leave safe_serialization out."
+        )
+    type(model).save_pretrained(model, save_directory, safe_serialization, *args, **kwargs)
+
+
+def _load_adapter(model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+    """PeftModel.load_adapter; refuse an adapter whose weights are a pickle."""
+    subfolder = kwargs.get("subfolder") or ""
+    options = {k: kwargs[k] for k in ("revision", "token") if kwargs.get(k) is not None}
+
+    def has(name: str) -> bool:
+        if Path(model_id).is_dir():
+            return Path(model_id, subfolder, name).exists()
+        path = f"{subfolder}/{name}" if subfolder else name
+        revision = options.get("revision")
+        if isinstance(try_to_load_from_cache(model_id, path, revision=revision), str):
+            return True
+        return not constants.HF_HUB_OFFLINE and file_exists(model_id, path, **options)
+
+    if not has(SAFETENSORS_WEIGHTS_NAME) and has(WEIGHTS_NAME):
+        raise ValueError(
+            f"{model_id}: {WEIGHTS_NAME} is a pickle, which can run any code when it is read. Load "
+            f"the adapter where you trust it and save it again as {SAFETENSORS_WEIGHTS_NAME}."
+        )
+    return type(model).load_adapter(model, model_id, *args, **kwargs)

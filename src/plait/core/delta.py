@@ -121,6 +121,8 @@ class Delta(nn.Module):
         self.stepped = False  # an optimizer step was seen
         self.fresh = True  # at its start, before the first step: the update may be zero
         self.awaits_weights = False  # made from a saved config, weights not loaded yet
+        self.state_from: Literal["start", "file", "copy"] = "start"  # where its buffers come from
+        self.adopted: list[float] = []  # fingerprint of the parameters when its state was copied
         self.gates: list[Gate] = []
         self.owner: list[Delta] = []  # the Delta that holds the shared tensors, if not this one
         self.register_buffer("t", None)
@@ -354,8 +356,77 @@ class Delta(nn.Module):
         for name, module in fresh.to(first.device, first.dtype).named_modules():
             for buffer, value in module._buffers.items():
                 setattr(self.get_submodule(name), buffer, value)
+        for buffer in self.optional_buffers:
+            self.set_optional(buffer, self._buffers[buffer])
         self.forwards, self.fresh = 0, True
         self.loaded()
+
+    # State beside the parameters ----------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor | None]:
+        """The buffers that are saved, by name, those of the method that are None included."""
+        return {
+            f"{prefix}.{name}".lstrip("."): value
+            for prefix, module in self.named_modules()
+            for name, value in module._buffers.items()
+            if name not in module._non_persistent_buffers_set
+            and not (module is self and self.owner and name in self.shared)
+        }
+
+    @property
+    def lived(self) -> bool:
+        """Whether it is past its start: trained, loaded or copied."""
+        return self.stepped or self.state_from != "start"
+
+    def copies(self, other: "Delta") -> bool:
+        """Whether its parameters, but not its state, were copied from another adapter's Delta."""
+        if self.stepped or self.state_from == "file" or type(self) is not type(other):
+            return False
+        if other.awaits_weights:
+            return False
+        mine, theirs = dict(self.named_parameters()), dict(other.named_parameters())
+        if mine.keys() != theirs.keys() or not any(p.numel() for p in mine.values()):
+            return False
+        if not all(_equal(p, theirs[name]) for name, p in mine.items()):
+            return False
+        return self.state_from != "copy" or self._fingerprint() != self.adopted
+
+    @torch.no_grad()
+    def adopt(self, original: "Delta") -> None:
+        """Copy the state of the Delta whose parameters this one has."""
+        for name, value in original.state().items():
+            module, _, buffer = name.rpartition(".")
+            place = self.get_submodule(module)
+            before = place._buffers.get(buffer)
+            if _equal(before, value):
+                continue
+            if place is self and buffer in self.optional_buffers:
+                self.set_optional(buffer, None if value is None else value.clone())
+            elif before is not None and value is not None and before.shape == value.shape:
+                before.copy_(value)
+            else:
+                setattr(place, buffer, None if value is None else value.clone())
+        self.state_from, self.awaits_weights, self.fresh = "copy", False, original.fresh
+        self.adopted = self._fingerprint()
+        self.loaded()
+
+    def _fingerprint(self) -> list[float]:
+        """Numbers that change with the parameters."""
+        wide = (whole(p.detach()).double() for p in self.parameters())
+        return [float(value) for p in wide for value in (p.sum(), p.abs().sum())]
+
+    def set_optional(self, name: str, value: Tensor | None) -> None:
+        """Set an optional buffer, or drop it.
+
+        A dropped one leaves an empty, unsaved buffer, so that two copies of a model have equally
+        many: torch's AveragedModel pairs them by position.
+        """
+        setattr(self, name, value)
+        self._buffers.pop(f"{name}_dropped", None)
+        if value is None:
+            device = next(self.parameters()).device
+            empty = torch.zeros((), device="cpu" if device.type == "meta" else device)
+            self.register_buffer(f"{name}_dropped", empty, persistent=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy; its events fire like those of the original."""
@@ -371,8 +442,8 @@ class Delta(nn.Module):
             device = next(self.parameters()).device
             for name in self.optional_buffers:
                 saved = state_dict.get(prefix + name)
-                setattr(
-                    self, name, None if saved is None else torch.empty_like(saved, device=device)
+                self.set_optional(
+                    name, None if saved is None else torch.empty_like(saved, device=device)
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.owner:  # loading may have replaced the shared tensors
@@ -380,7 +451,7 @@ class Delta(nn.Module):
             missing = args[2]
             missing[:] = [k for k in missing if k.removeprefix(prefix) not in self.shared]
         if has_keys:
-            self.awaits_weights = False
+            self.awaits_weights, self.state_from = False, "file"
             self.fresh = self.t is not None and not self.t.is_meta and not self.steps
             self._check_alive()
             self.loaded()
@@ -407,6 +478,15 @@ class Delta(nn.Module):
             f"in={self.base.in_features}, out={self.base.out_features}, "
             f"r={self.config.r}, s={self.scaling:g}"
         )
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors, or shards of one, are equal; a meta tensor equals none."""
+    if one is None or other is None:
+        return one is other
+    if one.shape != other.shape or one.is_meta or other.is_meta:
+        return False
+    return torch.equal(whole(one), whole(other))
 
 
 def _check_fired(delta: Delta, *_: Any) -> None:

@@ -63,6 +63,11 @@ class Listener:
     def check(self, model: nn.Module) -> None:
         """Raise EventNeverFired if it should have acted on this model's training and never did."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, such as that of a running chain; it listens like the original."""
+        self.__dict__.update(state)
+        listen(self)
+
 
 def listen(listener: Listener) -> None:
     """Call a listener around all optimizer steps from now on, as long as it is alive."""
@@ -285,7 +290,7 @@ def after_step(model: nn.Module, optimizer: Any = None) -> None:
     """
     inside = {id(p) for p in model.parameters()}
     with _completing(optimizer):
-        for deltas in adapters_of(model):
+        for deltas in _training(model):
             after_step_of(deltas)
         for listener in list(_listeners):
             if any(id(p) in inside for p in listener.parameters()):
@@ -294,8 +299,17 @@ def after_step(model: nn.Module, optimizer: Any = None) -> None:
 
 def penalty(model: nn.Module) -> torch.Tensor | None:
     """The sum of all penalties of a model, for logging or a hand-written loop; None if none."""
-    sums = [p for p in map(_penalty, adapters_of(model)) if p is not None]
+    sums = [p for p in map(_penalty, _training(model)) if p is not None]
     return torch.stack(sums).sum() if sums else None
+
+
+def _training(model: nn.Module) -> list[list["Delta"]]:
+    """Those of adapters_of that train: not, for example, the frozen reference of a policy."""
+    return [
+        deltas
+        for deltas in adapters_of(model)
+        if any(p.requires_grad for delta in deltas for p in delta.parameters())
+    ]
 
 
 def adapters_of(model: nn.Module) -> list[list["Delta"]]:

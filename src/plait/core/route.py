@@ -134,6 +134,15 @@ class Route:
         finally:
             self.scope = before
 
+    @contextmanager
+    def narrowed(self, rows: Rows) -> Iterator[None]:
+        """Route what runs within the context as these rows of the batch."""
+        before, self.current = self.current, rows
+        try:
+            yield
+        finally:
+            self.current = before
+
     def current_rows(self, count: int) -> Rows:
         """The rows of the layer call in progress.
 

@@ -176,6 +176,10 @@ class Trunk:
         return wide.to(weight.dtype)
 
     def _put(self, weight: Tensor) -> None:
-        """Make a tensor the base weight. A new Parameter: weights may be tied to others."""
+        """Make a tensor the base weight, in the dtype that the model was cast to since.
+
+        A new Parameter: weights may be tied to others.
+        """
         before = self.base.weight
-        self.base.weight = nn.Parameter(weight.to(before.device), before.requires_grad)
+        weight = weight.to(before.device, before.dtype)
+        self.base.weight = nn.Parameter(weight, before.requires_grad)

@@ -90,7 +90,7 @@ class Screening(ScreeningOptions, Gate):
             if t == last:
                 d.keep.copy_(mask)
                 for buffer in buffer_names(names_of(d)):
-                    setattr(d, buffer, None)
+                    d.set_optional(buffer, None)
 
 
 def average(delta: Any) -> None:

@@ -57,17 +57,20 @@ class Basis:
         """Matrices start:stop, (stop - start, rows cols)."""
         size = self.rows * self.cols
         flat = values(self.seed, self.tag, start * size, (stop - start) * size)
-        return torch.from_numpy(flat).view(stop - start, size).to(device, self.dtype)
+        with torch.inference_mode(False):  # a kept one serves training as well
+            return torch.from_numpy(flat).view(stop - start, size).to(device, self.dtype)
 
     def parts(self, device: torch.device, keep: bool) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, matrices) of the whole, a few at a time: kept, or made now."""
-        if keep and device not in self.kept:
-            self.kept[device] = self.part(0, self.count, device)
+        kept = self.kept.get(device) if keep else None
+        if keep and kept is None:
+            kept = self.part(0, self.count, device)
+            if type(kept) is Tensor:  # not the fake tensor of a tracer, which holds no numbers
+                self.kept[device] = kept
         step = max(1, CHUNK // (self.rows * self.cols))
         for start in range(0, self.count, step):
             stop = min(start + step, self.count)
-            kept = self.kept[device][start:stop] if keep else None
-            yield start, stop, self.part(start, stop, device) if kept is None else kept
+            yield start, stop, self.part(start, stop, device) if kept is None else kept[start:stop]
 
 
 _known: "WeakValueDictionary[tuple[Any, ...], Basis]" = WeakValueDictionary()

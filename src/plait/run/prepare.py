@@ -28,6 +28,8 @@ from transformers.pytorch_utils import Conv1D
 
 from plait import chain
 from plait.chain import ChainPlan
+from plait.core.bridge import warn_left_out
+from plait.core.config import DeltaConfig
 from plait.core.delta import Delta
 from plait.core.events import PlaitWarning
 from plait.gates.alloc import set_development_batch
@@ -150,6 +152,9 @@ def prepare(cfg: RunConfig, place: bool = True) -> Prepared:
         )
     model = base.model if config is None else get_peft_model(base.model, config)
     check_total_step(model, steps)
+    everywhere = cfg.method.options.get("target_modules", "all-linear") == "all-linear"
+    if everywhere and config is not None and not isinstance(config, DeltaConfig):
+        warn_left_out(model)  # plait's own methods warn by themselves
     delta = next((m for m in model.modules() if isinstance(m, Delta)), None)
     if delta is not None and plan is None:  # a chain checks the steps of a link
         delta.check_schedule()
