@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# A core each for two test processes; more threads than cores only get in each other's way.
+# A core each for two test processes; more threads than cores slow each other down. With worksteal
+# the tests of a file stay together, so that what a module's fixtures make is made once.
 WORKERS ?= 2
 
 .PHONY: demo test test-deploy lint format docs docs-update assets clean
@@ -26,7 +27,7 @@ demo: $(VENV)/core.stamp
 	$(BIN)/plait demo demo/$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
 # Servers and clients that are killed, and whole runs of them: some minutes. Needs plait[federated].
 test-deploy: $(VENV)/dev.stamp

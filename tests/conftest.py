@@ -53,3 +53,8 @@ def real_data() -> Callable[[str], Path]:
         return root / name
 
     return find
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run slow tests first: at the end, one process would wait for another one's."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

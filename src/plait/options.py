@@ -6,9 +6,18 @@ It imports neither torch nor peft, so that a mistake in a config file is answere
 import dataclasses
 import difflib
 import math
+import operator
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
+
+# Bound of a field -> its comparison and its words, in the order in which errors name them.
+BOUNDS: dict[str, tuple[Callable[[float, float], bool], str]] = {
+    "least": (operator.ge, "{} or more"),
+    "above": (operator.gt, "more than {}"),
+    "most": (operator.le, "{} or less"),
+    "below": (operator.lt, "less than {}"),
+}
 
 _MOST = 5  # names that a remedy shows
 
@@ -49,20 +58,24 @@ def option(
     *,
     least: float | None = None,
     above: float | None = None,
+    most: float | None = None,
     below: float | None = None,
+    infinite: bool = False,
 ) -> Any:
     """A dataclass field with its help text and, for numbers, its bounds.
 
     Args:
-        default: the default value, or a function that makes one, such as `list`.
+        default: the default value, or a function that makes one, such as `list`;
+            dataclasses.MISSING for a field that has none.
         help: shown by `plait init`, on the pages and by `plait methods`.
-        least: smallest value; of a text, its length. above, below: exclusive bounds. All hold for
-            each item of a list.
+        least, most: smallest and largest value; of a text, its length. above, below: exclusive
+            bounds. All hold for each item of a list. infinite: whether infinity is within them.
 
     They are checked when a config file is read, and by `check_options`, which the config classes
     call, with the values of a Literal type.
     """
-    facts = {"help": help, "least": least, "above": above, "below": below}
+    bounds = {"least": least, "above": above, "most": most, "below": below}
+    facts = {"help": help, **bounds, "infinite": infinite}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=facts)
     return dataclasses.field(default=default, metadata=facts)
@@ -98,35 +111,28 @@ def check_option(name: str, kind: Any, facts: Mapping[str, Any], value: Any) -> 
     if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
         known = ", ".join(map(repr, typing.get_args(kind)))
         raise ValueError(f"{name} = {value!r} is not known. Use one of {known}.")
-    least, above, below = (facts.get(bound) for bound in ("least", "above", "below"))
-    if value is None or (least is None and above is None and below is None):
+    limits = {name: facts[name] for name in BOUNDS if facts.get(name) is not None}
+    if value is None or not limits:
+        return
+    if isinstance(value, str) and kind in (str, str | None):
+        check_option(f"the length of {name}", int, facts, len(value))
         return
     whole = kind is int or kind == int | None
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         noun = "whole number" if whole else "number"
         raise ValueError(f"{name} = {value!r} is not a {noun}. Give one.")
-    if (
-        not math.isfinite(value)
-        or (least is not None and value < least)
-        or (above is not None and value <= above)
-        or (below is not None and value >= below)
-    ):
-        raise ValueError(f"{name} = {value!r} is out of range. Give {_range(least, above, below)}.")
+    finite = math.isfinite(value) or (facts.get("infinite") and not math.isnan(value))
+    if not finite or not all(BOUNDS[bound][0](value, limit) for bound, limit in limits.items()):
+        bounds = " and ".join(BOUNDS[bound][1].format(limit) for bound, limit in limits.items())
+        raise ValueError(f"{name} = {value!r} is out of range. Give {bounds}.")
 
 
-def check_options(config: Any, section: str) -> None:
+def check_options(config: Any, section: str = "") -> None:
     """Check each field of a dataclass that has bounds or a Literal type.
 
     Raises:
         ValueError: as `check_option`, the option named `section.name`.
     """
-    hints = typing.get_type_hints(type(config))
+    hints, prefix = typing.get_type_hints(type(config)), f"{section}." if section else ""
     for f in dataclasses.fields(config):
-        check_option(f"{section}.{f.name}", hints[f.name], f.metadata, getattr(config, f.name))
-
-
-def _range(least: float | None, above: float | None, below: float | None) -> str:
-    lower = "" if least is None else f"{least} or more"
-    lower = lower if above is None else f"more than {above}"
-    upper = "" if below is None else f"less than {below}"
-    return " and ".join(filter(None, (lower, upper)))
+        check_option(f"{prefix}{f.name}", hints[f.name], f.metadata, getattr(config, f.name))

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def render(report: "CheckReport", console: "Console") -> None:
-    """Print a report; tokens with loss are green, or in [[...]] where there is no colour."""
+    """Print a report; tokens with loss are green, or in [[...]] without colour."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))

@@ -162,7 +162,7 @@ def _modules(report: "InspectReport", run: str) -> "list[Table]":
 
 
 def _similarity(report: "InspectReport") -> "Table":
-    """The pairs, the most alike first where they are many."""
+    """The pairs; if there are many, the most alike first."""
     table = _table("", "pair", "cosine", "overlap", "chance", "least", "most deg", numbers=5)
     for kind in dict.fromkeys(s.kind for s in report.similarity):
         pairs = [s for s in report.similarity if s.kind == kind]

@@ -21,7 +21,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; 130 after Ctrl-C, 1 where training had to stop by itself."""
+    """Train; return 130 after Ctrl-C, 1 if the loss or a weight became NaN or infinite."""
     from plait.run.config import dump_config, load_config
 
     cfg = load_config(args.file, args.overrides, import_plugins=True)

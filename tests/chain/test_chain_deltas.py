@@ -13,8 +13,9 @@ from plait import ChainPlan
 from plait.chain import chain_of, start
 from plait.core.init import seeded
 from plait.core.trunk import trunk_of
-from tests.support import tiny
-from tests.support.contract import Case, adamw, base_logits, deltas, layers, logits, steps, wrap
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import adamw, base_logits, deltas, layers, logits, steps, wrap
 
 CASES = [
     Case("dual_module", {"r": 4, "shared_r": 2, "target_r": 1, "tinit": 1, "tfinal": 1}, lr=2e-2),

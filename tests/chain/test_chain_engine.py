@@ -16,8 +16,8 @@ from plait import ChainPlan, EventNeverFired, NotMergeable, PlaitWarning
 from plait.chain import chain_of, start
 from plait.core.init import kaiming, seeded
 from plait.core.trunk import trunk_of
+from plait.testing import tiny
 from tests.support import chains as toys
-from tests.support import tiny
 
 PLANS: dict[str, Any] = {
     "chain": ChainPlan.chain(3),

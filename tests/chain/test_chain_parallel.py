@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plait import ChainPlan
 from plait.chain import Ledger, start
+from plait.testing import tiny
 from tests.support import chains as toys
-from tests.support import tiny
 
 PLANS = {
     "chain": ChainPlan.chain(3),

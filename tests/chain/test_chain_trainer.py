@@ -22,9 +22,9 @@ from plait.run.export import export_run
 from plait.run.folder import RunFolder
 from plait.run.generate import generate_run
 from plait.run.train import train
+from plait.testing import tiny
 from plait_cli.check import _facts
 from tests.support import chains as toys
-from tests.support import tiny
 from tests.support.runs import assert_same, copy_rows, interrupt, run_config, save_model, write_rows
 
 ROWS = [{"input_ids": row, "labels": row} for row in tiny.tokens(40, 8)]

@@ -30,9 +30,10 @@ import plait
 from plait.core import bridge
 from plait.core.bridge import PlaitLayer
 from plait.core.route import Rows
-from tests.support import tiny
-from tests.support.contract import (
-    Case,
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.checks.precision import quantised
+from plait.testing.helpers import (
     adamw,
     base_logits,
     batch,
@@ -41,7 +42,6 @@ from tests.support.contract import (
     depends_on_input,
     layers,
     logits,
-    quantised,
     relative,
     steps,
     task_ids,

@@ -15,18 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import plait
 from plait.core import events
 from plait.core.events import check_events
-from tests.support import tiny
-from tests.support.contract import (
-    Case,
-    adamw,
-    batch,
-    deltas,
-    logits,
-    relative,
-    steps,
-    trained,
-    wrap,
-)
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import adamw, batch, deltas, logits, relative, steps, trained, wrap
 
 DUAL = Case("dual_lora", {"gate_steps": 8})
 DMC = Case("dual_module", {"tinit": 2, "tfinal": 2, "deltaT": 1})

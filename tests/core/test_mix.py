@@ -8,8 +8,9 @@ import torch
 import plait
 from plait.core.mix import Matrix, Pairing, TaskTable, TokenRouter, as_mix
 from plait.core.route import Rows
-from tests.support import tiny
-from tests.support.contract import Case, deltas, relative, wrap
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import deltas, relative, wrap
 
 TASKS = ["law", "care"]
 
@@ -33,7 +34,7 @@ def test_what_a_method_declares() -> None:
         *((TokenRouter(torch.zeros(2, 6, dtype=torch.float64), kind), {"approx": "mean"}, None)
           for kind in ("reduce", "expand", "pair")),
     ],
-    ids=str,
+    ids=["one", "matrix", "task law", "task care", "reduce", "expand", "pair"],
 )  # fmt: skip
 def test_the_matrix_is_what_a_call_does(mix: Any, choice: Any, ids: list[int] | None) -> None:
     """A router with G = 0 is uniform."""

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import plait
-from tests.support import parallel, tiny
-from tests.support.contract import ROOT, relative
+from plait.testing import tiny
+from plait.testing.helpers import relative
+from tests.support import ROOT, parallel
 from tests.support.parallel import CASES, CONTROLS, REFUSED, REFUSED_STEPS, UPSTREAM_FAILS
 
 pytestmark = pytest.mark.slow  # two processes import transformers

@@ -10,8 +10,9 @@ from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, VeraConfig, g
 import plait
 from plait.federated import Client, adapter, algorithm, fedavg_for, refusal, weights_of
 from plait.federated.methods import Algorithm
-from tests.support import tiny
-from tests.support.contract import Case, adamw, deltas, relative, wrap
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import adamw, deltas, relative, wrap
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 OPTIONS: dict[str, dict[str, Any]] = {

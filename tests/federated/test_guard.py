@@ -217,7 +217,9 @@ def test_means_and_options_that_do_not_fit() -> None:
         ("max_norm_ratio", float("nan"), "1 or more"),
         ("quarantine_after", 0, "1 or more"),
         ("min_updates", 0, "1 or more"),
-        ("trim", 0.5, "a share from 0 and below 0.5"),
+        ("trim", 0.5, "0 or more and less than 0.5"),
     ):
-        with pytest.raises(ValueError, match=rf"guard\.{name} = {value}\. Give {text}"):
+        with pytest.raises(
+            ValueError, match=rf"guard\.{name} = {value} is out of range\. Give {text}"
+        ):
             GuardOptions(**{name: value})

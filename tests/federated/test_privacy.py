@@ -113,9 +113,13 @@ def test_what_the_guarantee_does_not_cover() -> None:
         with pytest.raises(ValueError, match=text):
             privacy.check(method, guard, clients)
     for name, value, text in (
-        ("clip", 0.0, r"privacy\.clip = 0\.0\. Give a norm above 0\."),
-        ("noise", 0.0, r"privacy\.noise = 0\.0\. Give a multiplier above 0"),
-        ("delta", 1.0, r"privacy\.delta = 1\.0\. Give a probability"),
+        ("clip", 0.0, r"privacy\.clip = 0\.0 is out of range\. Give more than 0\."),
+        ("noise", 0.0, r"privacy\.noise = 0\.0 is out of range\. Give more than 0\."),
+        (
+            "delta",
+            1.0,
+            r"privacy\.delta = 1\.0 is out of range\. Give more than 0 and less than 1\.",
+        ),
         ("key", "short", r"privacy\.key has 5 characters"),
     ):
         with pytest.raises(ValueError, match=text):

@@ -18,8 +18,8 @@ from plait.federated.engines.workers import Deadlines, Workers
 from plait.federated.guard import GuardOptions, TooFewUpdates
 from plait.federated.protocol import Answer, Order, Reply, failure
 from plait.federated.server import Server, ServerOptions
-from tests.federated.test_local import NAMES, federation, lora, run, training
-from tests.support import tiny
+from plait.testing import tiny
+from tests.support.federation import NAMES, federation, lora, run, training
 
 FAST = Deadlines(first=60.0, floor=6.0)
 

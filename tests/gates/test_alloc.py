@@ -13,9 +13,9 @@ from torch import Tensor
 import plait
 from plait.core.init import seeded
 from plait.gates.alloc import allocate, importance, shares
-from tests.support import tiny
-from tests.support.contract import (
-    Case,
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import (
     adamw,
     base_logits,
     batch,

@@ -6,14 +6,9 @@ import pytest
 import torch
 
 from plait.core.init import seeded
-from tests.support import tiny
-from tests.support.contract import (
-    Case,
-    deltas,
-    logits,
-    relative,
-    wrap,
-)
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import deltas, logits, relative, wrap
 
 
 @pytest.mark.parametrize("scope", ["token", "step"])

@@ -9,19 +9,10 @@ from peft import PeftModel
 
 import plait
 from plait.core.delta import planned
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import adamw, deltas, logits, relative, steps, task_ids, trained, wrap
 from plait.upstream.export import to_lora
-from tests.support import tiny
-from tests.support.contract import (
-    Case,
-    adamw,
-    deltas,
-    logits,
-    relative,
-    steps,
-    task_ids,
-    trained,
-    wrap,
-)
 
 CASE = Case("sora", {"l1_weight": 0.1})
 

@@ -6,18 +6,10 @@ import pytest
 import torch
 
 from plait.gates import screening
-from tests.support import tiny
-from tests.support.contract import (
-    Case,
-    adamw,
-    batch,
-    deltas,
-    one_layer,
-    relative,
-    steps,
-    trained,
-)
-from tests.support.contract import wrap as wrap_case
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import adamw, batch, deltas, one_layer, relative, steps, trained
+from plait.testing.helpers import wrap as wrap_case
 
 CASE = Case("dual_module", {"r": 8, "shared_r": 2, "target_r": 3, "tinit": 2, "tfinal": 3})
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import plait
 from plait.gates.sparse import proximal
-from tests.support import tiny
-from tests.support.contract import (
-    Case,
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import (
     adamw,
     base_logits,
     batch,

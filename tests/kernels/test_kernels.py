@@ -16,8 +16,9 @@ from plait.core.mix import TaskTable, TokenRouter
 from plait.core.route import Rows
 from plait.kernels.dense_tiles import DenseTiles, tile_rows
 from plait.kernels.low_rank import up
-from tests.support import tiny
-from tests.support.contract import Case, one_layer, relative, task_ids
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import one_layer, relative, task_ids
 
 T, IN, OUT = 96, 40, 56  # every shape tells which tensor it is
 

@@ -14,19 +14,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import plait
 from plait.gates.alloc import importance
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import adamw, batch, deltas, layers, logits, one_layer, steps, wrap
 from plait.upstream.export import to_lora
-from tests.support import tiny
-from tests.support.contract import (
-    Case,
-    adamw,
-    batch,
-    deltas,
-    layers,
-    logits,
-    one_layer,
-    steps,
-    wrap,
-)
 
 CASE = Case("alloc", {"first": 2, "every": 2, "rounds": 3, "n_A": 4})
 

@@ -12,9 +12,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 import plait
+from plait.testing import helpers, tiny
+from plait.testing.case import Case
+from plait.testing.helpers import (
+    adamw,
+    deltas,
+    layers,
+    logits,
+    one_delta,
+    relative,
+    steps,
+)
 from plait.upstream.export import to_lora
-from tests.support import contract, tiny
-from tests.support.contract import Case, adamw, deltas, layers, logits, one_layer, relative, steps
 
 STRATEGIES = ["full", "random", "random_b", "heuristic"]
 CASE = Case("cola", {"r": 2})
@@ -22,9 +31,8 @@ STARTS = [(s, i) for s in STRATEGIES for i in ("pissa", "kaiming")] + [("heurist
 
 
 def layer(n_in: int = 8, n_out: int = 6, **options: Any) -> tuple[Any, Any]:
-    """A model of one fp64 layer with random factors, and its Delta."""
-    model, host = one_layer(CASE, n_in, n_out, **options)
-    return model.train(), host.plait_delta["default"]
+    """`one_delta` of CASE."""
+    return one_delta(CASE, n_in, n_out, **options)
 
 
 def pairing(delta: Any, training: bool) -> Tensor:
@@ -162,7 +170,7 @@ def test_groups_of_the_heuristic(M: int, N: int, paper: list[int], released: lis
 @pytest.mark.parametrize(("strategy", "init"), STARTS)
 def test_export_ranks_and_stock_peft(strategy: str, init: str, tmp_path: Any) -> None:
     """full, random, random_b: r + r; heuristic: M r + r0; without A0: r and M r. Exact."""
-    model = contract.wrap(CASE, strategy=strategy, init=init, r=2)
+    model = helpers.wrap(CASE, strategy=strategy, init=init, r=2)
     steps(model, adamw(model, 1e-2), 4, key=None)
     export = to_lora(model)
     terms = 2 if strategy == "heuristic" else 1
@@ -316,15 +324,15 @@ def test_draws_are_pinned() -> None:
 
 
 def test_one_draw_for_all_micro_batches_and_another_after_the_step() -> None:
-    model = contract.wrap(CASE, strategy="random", init_weights=False).train()
-    optimizer = torch.optim.SGD(contract.trained(model).values(), lr=0.0)
+    model = helpers.wrap(CASE, strategy="random", init_weights=False).train()
+    optimizer = torch.optim.SGD(helpers.trained(model).values(), lr=0.0)
     outputs = []
     for _ in range(3):
         draws = [d.draw.clone() for d in deltas(model)]
         for _ in range(4):
             outputs.append(logits(model))
             assert all(torch.equal(d.draw, e) for d, e in zip(deltas(model), draws, strict=True))
-        model(**contract.batch(model)).loss.backward()
+        model(**helpers.batch(model)).loss.backward()
         optimizer.step()
         assert any(not torch.equal(d.draw, e) for d, e in zip(deltas(model), draws, strict=True))
     assert torch.equal(outputs[0], outputs[3])
@@ -385,7 +393,7 @@ def test_one_of_each_is_pissa() -> None:
     )
     target = tiny.numbers(20, 30, key=9, dtype=torch.float32)
     for model in (ours, theirs):
-        optimizer = torch.optim.SGD(contract.trained(model).values(), lr=1e-2)
+        optimizer = torch.optim.SGD(helpers.trained(model).values(), lr=1e-2)
         for step in range(5):
             x = tiny.numbers(8, 30, key=step, dtype=torch.float32)
             (model(x) - x @ target.T).square().mean().backward()
@@ -396,7 +404,7 @@ def test_one_of_each_is_pissa() -> None:
 
 
 def test_two_adapters_of_different_strategies() -> None:
-    model = contract.wrap(CASE, strategy="random", init_weights=False)
+    model = helpers.wrap(CASE, strategy="random", init_weights=False)
     first = logits(model)
     options = {"strategy": "heuristic", "num_A": 3, "num_B": 4, "init": "pissa_split"}
     model.add_adapter("other", CASE.config(**options, init_weights=False))

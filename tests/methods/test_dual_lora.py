@@ -1,5 +1,6 @@
 """Dual LoRA: the formula, its gradients, the gate, and what is refused."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ from torch import Tensor
 
 import plait
 from plait.methods.dual_lora import DualLora
-from tests.support import contract, tiny
-from tests.support.contract import (
-    Case,
+from plait.testing import case, helpers, tiny
+from plait.testing.case import Case
+from plait.testing.helpers import (
     adamw,
     deltas,
     layers,
     logits,
+    one_delta,
     one_layer,
     relative,
     steps,
@@ -28,10 +30,7 @@ from tests.support.contract import (
 CASE = Case("dual_lora")
 
 
-def layer(n_in: int = 7, n_out: int = 5, **options: Any) -> tuple[Any, DualLora]:
-    """A model of one fp64 layer with random factors and an open gate, and its Delta."""
-    model, host = one_layer(CASE, n_in, n_out, **options)
-    return model.train(), host.plait_delta["default"]  # type: ignore[return-value]
+layer = partial(one_delta, CASE)  # of one fp64 layer, in training
 
 
 def fill(delta: DualLora, **factors: list[list[float]]) -> None:
@@ -172,9 +171,9 @@ def test_fresh_adapter_has_the_bits_of_the_base(n_out: int) -> None:
 
 
 def test_parameters_equal_those_of_lora(llama: Any) -> None:
-    ours = sum(p.numel() for p in contract.trained(wrap(CASE, r=6)).values())
-    lora = get_peft_model(llama, LoraConfig(r=6, target_modules=contract.TARGETS))
-    assert ours == sum(p.numel() for p in contract.trained(lora).values())
+    ours = sum(p.numel() for p in helpers.trained(wrap(CASE, r=6)).values())
+    lora = get_peft_model(llama, LoraConfig(r=6, target_modules=case.TARGETS))
+    assert ours == sum(p.numel() for p in helpers.trained(lora).values())
 
 
 def test_magnitude_and_sign() -> None:
@@ -238,7 +237,7 @@ def test_no_gate_is_warned() -> None:
     with pytest.warns(plait.PlaitWarning, match="gate_steps = 0, so the start is not the base"):
         config = plait.DualLoraConfig(gate_steps=0, target_modules=["linear"])
     model = get_peft_model(tiny.OneLinear(7, 5, torch.float32), config)  # type: ignore[arg-type]
-    assert contract.deltas(model)[0].weight().any()
+    assert helpers.deltas(model)[0].weight().any()
 
 
 @pytest.mark.parametrize("name", ["A", "B"])
@@ -279,7 +278,7 @@ def test_active_clip_does_not_accumulate() -> None:
 
 def test_fp16_autocast_and_clip() -> None:
     model = wrap(CASE).train()
-    inputs = contract.batch(model)
+    inputs = helpers.batch(model)
     text = 'ste="clip" depends on the loss scale of fp16. Use bf16, or ste="identity"'
     with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match=text):
         model(**inputs)

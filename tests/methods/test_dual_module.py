@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 import plait
 from plait.gates.screening import Screening
-from plait.upstream.export import to_lora
-from tests.support import tiny
-from tests.support.contract import (
-    Case,
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import (
     adamw,
     batch,
     deltas,
     logits,
-    one_layer,
+    one_delta,
     relative,
     steps,
     trained,
 )
-from tests.support.contract import wrap as wrap_case
+from plait.testing.helpers import wrap as wrap_case
+from plait.upstream.export import to_lora
 
 CASE = Case("dual_module", {"r": 8, "shared_r": 2, "target_r": 3, "tinit": 2, "tfinal": 3})
 
@@ -37,9 +37,8 @@ def wrap(**options: Any) -> Any:
 
 
 def layer(n_in: int = 9, n_out: int = 7, **options: Any) -> tuple[Any, Any]:
-    """A model of one fp64 layer with random factors, and its Delta."""
-    model, host = one_layer(CASE, n_in, n_out, **options)
-    return model.train(), host.plait_delta["default"]
+    """`one_delta` of CASE."""
+    return one_delta(CASE, n_in, n_out, **options)
 
 
 def three_terms(delta: Any, x: Tensor, mask: Tensor | float = 1.0) -> Tensor:

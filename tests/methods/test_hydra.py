@@ -12,34 +12,31 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import plait
-from plait.upstream.export import to_lora
-from tests.support import contract, tiny
-from tests.support.contract import (
-    Case,
+from plait.testing import checks, tiny
+from plait.testing.case import Case
+from plait.testing.helpers import (
     adamw,
     batch,
     deltas,
     layers,
     logits,
+    one_delta,
     one_layer,
     relative,
     steps,
     trained,
+    update,
     wrap,
 )
+from plait.upstream.export import to_lora
+from tests.support.starts import with_random_start
 
 CASE = Case("hydra", {"r": 2, "num_B": 3})
 
 
 def layer(n_in: int = 7, n_out: int = 5, **options: Any) -> tuple[Any, Any]:
-    """A model of one fp64 layer with random factors, a random start too, and its Delta."""
-    model, host = one_layer(CASE, n_in, n_out, **options)
-    delta: Any = host.plait_delta["default"]
-    if delta.A0 is not None:
-        with torch.no_grad():
-            delta.A0.copy_(tiny.numbers(*delta.A0.shape, key=5))
-            delta.B0.copy_(tiny.numbers(*delta.B0.shape, key=6))
-    return model.train(), delta
+    """`one_delta` of CASE, with a random start too."""
+    return with_random_start(*one_delta(CASE, n_in, n_out, **options))
 
 
 def loop(delta: Any, x: Tensor, inputs: list[Tensor] | None = None) -> Tensor:
@@ -54,11 +51,6 @@ def loop(delta: Any, x: Tensor, inputs: list[Tensor] | None = None) -> Tensor:
             term = term - own @ delta.A0.T @ delta.B0.T
         total = total + weights[..., i : i + 1] * term
     return delta.scaling * total
-
-
-def update(model: Any, x: Tensor) -> Tensor:
-    """What the adapter adds to the layer's output."""
-    return model(x) - layers(model)[0].base_layer(x)
 
 
 def test_worked_example() -> None:
@@ -389,4 +381,4 @@ def test_refused_options(options: dict[str, Any], text: str) -> None:
 def test_contract_with_many_options() -> None:
     """Checkpointing and micro-batches with every option of the page at once."""
     options = {"num_B": 3, "independent_dropout": True, "init": "pissa", "gates": ["sora"]}
-    contract.checkpointing_changes_nothing(Case("hydra", options))
+    checks.checkpointing_changes_nothing(Case("hydra", options))

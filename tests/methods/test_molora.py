@@ -21,23 +21,26 @@ from plait.core.route import NOWHERE, Rows
 from plait.methods._balance import loramoe, switch
 from plait.methods.molora import MoLora
 from plait.run.train import train
-from plait.upstream.export import to_lora
-from tests.support import contract, tiny
-from tests.support.contract import (
-    CHECKS,
-    Case,
+from plait.testing import checks, tiny
+from plait.testing.case import Case
+from plait.testing.checks import CHECKS
+from plait.testing.helpers import (
     adamw,
     batch,
     deltas,
     layers,
     logits,
+    one_delta,
     one_layer,
     relative,
     steps,
     trained,
+    update,
     wrap,
 )
+from plait.upstream.export import to_lora
 from tests.support.runs import copy_rows, run_config, save_model, write_rows
+from tests.support.starts import with_random_start
 
 CASE = Case("molora", {"r": 2, "num_experts": 3})
 SWITCH = Case(
@@ -59,14 +62,8 @@ each = pytest.mark.parametrize("case", BALANCED, ids=IDS)
 
 
 def layer(n_in: int = 7, n_out: int = 5, **options: Any) -> tuple[Any, Any]:
-    """A model of one fp64 layer with random factors, a random start too, and its Delta."""
-    model, host = one_layer(CASE, n_in, n_out, **options)
-    delta: Any = host.plait_delta["default"]
-    if delta.A0 is not None:
-        with torch.no_grad():
-            delta.A0.copy_(tiny.numbers(*delta.A0.shape, key=5))
-            delta.B0.copy_(tiny.numbers(*delta.B0.shape, key=6))
-    return model.train(), delta
+    """`one_delta` of CASE, with a random start too."""
+    return with_random_start(*one_delta(CASE, n_in, n_out, **options))
 
 
 def weights_of(delta: Any, x: Tensor) -> Tensor:
@@ -91,11 +88,6 @@ def loop(delta: Any, x: Tensor) -> Tensor:
             term = term - x @ delta.A0.T @ delta.B0.T
         total = total + w[..., i : i + 1] * term
     return delta.scaling * total
-
-
-def update(model: Any, x: Tensor) -> Tensor:
-    """What the adapter adds to the layer's output."""
-    return model(x) - layers(model)[0].base_layer(x)
 
 
 # The formula -----------------------------------------------------------------------------------
@@ -207,7 +199,7 @@ def test_a_number_of_experts_for_each_block(tmp_path: Path) -> None:
     model = wrap(CASE, num_experts=[2, 4], top_k=2)
     assert [len(d.A) for d in deltas(model)] == [2] * 3 + [4] * 3
     assert [d.rank() for d in deltas(model)] == [4] * 6
-    contract.counts_are_the_formula(CASE)
+    checks.counts_are_the_formula(CASE)
     expected = sum(
         len(d.A) * (2 * (one.in_features + one.out_features) + one.in_features)
         for d, one in zip(deltas(model), layers(model), strict=True)
@@ -731,7 +723,7 @@ def test_balance_balances() -> None:
 
 
 # The gradients of fast_is_naive have the balance loss in them, on one side.
-KEPT = [check for check in CHECKS if check is not contract.fast_is_naive]
+KEPT = [check for check in CHECKS if check is not checks.fast_is_naive]
 
 
 @pytest.mark.parametrize("check", KEPT, ids=lambda check: check.__name__)
@@ -740,7 +732,7 @@ def test_contract_with_a_balance_loss(check: Any) -> None:
 
 
 def test_contract_with_loramoe() -> None:
-    for check in (contract.resume_is_exact, contract.checkpointing_changes_nothing):
+    for check in (checks.resume_is_exact, checks.checkpointing_changes_nothing):
         check(LORAMOE)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import plait
 from plait.methods import _bases as bases
 from plait.methods._bases import Mixture, basis, mixture, values
-from tests.support import contract, tiny
-from tests.support.contract import (
-    Case,
+from plait.testing import helpers, tiny
+from plait.testing.case import Case
+from plait.testing.helpers import (
     adamw,
     batch,
     deltas,
     layers,
     logits,
+    one_delta,
     one_layer,
     random_state_kept,
     relative,
@@ -55,10 +57,7 @@ GOLDEN = {
 }  # fmt: skip
 
 
-def layer(n_in: int = 7, n_out: int = 5, **options: Any) -> tuple[Any, Any]:
-    """A model of one fp64 layer with random weights of the bases, and its Delta."""
-    model, host = one_layer(CASE, n_in, n_out, **options)
-    return model.train(), host.plait_delta["default"]
+layer = partial(one_delta, CASE)  # of one fp64 layer, in training
 
 
 def matrices(seed: int, tag: str, count: int, rows: int, cols: int) -> Tensor:
@@ -305,7 +304,7 @@ def test_reload_from_the_seed(tmp_path: Path) -> None:
     state = get_peft_model_state_dict(model)
     assert {name.rpartition(".")[2] for name in state} == {"a", "b"}
     expected = logits(model)
-    assert not torch.equal(expected, contract.base_logits(tiny.llama()))
+    assert not torch.equal(expected, helpers.base_logits(tiny.llama()))
     del model
     gc.collect()
     for lean in (False, True):

@@ -12,18 +12,27 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import plait
+from plait.testing import helpers, tiny
+from plait.testing.case import Case
+from plait.testing.helpers import (
+    batch,
+    deltas,
+    logits,
+    one_delta,
+    one_layer,
+    relative,
+    trained,
+    update,
+)
 from plait.upstream.export import to_lora
-from tests.support import contract, tiny
-from tests.support.contract import Case, batch, deltas, layers, logits, one_layer, relative, trained
 
 TOKEN = Case("shared_b", {"r": 2, "num_A": 3})
 TASK = Case("shared_b", {"r": 2, "routing": "task", "tasks": ["law", "care", "maths"]})
 
 
 def layer(case: Case = TOKEN, n_in: int = 7, n_out: int = 5, **options: Any) -> tuple[Any, Any]:
-    """A model of one fp64 layer with random factors, and its Delta."""
-    model, host = one_layer(case, n_in, n_out, **options)
-    return model.train(), host.plait_delta["default"]
+    """`one_delta` of the case."""
+    return one_delta(case, n_in, n_out, **options)
 
 
 def loop(delta: Any, x: Tensor, inputs: list[Tensor] | None = None) -> Tensor:
@@ -35,11 +44,6 @@ def loop(delta: Any, x: Tensor, inputs: list[Tensor] | None = None) -> Tensor:
         own = x if inputs is None else inputs[i]
         total = total + weights[..., i : i + 1] * (own @ A.T @ delta.B.T)
     return delta.scaling * total
-
-
-def update(model: Any, x: Tensor, **inputs: Any) -> Tensor:
-    """What the adapter adds to the layer's output."""
-    return model(x, **inputs) - layers(model)[0].base_layer(x)
 
 
 def test_worked_example() -> None:
@@ -102,7 +106,7 @@ def test_independent_masks() -> None:
 
 
 def test_start() -> None:
-    model = contract.wrap(TOKEN)
+    model = helpers.wrap(TOKEN)
     for delta in deltas(model):
         bound = 1 / math.sqrt(delta.base.in_features)
         assert not delta.B.any()
@@ -149,7 +153,7 @@ def test_one_expert_is_lora() -> None:
 
 def test_uniform_router_is_the_mean() -> None:
     """merge(approx="mean") and the export with it are exact for a uniform router."""
-    model = contract.wrap(TOKEN, init_weights=False)
+    model = helpers.wrap(TOKEN, init_weights=False)
     with torch.no_grad():
         for delta in deltas(model):
             delta.G.zero_()
@@ -223,7 +227,7 @@ def test_gradients_of_tasks() -> None:
 
 
 def test_mixed_batch_is_separate_forwards() -> None:
-    model = contract.wrap(TASK, init_weights=False)
+    model = helpers.wrap(TASK, init_weights=False)
     ids = torch.tensor([1, 0, 2, 1])
     mixed = logits(model, task_ids=ids)
     for row, k in enumerate(ids):
@@ -233,7 +237,7 @@ def test_mixed_batch_is_separate_forwards() -> None:
 
 @pytest.mark.parametrize("task", ["law", "care", "maths"])
 def test_a_task_is_one_stock_lora(task: str, tmp_path: Any) -> None:
-    model = contract.wrap(TASK, init_weights=False)
+    model = helpers.wrap(TASK, init_weights=False)
     ids = torch.full((4,), TASK.options["tasks"].index(task))
     expected = logits(model, task_ids=ids)
     export = to_lora(model, task=task)
@@ -251,7 +255,7 @@ def test_a_task_is_one_stock_lora(task: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 def test_missing_and_unknown_ids(task_type: str | None) -> None:
-    model = contract.wrap(TASK, task_type=task_type)
+    model = helpers.wrap(TASK, task_type=task_type)
     ids = tiny.tokens()
     for training in (True, False):
         model.train(training)
@@ -274,13 +278,13 @@ def test_missing_and_unknown_ids(task_type: str | None) -> None:
     with pytest.raises(ValueError, match=r"Task 'maht' is not in this adapter.*law, care, maths"):
         model.set_task("maht")
     with pytest.raises(ValueError, match=r"set_task\('law'\): no adapter of this model has tasks"):
-        contract.wrap(TOKEN).set_task("law")
+        helpers.wrap(TOKEN).set_task("law")
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_repeats_ids_for_beams(task_type: str | None, beams: int) -> None:
-    model = contract.wrap(TASK, task_type=task_type, init_weights=False)
+    model = helpers.wrap(TASK, task_type=task_type, init_weights=False)
     with torch.no_grad():
         for delta in deltas(model):
             delta.A.mul_(8)  # tasks that say different things
@@ -303,7 +307,7 @@ def test_generation_repeats_ids_for_beams(task_type: str | None, beams: int) -> 
 
 def test_ids_survive_the_trainer(tmp_path: Any) -> None:
     """With remove_unused_columns=False, through collator and Trainer to the layers."""
-    model = contract.wrap(TASK)
+    model = helpers.wrap(TASK)
     rows = [{"input_ids": t, "labels": t, "task_ids": k % 2} for k, t in enumerate(tiny.tokens(8))]
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, use_cpu=True,
@@ -318,8 +322,8 @@ def test_ids_survive_the_trainer(tmp_path: Any) -> None:
 
 
 def test_training_by_tasks_reaches_every_A() -> None:
-    model = contract.wrap(TASK)
-    optimizer = contract.adamw(model, 1e-2)
+    model = helpers.wrap(TASK)
+    optimizer = helpers.adamw(model, 1e-2)
     for step in range(2):
         model.train()
         model(**batch(model, rows=6, key=step)).loss.backward()
@@ -346,7 +350,7 @@ def test_refused_options(options: dict[str, Any], text: str) -> None:
 
 
 def test_merge_needs_a_task() -> None:
-    model = contract.wrap(TASK, init_weights=False)
+    model = helpers.wrap(TASK, init_weights=False)
     with pytest.raises(
         plait.NotMergeable, match=r"depends on the task\. Name one of law, care, maths"
     ):
@@ -354,4 +358,4 @@ def test_merge_needs_a_task() -> None:
     with pytest.raises(ValueError, match="Task 'tax' is not in this adapter"):
         model.merge_adapter(task="tax")
     with pytest.raises(plait.NotMergeable):
-        to_lora(contract.wrap(TOKEN, init_weights=False))
+        to_lora(helpers.wrap(TOKEN, init_weights=False))

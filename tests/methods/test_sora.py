@@ -1,6 +1,7 @@
 """SoRA: the proximal step, the penalty, the gate's own rates, what is left when ranks are gone."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,28 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import plait
-from plait.upstream.export import to_lora
-from tests.support import tiny
-from tests.support.contract import (
-    Case,
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import (
     adamw,
     base_logits,
     batch,
     deltas,
     layers,
     logits,
-    one_layer,
+    one_delta,
     relative,
     steps,
     trained,
     wrap,
 )
+from plait.upstream.export import to_lora
 
 CASE = Case("sora", {"l1_weight": 0.1})
 STILL = {"l1_weight": 0.0, "xi": 0.0}  # neither penalty nor threshold
 
 
-def layer(n_in: int = 7, n_out: int = 5, **options: Any) -> tuple[Any, Any]:
-    """A model of one fp64 layer with random factors, and its Delta."""
-    model, host = one_layer(CASE, n_in, n_out, **options)
-    return model.train(), host.plait_delta["default"]
+layer = partial(one_delta, CASE)  # of one fp64 layer, in training
 
 
 def set_gates(model: Any, *values: list[float]) -> None:

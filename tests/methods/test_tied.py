@@ -15,9 +15,9 @@ from peft import PeftModel, VeraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 
 import plait
-from tests.support import contract, tiny
-from tests.support.contract import (
-    Case,
+from plait.testing import checks, tiny
+from plait.testing.case import Case
+from plait.testing.helpers import (
     adamw,
     base_logits,
     batch,
@@ -100,8 +100,8 @@ def test_forward_is_the_loop(n_in: int, n_out: int, r: int, train: list[str]) ->
 def test_start_of_every_subset(train: list[str]) -> None:
     """dW = 0, and every trained tensor gets a gradient within three steps."""
     case = Case("tied", {"r": 2, "train": train}, lr=5e-2)
-    contract.start_is_the_base(case)
-    contract.gradients_reach_everything(case)
+    checks.start_is_the_base(case)
+    checks.gradients_reach_everything(case)
     delta = deltas(wrap(case))[0]
     assert torch.equal(delta.u, torch.ones(2))
     if "B" in train:

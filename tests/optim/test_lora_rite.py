@@ -12,9 +12,10 @@ from plait.core import seeded
 from plait.optim import collect_pairs
 from plait.optim.lora_rite import balanced
 from plait.optim.pairs import join, part
-from tests.optim.test_pairs import change_basis, lora, train
-from tests.support import tiny
-from tests.support.contract import Case, batch, wrap
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import batch, wrap
+from tests.support.pairs import change_basis, lora, train
 
 F64, F32 = torch.float64, torch.float32
 

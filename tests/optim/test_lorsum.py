@@ -29,10 +29,12 @@ from plait import LowRankDelta
 from plait.core import Pair, gaussian, seeded
 from plait.optim.lorsum import JITTER, lorsum, squared_norm, strength
 from plait.optim.svd_lora import svd_lora, truncated
-from tests.optim.test_pairs import lora, train, values
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import layers, wrap
+from tests.support import ROOT
 from tests.support import optim_ddp as ddp
-from tests.support import tiny
-from tests.support.contract import ROOT, Case, layers, wrap
+from tests.support.pairs import lora, train, values
 
 F64, F32 = torch.float64, torch.float32
 

@@ -13,27 +13,14 @@ from torch import Tensor, nn
 
 import plait
 from plait.callback import check_clipping
-from plait.core import Pair
 from plait.optim import collect_pairs
 from plait.optim.pairs import join, part
-from tests.support import tiny
-from tests.support.contract import Case, batch, deltas, steps, wrap
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import batch, deltas, steps, wrap
+from tests.support.pairs import TARGETS, batch_of, change_basis, lora, train, values
 
-TARGETS = ["q_proj", "v_proj"]
 FACTORIES = [plait.create_lora_rite_optimizer, plait.create_lorsum_optimizer]
-
-
-def lora(base: nn.Module | None = None, **changes: Any) -> Any:
-    """A tiny Llama with upstream LoRA whose B is not zero."""
-    options = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **changes}
-    with tiny.seed():
-        model = get_peft_model(base or tiny.llama(), LoraConfig(**options))  # type: ignore[arg-type]
-    gen = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.copy_(0.1 * torch.randn(p.shape, generator=gen))
-    return model
 
 
 def state(optimizer: torch.optim.Optimizer) -> Any:
@@ -42,23 +29,6 @@ def state(optimizer: torch.optim.Optimizer) -> Any:
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def train(model: Any, optimizer: torch.optim.Optimizer, keys: range) -> None:
-    model.train()
-    for key in keys:
-        model(**batch_of(key)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def batch_of(key: int) -> dict[str, Tensor]:
-    ids = tiny.tokens(key=key)
-    return {"input_ids": ids, "labels": ids}
-
-
-def values(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
 
 # Pairs of a model -------------------------------------------------------------------------------
@@ -118,13 +88,6 @@ def test_gauge_of_a_method_leaves_its_output_unchanged(
         for pair in pairs:
             change_basis(pair, torch.randn(4, 4, generator=gen, dtype=torch.float64))
     torch.testing.assert_close(model(**inputs).logits, before, rtol=0, atol=1e-9)
-
-
-@torch.no_grad()
-def change_basis(pair: Pair, R: Tensor) -> None:
-    """(A, B) -> (R A, B R^-1)."""
-    part(pair.A, pair.A_slices, 1, R @ join(pair.A, pair.A_slices, 1))
-    part(pair.B, pair.B_slices, 0, join(pair.B, pair.B_slices, 0) @ torch.linalg.inv(R))
 
 
 @settings(max_examples=25)

@@ -24,9 +24,9 @@ from plait.run.config import (
 from plait.run.optimizers import OPTIMIZERS, make_optimizer, optimizer_support
 from plait.run.prepare import training_arguments
 from plait.run.train import train
+from plait.testing import tiny
 from plait.upstream.table import BASELINES
-from tests.optim.test_pairs import lora
-from tests.support import tiny
+from tests.support.pairs import lora
 from tests.support.runs import assert_same, copy_rows, interrupt, run_config, save_model, write_rows
 
 PLAIN = {"name": "lora", "r": 2}
@@ -72,7 +72,8 @@ def test_support_is_what_building_says(name: str) -> None:
     """Every method that can be trained builds an optimizer; the others of plait's do not."""
     options = {"loraplus": {"loraplus_lr_ratio": 4.0}}.get(name, {})
     for method in plait.list_methods():
-        from tests.support.contract import Case, wrap
+        from plait.testing.case import Case
+        from plait.testing.helpers import wrap
 
         model = wrap(Case(method.key))
         if optimizer_support(name, method.key) is None:

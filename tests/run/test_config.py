@@ -1,15 +1,26 @@
 """The config: strict keys, numbers that YAML reads as text, overrides, the error texts."""
 
+import json
+import re
 import subprocess
 import sys
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_type_hints
 
 import pytest
 import yaml
 from peft import AdaLoraConfig, LoraConfig, VeraConfig
 
 import plait
+from plait.options import check_options, option
 from plait.run.config import (
+    ChainConfig,
+    ColumnsConfig,
+    DataConfig,
+    EvaluationConfig,
     MethodConfig,
+    ModelConfig,
+    OutputConfig,
     RunConfig,
     check_method,
     config_from_dict,
@@ -20,8 +31,10 @@ from plait.run.config import (
     method_names,
     method_options,
     peft_config,
+    schema,
     starter_config,
 )
+from plait.run.federated.config import FederateConfig
 from plait.run.folder import RunFolder, diff_configs, environment, replace_dir, write_atomic
 from plait.upstream.table import BASELINES
 
@@ -115,6 +128,23 @@ def test_the_starter_config_is_a_valid_run():
     }
     for section in ("model", "evaluation", "output"):
         assert shown[section] == default[section]
+
+
+def test_the_starter_has_the_help_of_every_key():
+    words = "".join(starter_config().replace("#", "").split())
+    for section in (ModelConfig, DataConfig, EvaluationConfig, ChainConfig, OutputConfig):
+        for f in fields(section):
+            assert "".join(f.metadata["help"].replace("#", "").split()) in words, f.name
+    assert max(map(len, starter_config().splitlines())) <= 100
+
+
+def test_every_key_of_every_file_has_a_help():
+    sections = [type(vars(RunConfig())[name]) for name in ("model", "method", "optimizer", "data")]
+    sections += [ChainConfig, ColumnsConfig, EvaluationConfig, OutputConfig]
+    sections += get_type_hints(FederateConfig).values()
+    for section in sections:
+        for f in fields(section):
+            assert f.metadata.get("help"), f"{section.__name__}.{f.name}"
 
 
 # ------------------------------------------------------------------------------------- errors
@@ -259,6 +289,234 @@ def test_a_missing_file_says_how_to_make_one():
 
 def test_did_you_mean_lists_all_where_nothing_is_near():
     assert did_you_mean("zzz", ["b", "a"]) == "Known: a, b."
+
+
+def test_a_remedy_shows_five_names_at_most_and_the_nearest_first():
+    names = [f"name_{i}" for i in range(9)]
+    assert did_you_mean("name_", names) == "Did you mean name_0, name_1, name_2, name_3 or name_4?"
+    assert did_you_mean("zzz", names) == (
+        "Known: name_0, name_1, name_2, name_3, name_4 and 4 more."
+    )
+    assert did_you_mean("zzz", names, "See there.") == "See there."
+    assert did_you_mean("learnin_rate", ["lr", "learning_rate", "learning_rates"]) == (
+        "Did you mean learning_rate or learning_rates?"
+    )
+
+
+def test_bounds_hold_wherever_a_config_is_made():
+    @dataclass
+    class Options:
+        share: float = option(0.5, "A share.", above=0, most=1)
+        name: str = option("x", "A name.", least=1)
+        ratio: float = option(1.0, "A ratio.", least=1, infinite=True)
+        names: list[str] = option(list, "No bounds.")
+
+    check_options(Options(ratio=float("inf"), share=1.0), "part")
+    for values, text in (
+        ({"share": 1.5}, "part.share = 1.5 is out of range. Give more than 0 and 1 or less."),
+        ({"share": True}, "part.share = True is not a number. Give one."),
+        ({"name": ""}, "the length of part.name = 0 is out of range. Give 1 or more."),
+        ({"ratio": float("nan")}, "part.ratio = nan is out of range. Give 1 or more."),
+        ({"share": float("inf")}, "part.share = inf is out of range. Give more than 0 and 1 or"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            check_options(Options(**values), "part")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("method: {rank: 4}", "r"),
+        ("method: {name: dual_lora, alpha: 4}", "lora_alpha"),
+        ("method: {dropout: 0.1}", "lora_dropout"),
+        ("training: {lr: 1e-3}", "learning_rate"),
+        ("training: {epochs: 2}", "num_train_epochs"),
+        ("training: {batch_size: 2}", "per_device_train_batch_size"),
+        ("data: {cutoff_len: 64}", "max_length"),
+    ],
+)
+def test_words_of_other_tools_point_at_ours(text, name):
+    assert error(text).endswith(f"Did you mean {name}?")
+
+
+def test_one_out_of_range_is_found_without_the_class():
+    assert error("method: {name: dual_lora, lora_dropout: 1.0}") == (
+        "dual.yaml: method.lora_dropout is 1.0. It should be less than 1."
+    )
+    with pytest.raises(ValueError, match=r"method\.lora_dropout is 1\.0"):
+        load("method: {name: dual_lora, lora_dropout: 1.0}")  # check_method was not called
+    assert load("method: {name: dual_lora, r: 7}").method.options == {"r": 7}
+
+
+# ------------------------------------------------------------------------------------- schema
+
+
+def test_the_schema_is_current():
+    """Else run: python -m plait.run.config."""
+    import peft
+    import transformers
+
+    stored = schema.FILE.read_text(encoding="utf-8")
+    if json.loads(stored)["written_with"] == {
+        "peft": peft.__version__,
+        "transformers": transformers.__version__,
+    }:
+        assert stored == schema.text()
+    else:  # the classes are read, so nothing but plait's own part must be the same
+        kept = ("methods", "optimizers")
+        built = json.loads(json.dumps(schema.build()))
+        assert {k: json.loads(stored)[k] for k in kept} == {k: built[k] for k in kept}
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        int,
+        bool | None,
+        list[str] | set[str] | str | None,
+        list[int] | dict[str, list[int]] | None,
+        list[str | dict[str, Any]] | None,
+        Literal["none", "all"],
+        bool | Literal["pissa_niter_[number of iters]"],
+        list[tuple[int, int]] | None,
+        tuple[float, float],
+        dict | None,
+        Any,
+        LoraConfig | None,
+    ],
+)
+def test_a_type_survives_the_schema(hint):
+    assert schema.read_type(schema.type_text(hint)) == hint
+
+
+def test_a_type_that_the_schema_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match=r"print\('x'\) is not a type"):
+        schema.read_type("print('x')")
+
+
+def test_the_schema_has_what_the_classes_have(monkeypatch):
+    stored = {name: method_options(name) for name in method_names()}
+    training = schema.training_types()
+    monkeypatch.setattr(schema, "_installed", lambda: {"peft": "9", "transformers": "9"})
+    schema._schema.cache_clear()
+    try:
+        assert {name: method_options(name) for name in method_names()} == stored
+        assert schema.training_types() == training
+    finally:
+        schema._schema.cache_clear()
+
+
+def test_upstream_classes_are_loaded_for_their_own_options_alone():
+    config = load("method: {eva_config: {rho: 3.0}}")
+    assert type(config.method.options["eva_config"]).__name__ == "EvaConfig"
+    assert peft_config(config.method, "causal_lm").eva_config.rho == 3.0
+    assert load(dump_config(config)) == config
+
+
+# ------------------------------------------------------------------------------------- plugins
+
+TOY = """
+from plait.core import FreeConfig, FreeDelta, option, register
+from dataclasses import dataclass
+
+@dataclass
+class ToyConfig(FreeConfig):
+    strength: float = option(1.0, "Factor on nothing.", above=0)
+
+@register("toy_{name}", ToyConfig, paper="none")
+class ToyDelta(FreeDelta):
+    pass
+"""
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """What a test registers, and the modules it imports, are gone after it."""
+    from plait.core import registry
+
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_a_plugin_makes_a_method_known(registry, monkeypatch, tmp_path):
+    (tmp_path / "toy_one.py").write_text(TOY.replace("{name}", "one"))
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "plugins: [toy_one]\nmethod: {name: toy_one, strength: 2}\n"
+    with pytest.raises(ValueError) as caught:
+        load(text)
+    assert str(caught.value) == (
+        "dual.yaml: plugins names toy_one, which is not imported: the config of a run folder runs "
+        "no code. If you trust it, name it: plait --import toy_one VERB ..."
+    )
+    assert "toy_one" not in sys.modules
+    config = load_config("dual.yaml", import_plugins=True)
+    assert config.plugins == ["toy_one"]
+    assert config.method.options == {"strength": 2.0}
+    check_method(config)
+    assert "toy_one" in method_names()
+    assert load(dump_config(config)) == config  # imported by now
+    assert error(text.replace("strength: 2", "strenght: 2")).endswith("Did you mean strength?")
+    assert error(text.replace("strength: 2", "strength: 0")) == (
+        "dual.yaml: method.strength is 0. It should be greater than 0."
+    )
+
+
+def test_the_command_line_imports_a_file(registry, capsys, tmp_path):
+    from plait_cli import main
+
+    (tmp_path / "toy_two.py").write_text(TOY.replace("{name}", "two"))
+    with open("run.yaml", "w") as file:
+        file.write("method: {name: toy_two, strength: -1}\n")
+    assert main(["check", "run.yaml"]) == 2
+    assert "method.name is 'toy_two', which is no method." in capsys.readouterr().err
+    assert main(["--import", "toy_two.py", "check", "run.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        "plait check: run.yaml: method.strength is -1. It should be greater than 0.\n"
+    )
+    assert main(["--import", "toy_two.py", "methods", "toy_two"]) == 0
+    assert "Factor on nothing." in capsys.readouterr().out
+    assert main(["--import", "nowhere.py", "methods"]) == 2
+    assert capsys.readouterr().err == (
+        "plait methods: plugin nowhere.py: there is no such file. Correct the path.\n"
+    )
+    assert main(["--import", "no_such_module", "methods"]) == 2
+    assert "plugin no_such_module: cannot be imported" in capsys.readouterr().err
+
+
+def test_a_plugin_is_a_module_and_no_path():
+    with pytest.raises(ValueError, match=r"plugins has 'a/b\.py', which is no name of a module"):
+        config_from_dict({"plugins": ["a/b.py"]}, import_plugins=True)
+    with pytest.raises(ValueError, match=r"config: plugins is 'json'\. It should be a valid list"):
+        config_from_dict({"plugins": "json"})
+    assert config_from_dict({"plugins": ["json"]}).plugins == ["json"]
+    assert "plugins" not in config_to_dict(config_from_dict({}))
+
+
+@pytest.mark.slow
+def test_a_run_with_a_plugin_is_read_again_with_it_alone(tmp_path, capfd):
+    (tmp_path / "toy_three.py").write_text(TOY.replace("{name}", "three"))
+    with open("run.yaml", "w") as file:
+        file.write(
+            "method: {name: toy_three, r: 2, target_modules: [q_proj]}\n"
+            "data: {train: 'builtin:shift?n=8', test: 'builtin:shift?n=4'}\n"
+            "training: {max_steps: 1}\nevaluation: {generate: false}\noutput: {dir: run}\n"
+            "plugins: [toy_three]\n"
+        )
+
+    def plait_(*words):
+        done = subprocess.run(
+            [sys.executable, "-m", "plait", *words], capture_output=True, text=True
+        )
+        return done.returncode, done.stderr
+
+    assert plait_("--import", "toy_three.py", "train", "run.yaml")[0] == 0
+    code, text = plait_("evaluate", "run")
+    assert code == 2
+    assert "run/config.yaml: plugins names toy_three, which is not imported" in text
+    assert plait_("--import", "toy_three.py", "evaluate", "run")[0] == 0
 
 
 # ------------------------------------------------------------------------------------ methods

@@ -33,11 +33,12 @@ from plait.run.inspect.pictures import draw
 from plait.run.inspect.runs import inspect_runs
 from plait.run.prepare import load_run
 from plait.run.train import train
+from plait.testing import helpers, tiny
+from plait.testing.case import Case
+from plait.testing.tiny import numbers
 from plait_cli import main
-from tests.support import contract, tiny
-from tests.support.contract import ROOT, Case
+from tests.support import ROOT
 from tests.support.runs import copy_rows, film_rows, run_config, save_model, write_rows
-from tests.support.tiny import numbers
 
 sizes = st.integers(1, 6)
 
@@ -288,7 +289,7 @@ def randomized(model: nn.Module) -> nn.Module:
     """Trained tensors away from their start."""
     gen = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in contract.trained(model).values():
+        for p in helpers.trained(model).values():
             p.add_(torch.randn(p.shape, generator=gen) * 0.1)
     return model.eval()
 
@@ -314,9 +315,9 @@ def check_view(view: Adapted, layer: Any) -> None:
 
 @pytest.mark.parametrize("case", PLAIT, ids=str)
 def test_update_of_a_method_is_what_the_layer_adds(case: Case) -> None:
-    model = contract.wrap(case, init_weights=False)
+    model = helpers.wrap(case, init_weights=False)
     views = adapted_layers(model)
-    layers = contract.layers(model)
+    layers = helpers.layers(model)
     assert [v.name for v in views] == [layer.name for layer in layers]
     for view, layer in zip(views[:3], layers, strict=False):
         check_view(view, layer)
@@ -339,8 +340,8 @@ def test_update_of_upstream_is_what_the_layer_adds(key: str, base: str) -> None:
 
 @pytest.mark.parametrize("case", ROUTED, ids=str)
 def test_experts_weighted_by_the_router_are_what_the_layer_adds(case: Case) -> None:
-    model = contract.wrap(case, init_weights=False)
-    view, layer = adapted_layers(model)[0], contract.layers(model)[0]
+    model = helpers.wrap(case, init_weights=False)
+    view, layer = adapted_layers(model)[0], helpers.layers(model)[0]
     found = view.router()
     assert found is not None
     assert view.kind == "experts"
@@ -358,7 +359,7 @@ def test_experts_weighted_by_the_router_are_what_the_layer_adds(case: Case) -> N
 
 def test_tasks_have_an_update_each() -> None:
     case = Case("shared_b", {"routing": "task", "tasks": ["law", "code"]})
-    view = adapted_layers(contract.wrap(case, init_weights=False))[0]
+    view = adapted_layers(helpers.wrap(case, init_weights=False))[0]
     assert view.kind == "tasks"
     assert list(view.factors()) == ["A[law]", "A[code]", "B"]
     s = 2.0  # lora_alpha / r
@@ -369,16 +370,14 @@ def test_tasks_have_an_update_each() -> None:
 
 
 def test_factors_that_are_not_trained_are_those_that_follow() -> None:
-    view = adapted_layers(contract.wrap(PLAIT[5], init_weights=False))[
-        0
-    ]  # nola trains coefficients
+    view = adapted_layers(helpers.wrap(PLAIT[5], init_weights=False))[0]  # nola trains coefficients
     assert {name: tuple(f.shape) for name, f in view.factors().items()} == {
         "A": (4, 24), "B": (24, 4),
     }  # fmt: skip
 
 
 def test_untouched_share_of_a_hand_made_dual_lora() -> None:
-    model, layer = contract.one_layer(Case("dual_lora"), 7, 5)
+    model, layer = helpers.one_layer(Case("dual_lora"), 7, 5)
     delta: Any = layer.plait_delta["default"]
     with torch.no_grad():
         delta.A.copy_(numbers(*delta.A.shape, key=3))
@@ -394,15 +393,15 @@ def test_untouched_share_of_a_hand_made_dual_lora() -> None:
 
 
 def test_gates() -> None:
-    model = contract.wrap(Case("dual_module", {"r": 6, "shared_r": 2}))
-    delta = contract.deltas(model)[0]
+    model = helpers.wrap(Case("dual_module", {"r": 6, "shared_r": 2}))
+    delta = helpers.deltas(model)[0]
     with torch.no_grad():
         delta.E.copy_(torch.tensor([0.5, 0.0, -1.0, 2.0]))
         delta.keep.copy_(torch.tensor([1.0, 1.0, 1.0, 0.0]))
     assert adapted_layers(model)[0].gate().tolist() == [0.5, 0, -1, 0]  # type: ignore[union-attr]
-    assert adapted_layers(contract.wrap(Case("cola")))[0].gate() is None
-    assert adapted_layers(contract.wrap(Case("dual_lora")))[0].gate() is None
-    alloc = adapted_layers(contract.wrap(Case("alloc")))[0].gate()
+    assert adapted_layers(helpers.wrap(Case("cola")))[0].gate() is None
+    assert adapted_layers(helpers.wrap(Case("dual_lora")))[0].gate() is None
+    alloc = adapted_layers(helpers.wrap(Case("alloc")))[0].gate()
     assert alloc is not None
     assert alloc.tolist() == [1] * 4 + [0] * 4
     adalora = get_peft_model(

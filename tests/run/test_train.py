@@ -448,6 +448,8 @@ def test_other_rows_than_the_model_reads(
     llama: Path, rows: Path, tmp_path: Path, no_picture: None
 ) -> None:
     folder = train(run_config(llama, rows, tmp_path / "run", training={"max_steps": 1}))
-    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "a" * 600, "completion": "b"}])
+    long = write_rows(
+        tmp_path / "long.jsonl", [{"prompt": "a" * 600, "completion": "b", "task": "copy"}]
+    )
     with pytest.raises(ValueError, match=r"data: the longest row has \d+ tokens, the model reads"):
         evaluate_run(folder.path, overrides=[f"data.test={long}", "data.max_length=900"])

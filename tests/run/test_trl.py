@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 import plait
-from tests.support import tiny
+from plait.testing import tiny
 from tests.support.runs import character_tokenizer, copy_rows
 
 trl = pytest.importorskip("trl", reason="the extra plait[trl] is not installed")

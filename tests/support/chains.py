@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import plait
-from tests.support import tiny
+from plait.testing import tiny
 
 SIZES = (10, 8, 12)  # of the layers: every layer differs from its transpose
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from plait.run.config import RunConfig, config_from_dict
 from plait.run.folder import RunFolder
-from tests.support import tiny
+from plait.testing import tiny
 
 CHARACTERS = "abcdefgh =>.?!"
 WORDS = ["good", "bad", "fine", "poor", "film", "plot", "very", "not"]

@@ -10,9 +10,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import plait
 from plait.core.events import check_events
+from plait.testing import tiny
+from plait.testing.helpers import adamw
 from plait.upstream.adalora import drive_adalora
-from tests.support import tiny
-from tests.support.contract import adamw
 
 
 def rows(count: int = 8) -> list[dict[str, Any]]:

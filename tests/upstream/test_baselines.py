@@ -10,10 +10,10 @@ from peft import PeftModel, get_peft_model
 
 import plait
 from plait.run.config import MethodConfig, peft_config
+from plait.testing import tiny
+from plait.testing.helpers import adamw, base_logits, relative, trained
 from plait.upstream.export import to_lora
 from plait.upstream.table import BASELINES
-from tests.support import tiny
-from tests.support.contract import adamw, base_logits, relative, trained
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import nn
 import plait
 from plait.run.export import export_run
 from plait.run.train import train
+from plait.testing import tiny
 from plait.upstream.export import plain_factors
 from plait_cli import main
-from tests.support import tiny
 from tests.support.runs import copy_rows, run_config, save_model, write_rows
 
 

@@ -32,6 +32,7 @@ from plait.federated.methods import Algorithm, Client, State
 from plait.federated.payload import Header, check_name, pack, rank_of
 from plait.federated.protocol import Order, Reply
 from plait.federated.state import ClientStore, config_hash
+from plait.options import check_options, option
 
 _TRUNK = "trunk:"  # before the keys of a client's trunk among its private tensors
 
@@ -316,30 +317,23 @@ def keyed_randomness(*key: object) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalOptions:
-    """Options of a client's local training.
+    """Options of a client's local training."""
 
-    Attributes:
-        steps: optimizer steps in a round; or
-        epochs: passes over the client's rows in a round.
-        batch_size: in examples. learning_rate, weight_decay: AdamW's. max_grad_norm: 0: none.
-    """
-
-    steps: int | None = None
-    epochs: int | None = None
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    steps: int | None = option(None, "Optimizer steps in a round; or give epochs.", least=1)
+    epochs: int | None = option(
+        None, "Passes over the client's rows in a round; or give steps.", least=1
+    )
+    batch_size: int = option(8, "Examples in a batch.", least=1)
+    learning_rate: float = option(1e-3, "AdamW's learning rate.")
+    weight_decay: float = option(0.0, "AdamW's weight decay.")
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: not clipped.")
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
                 f"local: steps = {self.steps}, epochs = {self.epochs}. Give one of them."
             )
-        for name in ("steps", "epochs", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"local.{name} = {value}. Give 1 or more.")
+        check_options(self, "local")
 
 
 @dataclass(frozen=True)

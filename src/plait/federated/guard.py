@@ -25,10 +25,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from plait.core.config import did_you_mean
 from plait.federated.adapter import StateDict
 from plait.federated.methods import ALGORITHMS, Algorithm, Mean, Updates, weighted_mean
 from plait.federated.payload import Reason, Rejected
+from plait.options import check_options, did_you_mean, option
 
 FEW = 3  # updates from which on a norm filter has a median to compare with
 # Faults of the transport, which say nothing of what a client computes.
@@ -117,21 +117,27 @@ AGGREGATORS = ("mean", "median", "trimmed_mean", "krum", "multi_krum")
 
 @dataclass(frozen=True)
 class GuardOptions:
-    """Options of the guard.
+    """Options of the guard. aggregator: one of AGGREGATORS."""
 
-    max_norm_ratio: of the norm filter. max_count_ratio: cap of claimed examples. aggregator: one of
-    AGGREGATORS. trim: of trimmed_mean, a share. faulty: of krum, a number of clients.
-    quarantine_after: rejections after which a client is excluded. min_updates: how many accepted
-    updates a round needs.
-    """
-
-    max_norm_ratio: float = 10.0
-    max_count_ratio: float = 10.0
-    aggregator: str = "mean"
-    trim: float = 0.2
-    faulty: int = 1
-    quarantine_after: int = 3
-    min_updates: int = 1
+    max_norm_ratio: float = option(
+        10.0,
+        "Largest norm of an update, in that of the median update; .inf: no limit.",
+        least=1,
+        infinite=True,
+    )
+    max_count_ratio: float = option(
+        10.0,
+        "Cap on the examples that a client claims, in the median of all; .inf: no cap.",
+        least=1,
+        infinite=True,
+    )
+    aggregator: str = option("mean", "mean, median, trimmed_mean, krum or multi_krum.")
+    trim: float = option(
+        0.2, "trimmed_mean: share of the updates left out at each end.", least=0, below=0.5
+    )
+    faulty: int = option(1, "krum: number of clients that may send faulty updates.", least=0)
+    quarantine_after: int = option(3, "Rejections after which a client is excluded.", least=1)
+    min_updates: int = option(1, "Accepted updates that a round needs.", least=1)
 
     def __post_init__(self) -> None:
         if self.aggregator not in AGGREGATORS:
@@ -139,14 +145,7 @@ class GuardOptions:
                 f"guard.aggregator = {self.aggregator!r} is not known. "
                 f"{did_you_mean(self.aggregator, AGGREGATORS)}"
             )
-        for name, least in (("max_norm_ratio", 1), ("max_count_ratio", 1), ("faulty", 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"guard.{name} = {getattr(self, name)}. Give {least} or more.")
-        for name in ("quarantine_after", "min_updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"guard.{name} = {getattr(self, name)}. Give 1 or more.")
-        if not 0 <= self.trim < 0.5:
-            raise ValueError(f"guard.trim = {self.trim}. Give a share from 0 and below 0.5.")
+        check_options(self, "guard")
 
     def mean(self, method: Algorithm) -> Mean:
         """The mean that a method uses under these options.

@@ -19,7 +19,7 @@ attacks on its last bits (Mironov 2012). Private factors are never sent and need
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 from plait.federated.adapter import StateDict
 from plait.federated.guard import GuardOptions
 from plait.federated.methods import ALGORITHMS, Algorithm, FedALoraHet, Mean, Updates, norm
+from plait.options import check_options, option
 
 # Orders of the Renyi divergence; the best one is reported.
 ORDERS: list[float] = [
@@ -90,27 +91,18 @@ class PrivacyReport:
 class Privacy:
     """Options of differential privacy.
 
-    clip: C. noise: z, the standard deviation of the noise in units of C. delta: below 1 / n.
-    key: secret behind the noise, 16 characters or more. A `Server` joins it with the hash of its
-        config, so runs that share a secret draw different noise. Two runs of one config draw the
-        same noise: if their data differ, give each its own secret.
+    key: a `Server` joins it with the hash of its config, so runs that share a secret draw different
+        noise. Two runs of one config draw the same noise: if their data differ, give each its own
+        secret.
     """
 
-    clip: float
-    noise: float
-    key: str
-    delta: float = 1e-5
+    clip: float = option(MISSING, "C, the largest norm of an update.", above=0)
+    noise: float = option(MISSING, "z, the standard deviation of the noise in units of C.", above=0)
+    key: str = option(MISSING, "Secret behind the noise, 16 characters or more.")
+    delta: float = option(1e-5, "Of (epsilon, delta); below 1 / n clients.", above=0, below=1)
 
     def __post_init__(self) -> None:
-        if not (self.clip > 0 and math.isfinite(self.clip)):
-            raise ValueError(f"privacy.clip = {self.clip}. Give a norm above 0.")
-        if not (self.noise > 0 and math.isfinite(self.noise)):
-            raise ValueError(
-                f"privacy.noise = {self.noise}. Give a multiplier above 0; without noise nothing "
-                "is private."
-            )
-        if not 0 < self.delta < 1:
-            raise ValueError(f"privacy.delta = {self.delta}. Give a probability, such as 1e-5.")
+        check_options(self, "privacy")
         if len(self.key) < 16:
             raise ValueError(
                 f"privacy.key has {len(self.key)} characters: whoever guesses it can subtract "

@@ -44,6 +44,7 @@ from plait.federated.privacy import Privacy, PrivacyReport
 from plait.federated.protocol import Exchange, Kind, Order, Reply
 from plait.federated.similarity import Similarity, factor_similarity
 from plait.federated.state import Checkpoint, Checkpoints, Spool, config_hash
+from plait.options import check_options, option
 
 Stored = Callable[[str, int], StateDict]  # (client, round)
 Progress = Callable[[int, int, int, str], None]  # (round, clients done, clients in all, client)
@@ -51,34 +52,22 @@ Progress = Callable[[int, int, int, str], None]  # (round, clients done, clients
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Options of a run.
+    """Options of a run. dtype: one of DTYPES. guard: see there."""
 
-    run: its name. rounds: of the whole run. fraction: share of the clients in a round. seed: of
-    the selection and of randomness in training. dtype: of the uploads. guard: see there.
-    keep: number of server checkpoints. retries: of a round with too few updates.
-    """
-
-    run: str = "run"
-    rounds: int = 10
-    fraction: float = 1.0
-    seed: int = 0
-    dtype: str = "fp32"
-    guard: GuardOptions = field(default_factory=GuardOptions)
-    keep: int = 2
-    retries: int = 0
+    run: str = option("run", "Name of the run, which the states carry.")
+    rounds: int = option(10, "Rounds of the whole run.", least=1)
+    fraction: float = option(1.0, "Share of the clients in a round.", above=0, most=1)
+    seed: int = option(0, "Seed of the selection and of randomness in training.")
+    dtype: str = option("fp32", "Number format of the uploads.")
+    guard: GuardOptions = option(GuardOptions, "The guard.")
+    keep: int = option(2, "Server checkpoints that are kept.", least=1)
+    retries: int = option(0, "Retries of a round with too few updates.", least=0)
 
     def __post_init__(self) -> None:
         check_name("run", self.run)
-        if self.rounds < 1:
-            raise ValueError(f"rounds = {self.rounds}. Give 1 or more.")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(
-                f"sampling.fraction = {self.fraction}. Give a share above 0 and up to 1."
-            )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype = {self.dtype!r} is none of {', '.join(DTYPES)}.")
-        if self.retries < 0:
-            raise ValueError(f"retries = {self.retries}. Give 0 or more.")
+        check_options(self)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ from plait.core.init import seeded
 class DropOptions:
     """Options of the random gate."""
 
-    inner_dropout: float = option(0.5, "p, the share of ranks dropped in training.", least=0)
+    inner_dropout: float = option(
+        0.5, "p, the share of ranks dropped in training.", least=0, below=1
+    )
     scope: Literal["token", "step"] = option(
         "token", "A mask for each token (released code), or one a layer and step (paper)."
     )
@@ -34,11 +36,6 @@ class DropOptions:
 @dataclass
 class DropGate(DropOptions, Gate):
     """z / (1 - p) in training, 1 otherwise."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.inner_dropout >= 1:
-            raise ValueError(f"inner_dropout = {self.inner_dropout}. Give a fraction below 1.")
 
     def prepare(self, delta: Any, ranks: int, gen: torch.Generator) -> None:
         """Count the steps if the mask is drawn per step."""

@@ -20,7 +20,9 @@ from plait.gates.drop import DropGate, DropOptions
 class DropLoraConfig(DropOptions, FreeConfig):
     """Options of DropLoRA."""
 
-    lora_dropout: float = option(0.05, "Dropout on the update's input, a fraction.", least=0)
+    lora_dropout: float = option(
+        0.05, "Dropout on the update's input, a fraction.", least=0, below=1
+    )
 
 
 @register(

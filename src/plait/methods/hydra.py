@@ -29,7 +29,7 @@ class HydraLoraConfig(FreeConfig):
 
     r: int = option(4, "Rank of the update of one token.", least=1)
     lora_alpha: float = option(32, "Numerator of the scaling s.", above=0)
-    lora_dropout: float = option(0.05, "Dropout on A's input, a fraction.", least=0)
+    lora_dropout: float = option(0.05, "Dropout on A's input, a fraction.", least=0, below=1)
     num_B: int = option(4, "N, the number of B.", least=1)
     independent_dropout: bool = option(False, "A mask for each B, as in the released code.")
 

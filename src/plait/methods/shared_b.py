@@ -32,7 +32,7 @@ from plait.core.mix import TaskTable, TokenRouter
 class SharedBLoraConfig(FreeConfig):
     """Options of asymmetric ALoRA."""
 
-    lora_dropout: float = option(0.05, "Dropout on A's input, a fraction.", least=0)
+    lora_dropout: float = option(0.05, "Dropout on A's input, a fraction.", least=0, below=1)
     num_A: int = option(3, "Number of A; with routing='task' that of tasks.", least=1)
     routing: Literal["token", "task"] = option("token", "A router per token, or a task id per row.")
     tasks: list[str] | None = option(None, "Names of the tasks, with routing='task'.")

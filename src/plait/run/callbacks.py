@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from plait.run.folder import RunFolder
 
-_SILENT_LINES = 20  # lines in all that a run prints where there is no terminal
+_SILENT_LINES = 20  # lines that a whole run prints without a terminal
 
 
 class MetricsFile(TrainerCallback):

@@ -72,7 +72,7 @@ def evaluate_model(
     """Measure a model on one split; the mode (train, eval) is put back and no RNG is used.
 
     generate: whether to take exact match by generation; None: as `evaluation.generate` says.
-    progress: called with (rows done, rows in all), where generated rows count again.
+    progress: called with (rows done, rows in all); rows that are also generated count twice.
 
     Returns `rows`, the metrics (losses in nats), and with tasks `tasks` (name -> metrics) and
     `task_mean`. A metric that is not defined on these rows is None.
@@ -182,8 +182,8 @@ def _exact_matches(
 ) -> NDArray[Any]:
     """Return 1 for each row whose completion greedy generation reproduces, else 0, (rows,).
 
-    White space at both ends does not count. Without `data.add_eos` nothing tells the model where
-    to stop, so the text is cut to the completion's number of tokens.
+    White space at both ends is ignored. Without `data.add_eos` the model never learned to stop, so
+    the text is cut to the completion's number of tokens.
     """
     matches = np.zeros(len(rows))
     lengths = rows["prompt_length"]

@@ -52,7 +52,7 @@ class Base:
 
 
 def quantised_reason(method: str, quantization: str) -> str | None:
-    """Why a method does not work on a base of this `model.quantization`; None where it does."""
+    """Why a method does not work on a base of this `model.quantization`; None if it does."""
     return BASELINES[method].no_quantised.get(quantization) if method in BASELINES else None
 
 
@@ -210,7 +210,7 @@ def parameter_counts(model: PeftModel | PreTrainedModel) -> tuple[int, int]:
 
 
 def to_device(model: Any, cfg: RunConfig) -> Any:
-    """Move a model where its run trains; bitsandbytes has placed a quantised one already."""
+    """Move a model to the device of its run; bitsandbytes has already placed a quantised one."""
     stays = cfg.training.get("use_cpu") or cfg.model.quantization != "none"
     if stays or not torch.accelerator.is_available():
         return model

@@ -57,6 +57,7 @@ from plait.run.model import (
     to_device,
 )
 from plait.run.optimizers import OPTIMIZERS
+from plait.upstream.adalora import check_total_step
 from plait.upstream.layers import targeted
 from plait.upstream.table import BASELINES
 
@@ -125,7 +126,7 @@ def prepare(cfg: RunConfig, place: bool = True) -> Prepared:
     """Load and check everything that training takes.
 
     Sets the global seed to `training.seed`, from which new modules and the adapter are drawn.
-    place: move the model to the device where it trains.
+    place: move the model to its device.
 
     Raises:
         FileNotFoundError: a model, weights or rows that are not there.
@@ -154,6 +155,7 @@ def prepare(cfg: RunConfig, place: bool = True) -> Prepared:
             "rows. Give a source or a fraction of train."
         )
     model = base.model if config is None else get_peft_model(base.model, config)
+    check_total_step(model, steps)
     delta = next((m for m in model.modules() if isinstance(m, Delta)), None)
     if delta is not None and plan is None:  # a chain checks the steps of a link
         delta.check_schedule()
@@ -294,16 +296,9 @@ def method_config(
     except (ValueError, TypeError) as error:
         raise ValueError(f"{cfg.source.at('method')}: {error}") from error
     if config is not None:
-        values = config.to_dict()
-        planned = values.get("total_step")  # a schedule of upstream's, which has no other length
-        if total_steps is not None and planned not in (None, total_steps):
-            raise ValueError(
-                f"method.total_step is {planned}, but training has {total_steps} optimizer steps, "
-                f"so {cfg.method.name}'s schedule would not end where training does. Set it to "
-                f"{total_steps}, or leave it out."
-            )
         baseline = BASELINES.get(cfg.method.name)
         if baseline is not None and baseline.check_layers is not None:
+            values = config.to_dict()
             everywhere = values["target_modules"] == "all-linear"
             targets = list(sizes) if everywhere else targeted(config, sizes)
             baseline.check_layers(values, {name: sizes[name] for name in targets})

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 VOCABULARY = 31
-P, M = ParamSpec("P"), TypeVar("M", bound=nn.Module)
+P = ParamSpec("P")
+M = TypeVar("M", bound=nn.Module)
 
 
 @contextmanager
@@ -36,12 +37,12 @@ def seed(value: int = 0) -> Iterator[None]:
 
 def built_once(build: Callable[P, M]) -> Callable[P, M]:
     """Decorator: build the model with seed 0, in evaluation mode, and hand out copies of it."""
-    build = functools.cache(build)
+    cached = functools.cache(build)
 
     @functools.wraps(build)
     def copied(*args: P.args, **kwargs: P.kwargs) -> M:
         with seed():
-            return copy.deepcopy(build(*args, **kwargs).eval())
+            return copy.deepcopy(cached(*args, **kwargs).eval())  # type: ignore[arg-type]
 
     return copied
 

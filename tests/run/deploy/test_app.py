@@ -15,8 +15,8 @@ from flwr.app import Context, RecordDict
 from plait.federated.engines.flower.exchange import GridExchange
 from plait.run.deploy.submit import write_app
 from plait.run.federated.setup import Setup
-from tests.federated.test_flower import FakeGrid, _task, exchanged, node  # noqa: F401
-from tests.support.contract import ROOT
+from tests.support import ROOT
+from tests.support.flower import FakeGrid, _task, exchanged, node  # noqa: F401# noqa: F401
 
 EXAMPLE = ROOT / "examples" / "federated" / "fedalora_het.yaml"
 

@@ -5,48 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from plait.federated.server import RoundRecord
-from plait.run.federated.config import FederateConfig, load_federate_config
 from plait.run.federated.engines import simulate
 from plait.run.federated.folder import FederatedFolder, read_rounds
 from plait.run.federated.report import summary
 from plait.run.folder import RunFolder
 from plait_cli import main
-from tests.support.contract import ROOT
-
-SMALL: dict[str, Any] = {
-    "method": {"name": "lora", "r": 2, "target_modules": ["q_proj"]},
-    "federated": {"method": "fedit"},
-    "data": {"train": "builtin:shift?n=24", "validation": "builtin:shift?n=8"},
-    "partition": {"kind": "iid", "clients": 3},
-    "local": {"rounds": 2, "steps": 1, "batch_size": 4},
-}
-
-
-def config(folder: Path, changes: dict[str, dict[str, Any]] | None = None) -> FederateConfig:
-    """The small config with sections changed; a value None takes a key out."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.parent / f"{folder.name}.yaml"
-    raw = {name: dict(section) for name, section in SMALL.items()}
-    for name, section in (changes or {}).items():
-        merged = raw.get(name, {}) | section
-        raw[name] = {k: v for k, v in merged.items() if v is not None}
-    raw["output"] = {"dir": str(folder)}
-    path.write_text(yaml.safe_dump(raw))
-    return load_federate_config(path)
-
-
-def write(folder: Path, **changes: dict[str, Any]) -> str:
-    """The file of a config."""
-    config(folder, changes)
-    return str(folder.parent / f"{folder.name}.yaml")
-
-
-def lines(folder: RunFolder) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what a clock says."""
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_rounds(folder.metrics)]
+from tests.support import ROOT
+from tests.support.federated_runs import config, lines, write
 
 
 def test_simulate_fills_the_run_folder_and_report_reads_it(
@@ -239,12 +206,15 @@ def test_a_new_head_is_averaged_with_the_adapters(tmp_path: Path) -> None:
         ({"method": {"rank_": 2}}, r"method\.rank_ is not an option of lora"),
         ({"local": {"rounds": "x"}}, r"local\.rounds is 'x'\. It should be a valid integer"),
         ({"local": {"epochs": 1}}, r"steps = 1, epochs = 1\. Give one of them"),
-        ({"guard": {"trim": 0.5}}, r"guard\.trim = 0\.5"),
-        ({"sampling": {"fraction": 0}}, r"sampling\.fraction = 0\.0"),
+        ({"guard": {"trim": 0.5}}, r"guard\.trim is 0\.5\. It should be less than 0\.5\."),
+        ({"sampling": {"fraction": 0}}, r"sampling\.fraction is 0\. It should be greater than 0\."),
         ({"partition": {"alpha": 1}}, r"partition\.alpha is no option of iid\. Remove it"),
         ({"partition": {"clients": None}}, r"partition\.clients is not set, and iid needs it"),
         ({"method": {"name": "full", "r": None, "target_modules": None}}, r"'full', which has no"),
-        ({"method": {"name": "vera"}}, r"method\.name is 'vera': fedit: an adapter of type VERA"),
+        (
+            {"method": {"name": "vera"}},
+            r"method\.name is 'vera': fedit: vera is neither upstream's",
+        ),
     ],
 )
 def test_what_is_wrong_in_a_config(changes: dict[str, Any], text: str, tmp_path: Path) -> None:

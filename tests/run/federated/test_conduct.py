@@ -6,29 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
-from plait.federated.payload import unpack_tensors
 from plait.federated.privacy import Privacy
 from plait.run.federated.clients import make_clients
 from plait.run.federated.conduct import conduct
 from plait.run.federated.config import load_federate_config
 from plait.run.federated.engines import simulate
 from plait.run.federated.setup import prepare_federation
-from plait.run.folder import RunFolder
 from plait_cli import main
-from tests.run.federated.test_cli import config, lines, write
-
-
-def states(folder: RunFolder) -> dict[str, torch.Tensor]:
-    """The tensors of the newest checkpoint."""
-    path = sorted((folder.path / "server").glob("round-*"))[-1]
-    return unpack_tensors(path.read_bytes())[1]
-
-
-def equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(x, b[k]) for k, x in a.items())
+from tests.support.federated_runs import config, lines, write
+from tests.support.federated_states import equal, states
 
 
 def test_worker_processes_write_the_lines_of_one_process(tmp_path: Path) -> None:
@@ -48,17 +36,32 @@ def test_worker_processes_write_the_lines_of_one_process(tmp_path: Path) -> None
     ("changes", "text"),
     [
         ({"timeouts": {"first": 5.0}}, "one process cannot end itself"),
-        ({"engine": {"workers": -1}}, "engine.workers = -1. Give 0 or more."),
-        ({"engine": {"threads": 0}}, "engine.threads = 0. Give 1 or more."),
-        ({"timeouts": {"wait": 0.0}}, "timeouts.wait = 0.0. Give seconds above 0."),
-        ({"evaluation": {"every": -1}}, "evaluation.every = -1. Give 0 or more."),
+        (
+            {"engine": {"workers": -1}},
+            "engine.workers is -1. It should be greater than or equal to 0.",
+        ),
+        (
+            {"engine": {"threads": 0}},
+            "engine.threads is 0. It should be greater than or equal to 1.",
+        ),
+        ({"timeouts": {"wait": 0.0}}, "timeouts.wait is 0.0. It should be greater than 0."),
+        (
+            {"evaluation": {"every": -1}},
+            "evaluation.every is -1. It should be greater than or equal to 0.",
+        ),
         (
             {"evaluation": {"every": 0, "after_training": True}},
             "evaluation.after_training is true and evaluation.every 0",
         ),
-        ({"sampling": {"retries": -1}}, "retries = -1. Give 0 or more."),
+        (
+            {"sampling": {"retries": -1}},
+            "sampling.retries is -1. It should be greater than or equal to 0.",
+        ),
         ({"privacy": {"clip": 1.0}}, "privacy.noise is not set."),
-        ({"privacy": {"clip": 0.0, "noise": 1.0}}, "privacy.clip = 0.0"),
+        (
+            {"privacy": {"clip": 0.0, "noise": 1.0}},
+            "privacy.clip is 0.0. It should be greater than 0.",
+        ),
         ({"partition": {"kind": "own"}}, "own takes the names of the clients"),
         (
             {"partition": {"kind": "own", "clients": ["a", "a"]}},
@@ -74,7 +77,7 @@ def test_worker_processes_write_the_lines_of_one_process(tmp_path: Path) -> None
         ),
         ({"partition": {"kind": "own", "clients": ["a", "b"]}}, "Use 'files' to simulate"),
         ({"federated": {"run": "a/b"}}, "run = 'a/b' cannot name a file"),
-        ({"federated": {"scaling": 0.0}}, "federated.scaling = 0.0. Give a number above 0."),
+        ({"federated": {"scaling": 0.0}}, "federated.scaling is 0.0. It should be greater than 0."),
         (
             {"federated": {"scaling": 2.0}, "method": {"lora_alpha": 8}},
             "federated.scaling is 2 and method.lora_alpha 8. Give one of them.",

@@ -11,7 +11,7 @@ from plait.federated.client import Roster, Site
 from plait.federated.engines.workers import Workers
 from plait.federated.protocol import Answer, Exchange, Order
 from plait.federated.server import RoundRecord, Server, ServerOptions
-from tests.federated.test_local import METHODS, NAMES, federation, loss_of, parts
+from tests.support.federation import METHODS, NAMES, federation, loss_of, parts
 
 ROUNDS = 2
 

@@ -15,8 +15,8 @@ from plait.run.federated.clients import make_clients
 from plait.run.federated.conduct import conduct
 from plait.run.federated.engines import simulate
 from plait.run.federated.setup import prepare_federation
-from tests.run.federated.test_cli import config, lines
-from tests.run.federated.test_conduct import equal, states
+from tests.support.federated_runs import config, lines
+from tests.support.federated_states import equal, states
 
 
 @pytest.fixture(autouse=True)

@@ -22,11 +22,11 @@ from plait.run.federated.export import export_clients
 from plait.run.federated.folder import read_rounds
 from plait.run.folder import RunFolder
 from plait.run.model import load_base, load_tokenizer, source_of
+from plait.testing import tiny
 from plait.upstream.export import to_lora
 from plait_cli import main
-from tests.federated.test_local import federation, het
-from tests.run.federated.test_cli import config
-from tests.support import tiny
+from tests.support.federated_runs import config
+from tests.support.federation import federation, het
 
 TWO = {"rounds": 2, "steps": 2, "batch_size": 4, "learning_rate": 1e-2}
 LORA = {"name": "lora", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}

@@ -26,7 +26,7 @@ from plait.run.federated.report import (
     write_report,
 )
 from plait_cli import main
-from tests.run.federated.test_cli import config
+from tests.support.federated_runs import config
 
 NAMES = ("ann", "bob", "eve")
 SETTING: dict[str, Any] = {

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from plait_cli import main
-from tests.run.federated.test_cli import write
+from tests.support.federated_runs import write
 
 LORA = {"name": "lora", "r": 2, "target_modules": ["q_proj"]}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

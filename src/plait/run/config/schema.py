@@ -19,10 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from plait.options import BOUNDS
 from plait.upstream.table import BASELINES
 
 FILE = Path(__file__).with_name("schema.json")
-_BOUNDS = ("least", "above", "below")
 _NAMES = {
     t.__name__: t for t in (int, float, str, bool, list, dict, set, tuple)
 } | {"Any": Any}  # fmt: skip
@@ -47,7 +47,7 @@ class Option:
     """One option of a method or an optimizer.
 
     hint: its type, or the text of one as the schema has it. default: None for a required one.
-    bounds: least, above, below, as far as there are any.
+    bounds: those of `plait.options.option`, as far as there are any.
     """
 
     name: str
@@ -116,8 +116,10 @@ def type_text(hint: Any) -> str:
         return hint.__name__ if isinstance(hint, type) else "Any"
     if origin is Literal:
         return f"Literal[{', '.join(map(repr, inner))}]"
-    if origin in (typing.Union, types.UnionType):
+    if origin is types.UnionType:
         return " | ".join(map(type_text, inner))
+    if origin is typing.Union:  # typing keeps one of two that differ in order: whichever came first
+        return " | ".join(sorted(map(type_text, inner), key=lambda text: (text == "None", text)))
     if origin is not None:
         return f"{origin.__name__}[{', '.join(map(type_text, inner))}]"
     if issubclass(hint, enum.Enum):
@@ -215,7 +217,7 @@ def _facts(hint: Any, default: Any, text: str, bounds: Mapping[str, Any] | None 
         facts["default"] = default
     facts["help"] = " ".join(str(text).split())
     limits = bounds or {}
-    return facts | {name: limits[name] for name in _BOUNDS if limits.get(name) is not None}
+    return facts | {name: limits[name] for name in BOUNDS if limits.get(name) is not None}
 
 
 def _options(facts: dict[str, dict[str, Any]] | None) -> dict[str, Option] | None:
@@ -228,7 +230,7 @@ def _options(facts: dict[str, dict[str, Any]] | None) -> dict[str, Option] | Non
             fact.get("default"),
             fact["help"],
             "default" not in fact,
-            {bound: fact[bound] for bound in _BOUNDS if bound in fact},
+            {bound: fact[bound] for bound in BOUNDS if bound in fact},
         )
         for name, fact in facts.items()
     }
@@ -248,8 +250,8 @@ def _read_node(node: ast.expr) -> Any:
             return None
         case ast.Name(id=name) if name in _NAMES:
             return _NAMES[name]
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return typing.Union[_read_node(left), _read_node(right)]  # noqa: UP007
+        case ast.BinOp(op=ast.BitOr()):
+            return typing.Union[tuple(map(_read_node, _members(node)))]  # noqa: UP007
         case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
             values = ast.literal_eval(inner)
             return Literal[values]
@@ -260,3 +262,10 @@ def _read_node(node: ast.expr) -> Any:
         case ast.Attribute(value=module, attr=name):
             return getattr(importlib.import_module(ast.unparse(module)), name)
     raise ValueError(f"{ast.unparse(node)} is not a type that the schema can hold.")
+
+
+def _members(node: ast.expr) -> list[ast.expr]:
+    """Return the members of `a | b | c`."""
+    if isinstance(node, ast.BinOp):
+        return [*_members(node.left), node.right]
+    return [node]

@@ -77,7 +77,9 @@ def _lines(
         if f.name in leave_out:
             continue
         key = f"{commented}  {f.name}: {_shown(values.get(f.name, f.default))}"
-        first, *more = textwrap.wrap(_help(f, hints[f.name]), _WIDTH - _COLUMN - 2)
+        first, *more = textwrap.wrap(
+            _help(f, hints[f.name]), _WIDTH - _COLUMN - 2, break_on_hyphens=False
+        )
         lines += [f"{key:<{_COLUMN}}# {first}\n"]
         lines += [f"{commented:<{_COLUMN}}# {line}\n" for line in more]
     return "".join(lines)

@@ -193,12 +193,12 @@ def bounded(hint: Any, facts: typing.Mapping[str, Any]) -> Any:
 
     A text that reads as a number is one where a bounded number comes first: 1e-4 is text to PyYAML.
     """
-    names = {"ge": "least", "gt": "above", "lt": "below"}
+    names = {"ge": "least", "gt": "above", "le": "most", "lt": "below"}
     limits = {name: facts[ours] for name, ours in names.items() if facts.get(ours) is not None}
     return _limited(hint, limits) if limits else hint
 
 
-def _limited(hint: Any, limits: dict[str, float]) -> Any:
+def _limited(hint: Any, limits: dict[str, Any]) -> Any:
     from pydantic import Field
 
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -211,7 +211,7 @@ def _limited(hint: Any, limits: dict[str, float]) -> Any:
         mixed = str in inner and not {int, float}.isdisjoint(inner)
         return Annotated[union, Field(union_mode="left_to_right")] if mixed else union
     if origin in (list, dict):
-        return origin[tuple(_limited(part, limits) for part in inner)]
+        return types.GenericAlias(origin, tuple(_limited(part, limits) for part in inner))
     return hint
 
 

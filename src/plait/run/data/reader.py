@@ -118,7 +118,7 @@ class _Reader:
         return values
 
     def label_names(self, rows: Iterable[Row]) -> list[str] | None:
-        """Return the sorted class names (by number where all are whole numbers)."""
+        """Return the sorted class names (as numbers if all are whole numbers)."""
         if self.kind != "classification":
             return None
         names = {_name(self._value(row, "label"), row.where) for row in rows}

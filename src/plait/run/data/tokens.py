@@ -154,7 +154,7 @@ def _encode_causal(
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return [bos] where the tokenizer puts one in front of a text, else []."""
+    """Return [bos] if the tokenizer puts one in front of a text, else []."""
     ids = tokenizer("a")["input_ids"]
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 

@@ -26,10 +26,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from plait.core.files import write_atomic
 from plait.federated.engines.flower.switches import OFF
+from plait.options import option
 from plait.run.deploy.certs import CA
 
 Say = Callable[[str], object]
@@ -46,14 +47,13 @@ class DeployError(RuntimeError):
 
 @dataclass(kw_only=True)
 class DeployConfig:
-    """Where a federation's server is. address: host:port at which clients reach it. certs: folder
-    of certificates and keys. home: folder in which Flower's programs keep their state and logs.
-    """
+    """Where a federation's server is."""
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}  # pydantic's: an error
-    address: str = "127.0.0.1:8443"
-    certs: str = "certs"
-    home: str = "runs/flower"
+    address: str = option("127.0.0.1:8443", "host:port at which clients reach the server.")
+    certs: str = option("certs", "Folder of certificates and keys.")
+    home: str = option(
+        "runs/flower", "Folder in which Flower's programs keep their state and logs."
+    )
 
 
 class Deployment:

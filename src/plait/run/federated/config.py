@@ -1,9 +1,9 @@
 """The config file of a federated run: one YAML for the server and all clients."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from plait.federated import algorithm
 from plait.federated.client import LocalOptions
@@ -13,6 +13,7 @@ from plait.federated.methods import Algorithm, refusal
 from plait.federated.partition import names_of
 from plait.federated.privacy import Privacy
 from plait.federated.server import ServerOptions
+from plait.options import option
 from plait.run.config import (
     DataConfig,
     EvaluationConfig,
@@ -27,110 +28,114 @@ from plait.run.config import (
 )
 from plait.run.deploy.deployment import DeployConfig, Deployment
 
-_FORBID = {"extra": "forbid"}  # pydantic's: an unknown key is an error
-
 
 @dataclass(kw_only=True)
 class FederatedConfig:
-    """The federated method. run: a name that the states carry. ranks: of all clients, one for each
-    in the order of their names, or client -> rank; None: method.r. scaling: s of all of them, that
-    is lora_alpha = s r; None: method.lora_alpha, whatever the rank. options: of the federated
-    method.
-    """
+    """The federated method."""
 
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    run: str = "run"
-    method: str = "fedit"
-    ranks: int | list[int] | dict[str, int] | None = None
-    scaling: float | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    run: str = option("run", "Name of the run, which the states carry.")
+    method: str = option("fedit", "The federated method; the page on federation lists them.")
+    ranks: int | list[int] | dict[str, int] | None = option(
+        None,
+        "Rank of all clients, of each in the order of their names, or client: rank; null: "
+        "method.r.",
+    )
+    scaling: float | None = option(
+        None,
+        "s of all clients, so that lora_alpha = s r; null: method.lora_alpha, whatever the rank.",
+        above=0,
+    )
+    options: dict[str, Any] = option(dict, "Options of the federated method.")
 
 
 @dataclass(kw_only=True)
 class PartitionConfig:
-    """Which client gets which training rows. by: a column, `task` or `label`, for dirichlet,
-    by_column and shards. clients: how many, or their names. files: each of data.train is a client.
-    own: each client's machine has its own data.train; clients: their names. labels: of all clients
-    together, for own rows to classify.
-    """
+    """Which client gets which training rows."""
 
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    kind: Literal["iid", "dirichlet", "by_column", "shards", "files", "own"] = "iid"
-    clients: int | list[str] | None = None
-    by: str | None = None
-    alpha: float | None = None
-    per_client: int | None = None
-    min_rows: int | None = None
-    labels: list[str] | None = None
-    seed: int = 0
+    kind: Literal["iid", "dirichlet", "by_column", "shards", "files", "own"] = option(
+        "iid",
+        "How the rows are divided. files: each of data.train is a client. own: each client's "
+        "machine has its own data.train.",
+    )
+    clients: int | list[str] | None = option(None, "Number of clients, or their names.")
+    by: str | None = option(None, "dirichlet, by_column, shards: a column, task or label.")
+    alpha: float | None = option(
+        None, "dirichlet: concentration; the smaller, the more unequal.", above=0
+    )
+    per_client: int | None = option(None, "shards: number of shards of a client.", least=1)
+    min_rows: int | None = option(None, "dirichlet: rows that each client has at least.")
+    labels: list[str] | None = option(
+        None, "own: class names of all clients together, for rows to classify."
+    )
+    seed: int = option(0, "Seed of the partition.")
 
 
 @dataclass(kw_only=True)
 class SamplingConfig:
-    """Which clients take part in a round. fraction: share of them, without replacement; with
-    privacy, the probability of each by itself. retries: of a round with too few updates.
-    """
+    """Which clients take part in a round."""
 
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    fraction: float = 1.0
-    seed: int = 0
-    retries: int = 0
+    fraction: float = option(
+        1.0,
+        "Share of the clients, without replacement; with privacy, the probability of each.",
+        above=0,
+        most=1,
+    )
+    seed: int = option(0, "Seed of the selection and of randomness in training.")
+    retries: int = option(0, "Retries of a round with too few updates.", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalConfig(LocalOptions):
-    """Rounds, and a client's training in each of them: steps or epochs of AdamW.
+    """Rounds, and a client's training with AdamW in each of them."""
 
-    dtype: of the uploads.
-    """
-
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    rounds: int = 10
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuardConfig(GuardOptions):
-    """The guard."""
-
-    __pydantic_config__: ClassVar[Any] = _FORBID
+    rounds: int = option(10, "Rounds of the whole run.", least=1)
+    dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "Number format of the uploads.")
 
 
 @dataclass(kw_only=True)
 class HeldOutConfig:
-    """When the clients' models are measured. every: rounds, and after the last one; 0: never.
-    after_training: in these rounds each client that takes part measures its own model right after
-    its training, too, before the server averages.
-    """
+    """When the clients' models are measured, and how."""
 
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    every: int = 1
-    after_training: bool = False
-    generate: bool = False
-    max_new_tokens: int = 64
-    batch_size: int = 32
+    every: int = option(
+        1, "Rounds between two measurements, with one after the last round; 0: none.", least=0
+    )
+    after_training: bool = option(
+        False,
+        "In these rounds each client that takes part also measures its model right after its "
+        "training, before the server averages.",
+    )
+    generate: bool = option(
+        False, "Measure the exact match of greedy generation on rows with a completion."
+    )
+    max_new_tokens: int = option(64, "Tokens that generation may add.", least=1)
+    batch_size: int = option(32, "Rows at a time.", least=1)
 
 
 @dataclass(kw_only=True)
 class CheckpointsConfig:
-    """Server checkpoints. keep: how many."""
+    """Server checkpoints."""
 
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    keep: int = 2
+    keep: int = option(2, "Number of checkpoints that are kept.", least=1)
 
 
 @dataclass(kw_only=True)
 class PrivacyConfig:
-    """Differential privacy of clients; see plait.federated.privacy. clip and noise: give both or
-    neither. key_file: of the secret behind the noise and the sampling, on the server alone; None:
-    output.dir/privacy.key, made at the start.
-    """
+    """Differential privacy of clients; see plait.federated.privacy."""
 
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    clip: float | None = None
-    noise: float | None = None
-    delta: float = 1e-5
-    key_file: str | None = None
+    clip: float | None = option(
+        None, "Largest norm of an update; give clip and noise, or neither.", above=0
+    )
+    noise: float | None = option(
+        None,
+        "Standard deviation of the noise in units of clip; without noise nothing is private.",
+        above=0,
+    )
+    delta: float = option(1e-5, "Of (epsilon, delta); below 1 / n clients.", above=0, below=1)
+    key_file: str | None = option(
+        None,
+        "File of the secret behind the noise and the sampling, on the server alone; null: "
+        "output.dir/privacy.key, made at the start.",
+    )
 
     @property
     def on(self) -> bool:
@@ -138,10 +143,10 @@ class PrivacyConfig:
         return self.clip is not None or self.noise is not None
 
     def options(self, key: str) -> Privacy:
-        """With the secret.
+        """Return the options with the secret.
 
         Raises:
-            ValueError: what Privacy refuses.
+            ValueError: one of clip and noise is missing, or what Privacy refuses.
         """
         if self.clip is None or self.noise is None:
             missing = "clip" if self.clip is None else "noise"
@@ -151,27 +156,30 @@ class PrivacyConfig:
 
 @dataclass(kw_only=True)
 class EngineConfig:
-    """Where clients run when all are on this machine. kind: local, or flower, which simulates on
-    Ray. workers: processes; 0: in this one. threads: torch's, of each process; None: torch's own
-    choice.
-    """
+    """Where clients run when all are on this machine."""
 
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    kind: Literal["local", "flower"] = "local"
-    workers: int = 0
-    threads: int | None = None
+    kind: Literal["local", "flower"] = option(
+        "local", "local: processes of plait. flower: Flower's simulation on Ray."
+    )
+    workers: int = option(0, "Processes; 0: in this one.", least=0)
+    threads: int | None = option(
+        None, "torch's threads in each process; null: torch's choice.", least=1
+    )
 
 
 @dataclass(kw_only=True)
 class TimeoutsConfig:
-    """Seconds. first: until a first reply has come, for a cold start. floor: least later, where
-    3 x the median of the replies may be more. wait: for enough clients to be online.
-    """
+    """Waiting times in seconds."""
 
-    __pydantic_config__: ClassVar[Any] = _FORBID
-    first: float | None = None
-    floor: float | None = None
-    wait: float | None = None
+    first: float | None = option(
+        None, "Until a first reply has come, for a cold start; null: 600.", above=0
+    )
+    floor: float | None = option(
+        None,
+        "Shortest time to wait later, where 3 x the median of the replies may be more; null: 60.",
+        above=0,
+    )
+    wait: float | None = option(None, "Until enough clients are online; null: 300.", above=0)
 
     def deadlines(self) -> Deadlines:
         """With 600 and 60 where nothing is given."""
@@ -195,7 +203,7 @@ class FederateConfig:
     partition: PartitionConfig
     sampling: SamplingConfig
     local: LocalConfig
-    guard: GuardConfig
+    guard: GuardOptions
     privacy: PrivacyConfig
     engine: EngineConfig
     timeouts: TimeoutsConfig
@@ -264,8 +272,6 @@ def _check(config: FederateConfig) -> None:
     """Refuse what can be refused before anything is loaded."""
     method, local = config.algorithm(), config.local
     config.server_options().guard.mean(method)
-    config.timeouts.deadlines()
-    _check_engine(config)
     Deployment(config.deploy)
     if config.privacy.on:
         config.privacy.options("a secret of the server")
@@ -287,15 +293,11 @@ def _check(config: FederateConfig) -> None:
             "federated.method is 'central' with local.epochs and sampling.fraction = "
             f"{config.sampling.fraction}: its examples cannot match. Give local.steps."
         )
-    if config.evaluation.every < 0:
-        raise ValueError(f"evaluation.every = {config.evaluation.every}. Give 0 or more.")
     if config.evaluation.after_training and not config.evaluation.every:
         raise ValueError(
             "evaluation.after_training is true and evaluation.every 0, so nothing is measured. "
             "Give evaluation.every = 1 or more."
         )
-    if config.checkpoints.keep < 1:
-        raise ValueError(f"checkpoints.keep = {config.checkpoints.keep}. Give 1 or more.")
     part = config.partition
     taken = {
         "iid": {"clients"},
@@ -328,26 +330,13 @@ def _check(config: FederateConfig) -> None:
 
 
 def _check_scaling(federated: FederatedConfig, options: dict[str, Any]) -> None:
-    scaling = federated.scaling
-    if not (scaling or 0) > 0:
-        raise ValueError(f"federated.scaling = {scaling}. Give a number above 0.")
     if "lora_alpha" in options:
         raise ValueError(
-            f"federated.scaling is {scaling:g} and method.lora_alpha {options['lora_alpha']}. Give "
-            "one of them."
+            f"federated.scaling is {federated.scaling:g} and method.lora_alpha "
+            f"{options['lora_alpha']}. Give one of them."
         )
     if federated.ranks is None and "r" not in options:
         raise ValueError("federated.scaling needs the ranks. Give federated.ranks or method.r.")
-
-
-def _check_engine(config: FederateConfig) -> None:
-    engine, times = config.engine, config.timeouts
-    if engine.workers < 0:
-        raise ValueError(f"engine.workers = {engine.workers}. Give 0 or more.")
-    if engine.threads is not None and engine.threads < 1:
-        raise ValueError(f"engine.threads = {engine.threads}. Give 1 or more.")
-    if not times.online() > 0:
-        raise ValueError(f"timeouts.wait = {times.wait}. Give seconds above 0.")
 
 
 def _check_own(config: FederateConfig) -> None:

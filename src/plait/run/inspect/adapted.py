@@ -31,7 +31,7 @@ SINGLE = "dW"  # the name of an update that is the only one of its layer
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """A tensor in fp64, detached; on the CPU where its device has no fp64."""
+    """A tensor in fp64, detached; on the CPU if its device has no fp64."""
     tensor = tensor.detach()
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
@@ -80,7 +80,7 @@ class PlaitAdapted(Adapted):
 
     @property
     def kind(self) -> str:
-        """By the mix."""
+        """What the mix makes of the updates."""
         mix = self.mix()
         if isinstance(mix, TokenRouter):
             return "experts"
@@ -213,7 +213,7 @@ class UpstreamAdapted(Adapted):
         return self.layer.out_features, self.layer.in_features
 
     def factors(self) -> dict[str, Tensor]:
-        """A (r, in) and B (out, r), where the layer has them."""
+        """A (r, in) and B (out, r), if the layer has them."""
         if self.parts is None:
             return {}
         return {"A": wide(self.parts.A), "B": wide(self.parts.B)}

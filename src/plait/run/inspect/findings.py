@@ -67,7 +67,7 @@ class RoutingReport(LoadReport):
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One adapted layer of one run. block and module: where it stands; shape: (out, in)."""
+    """One adapted layer of one run. block and module: its place; shape: (out, in)."""
 
     run: str
     name: str
@@ -84,7 +84,7 @@ class LayerReport:
 class PairReport:
     """Two factors, or two updates, of one layer.
 
-    kind: "A", "B", "C", "D" or "dW". a, b: which, with the run where there are several. overlap,
+    kind: "A", "B", "C", "D" or "dW". a, b: their names, with the run if there are several. overlap,
     chance, angles (degrees, smallest first): of the spaces that factors span; None for dW.
     """
 
@@ -169,7 +169,7 @@ class RunReport:
 
 @dataclass(frozen=True)
 class InspectReport:
-    """Everything. principal: k of W's top directions, 0 where they were left out."""
+    """The whole report. principal: number of W's top directions compared, 0 for none."""
 
     format: int
     principal: int

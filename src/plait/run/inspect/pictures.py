@@ -166,7 +166,7 @@ def _map(
 
 
 def _scale(values: Sequence[float]) -> Normalize:
-    """A logarithmic scale where positive values spread over more than a factor of 30."""
+    """A logarithmic scale if the positive values span more than a factor of 30."""
     positive = [v for v in values if v > 0]
     if positive and max(positive) > 30 * min(positive):
         return LogNorm(min(positive), max(positive))

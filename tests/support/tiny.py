@@ -1,1 +1,0 @@
-from plait.testing.tiny import *  # noqa: F403
