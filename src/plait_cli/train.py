@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     cfg = load_config(args.file, args.overrides, import_plugins=True)
 
     from plait.run.callbacks import ProgressBar  # loads torch: after the answer to a mistake
-    from plait.run.card import comparison_rows
+    from plait.run.card import comparison_rows, kept_step
     from plait.run.train import train
     from plait_cli import console
     from plait_cli._show import Status, comparison, quiet
@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         f"{run['trainable']:,} trainable parameters ({percent:.3g} %), {run['steps']} steps in "
         f"{run['seconds']:.1f} s"
     )
+    if kept_step(run) is not None:
+        print(f"weights kept: {kept_step(run)}")
     rows = comparison_rows(folder.read_evaluation())
     if rows:
         screen.print(comparison(rows))

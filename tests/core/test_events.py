@@ -166,16 +166,23 @@ def test_under_trainer(accumulation: int, tmp_path: Path, monkeypatch: pytest.Mo
     original = events._penalty
     monkeypatch.setattr(events, "_penalty", lambda d: penalties.append(len(d)) or original(d))
     model = wrap(DMC, total_steps=None)
+    config, lengths = model.peft_config["default"], []
+
+    class Note(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            lengths.append(config.total_steps)
+
     options = arguments(tmp_path, gradient_accumulation_steps=accumulation, max_steps=6)
     Trainer(
         model=model,
         args=options,
         train_dataset=rows(),  # type: ignore[arg-type]
-        callbacks=[plait.PlaitCallback()],
+        callbacks=[plait.PlaitCallback(), Note()],
     ).train()
     assert seen(model) == {6}
     assert penalties == [len(deltas(model))] * 6
-    assert model.peft_config["default"].total_steps == 6  # by PlaitCallback
+    assert lengths == [6] * 6  # by PlaitCallback
+    assert config.total_steps is None  # until the run ends
 
 
 def test_trainer_resumes_exactly(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import plait
 from plait.core.mix import TokenRouter
@@ -599,9 +599,17 @@ def test_under_trainer(
     model = wrap(case, init_weights=False, task_type=task_type)
     before = {n: p.detach().clone() for n, p in trained(model).items()}
     seen = recorded(model)
-    trainer(model, tmp_path, gradient_accumulation_steps=parts).train()
+    config, counts = model.peft_config["default"], []
+
+    class Note(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            counts.append(config.micro_batches)
+
+    callbacks = [plait.PlaitCallback(), Note()]
+    trainer(model, tmp_path, gradient_accumulation_steps=parts, callbacks=callbacks).train()
     assert len(seen) == parts
-    assert model.peft_config["default"].micro_batches == parts
+    assert counts == [parts]
+    assert config.micro_batches is None  # PlaitCallback sets it for the run
     expected = explicit(case, seen, monkeypatch)
     moved = {n: before[n] - p.detach() for n, p in trained(model).items()}
     same(moved, expected, bound=1e-3)  # differences of fp32 numbers

@@ -132,7 +132,8 @@ class Chain(events.Listener):
             for p in link.parameters():
                 p.grad = None
                 if optimizer is not None and self.plan.reset_optimizer:
-                    optimizer.state.pop(p, None)
+                    for part in events.parts(optimizer):
+                        part.state.pop(p, None)
         self._open()
 
     def finish(self, steps: int | None = None) -> None:

@@ -42,7 +42,7 @@ def free_from_decay(
         decay = group.get("weight_decay") or 0.0
         coupled = _coupled(optimizer, group)
         for p in (p for p in group["params"] if id(p) in rates):
-            base_lr, lr = rates[id(p)], group["lr"]
+            base_lr, lr = rates[id(p)], group.get("lr")
             if base_lr is None and not decay:
                 continue
             start = group.get("initial_lr", lr)
@@ -67,8 +67,9 @@ def _coupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     """Whether a parameter group adds weight decay to the gradient."""
     if "decoupled_weight_decay" in group:
         return not group["decoupled_weight_decay"]
-    older = type(optimizer) is torch.optim.Adam  # before torch 2.7 Adam does not say
-    return older or type(optimizer).__name__ in _COUPLED
+    names = {cls.__name__ for cls in type(optimizer).__mro__}  # a subclass does as its parent does
+    older = isinstance(optimizer, torch.optim.Adam)  # before torch 2.7 Adam does not say
+    return older or not names.isdisjoint(_COUPLED)
 
 
 @torch.no_grad()

@@ -86,6 +86,16 @@ def comparison_rows(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]
     return [(name, before.get(name, "-"), after.get(name, "-")) for name in names]
 
 
+def kept_step(run: Mapping[str, Any]) -> str | None:
+    """Say which step's weights a run kept, from its facts; None if it was the last step's."""
+    kept = run.get("kept")
+    if kept is None:
+        return None
+    metric = METRICS.get(kept["metric"])
+    label = kept["metric"] if metric is None else metric.label
+    return f"step {kept['step']}, best validation {label} {kept['value']:.4g}"
+
+
 def write_card(folder: RunFolder, cfg: RunConfig) -> str:
     """Write the model card README.md from the run's other files; return its text."""
     from jinja2 import Environment, StrictUndefined
@@ -117,6 +127,7 @@ def write_card(folder: RunFolder, cfg: RunConfig) -> str:
         num_labels=len(run["labels"] or ()) if causal or run["labels"] else 1,
         environment=environment,
         run=run,
+        kept=kept_step(run),
         split=evaluation.get("split"),
         rows=evaluation.get("after", {}).get("rows"),
         comparison=comparison_rows(evaluation),

@@ -34,6 +34,11 @@ METRICS = {  # in the order of tables
     "pearson": Metric("Pearson correlation", True),
     "spearman": Metric("Spearman correlation", True),
 }
+METRICS_OF = {  # task -> what its validation measures; the Trainer minimises `loss`
+    "causal_lm": ("loss", "perplexity", "token_accuracy", "exact_match"),
+    "classification": ("loss", "accuracy", "macro_f1", "matthews"),
+    "regression": ("loss", "mse", "pearson", "spearman"),
+}
 HEADLINES = ("exact_match", "accuracy", "mse", "loss")  # the first one there stands for a task
 
 

@@ -38,13 +38,14 @@ from plait.run.config import (
     RunConfig,
     allocates,
     check_method,
+    did_you_mean,
     load_config,
     method_options,
     peft_config,
 )
 from plait.run.data.bundle import DataBundle, load_data
 from plait.run.folder import CHECKPOINTS, RunFolder
-from plait.run.metrics import METRICS
+from plait.run.metrics import METRICS, METRICS_OF
 from plait.run.model import (
     Base,
     check_length,
@@ -141,6 +142,11 @@ def prepare(cfg: RunConfig, place: bool = True) -> Prepared:
     plan = None if cfg.chain is None else cfg.chain.build()
     tokenizer = load_tokenizer(cfg.model)
     data = load_data(cfg, tokenizer)
+    if best_metric(cfg) == "exact_match" and data.kind not in ("completion", "messages"):
+        raise ValueError(
+            "training.metric_for_best_model: exact_match needs rows with a prompt and a "
+            f"completion, and the rows of data.train are of the kind {data.kind}. Use loss."
+        )
     set_seed(cfg.training["seed"])
     base = prepare_base(cfg, data)
     steps = planned_steps(cfg.training, len(data.train))
@@ -229,7 +235,7 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
                 stacklevel=2,
             )
         options["max_grad_norm"] = 0.0
-    best = METRICS.get(str(options.get("metric_for_best_model")).removeprefix("eval_"))
+    best = METRICS.get(best_metric(cfg) or "")
     if best is not None:  # upstream takes every name that does not end in "loss" for a score
         options.setdefault("greater_is_better", best.higher_is_better)
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # else torch warns
@@ -248,9 +254,21 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
     return args
 
 
+def best_metric(cfg: RunConfig) -> str | None:
+    """Return training.metric_for_best_model by its name in METRICS; None if it is not set."""
+    name = cfg.training.get("metric_for_best_model")
+    return None if name is None else str(name).removeprefix("eval_")
+
+
 def check_config(cfg: RunConfig) -> None:
     """Raise ValueError for what a config says wrong by itself, before anything is loaded."""
     check_method(cfg)
+    best, known = best_metric(cfg), METRICS_OF[cfg.model.task]
+    if best is not None and best not in known:
+        raise ValueError(
+            f"training.metric_for_best_model: {best} is not measured by a {cfg.model.task} run. "
+            f"{did_you_mean(best, known)}"
+        )
     name, quantization = cfg.method.name, cfg.model.quantization
     reason = quantised_reason(name, quantization)
     if reason is not None:

@@ -5,6 +5,7 @@ scheduler and RNG states as torch files, which the Trainer reads with `weights_o
 pickled training arguments are left out: the run folder's config.yaml holds them.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from plait.chain import ChainCallback, chain_schedule, load
@@ -32,6 +33,7 @@ from plait.run.adapter import (
 )
 from plait.run.callbacks import StopOnSignal
 from plait.run.config import did_you_mean
+from plait.run.data.tokens import IGNORED
 from plait.run.evaluate import evaluate_model
 from plait.run.folder import RunFolder, replace_dir
 from plait.run.optimizers import DEFAULT, make_optimizer
@@ -77,6 +79,9 @@ class RunTrainer(Trainer):
             ],
         )
         self.remove_callback(PrinterCallback)
+        # Whether the model divides its loss by the number of items that it is given; None: unknown.
+        self._divides_loss: bool | None = None if self.model_accepts_loss_kwargs else False
+        self.model_accepts_loss_kwargs = True  # compute_loss scales the loss, the Trainer must not
 
     # -------------------------------------------------------------------------------- training
 
@@ -89,7 +94,8 @@ class RunTrainer(Trainer):
         start = 0 if self.checkpoint is None else int(self.checkpoint.name.rpartition("-")[2])
         if self.checkpoint is not None and start >= self.steps:
             # The Trainer would make one step too many from its last checkpoint.
-            self.load_weights(self.checkpoint)
+            self.state = TrainerState.load_from_json(str(self.checkpoint / TRAINER_STATE_NAME))
+            self.load_weights(self._best_checkpoint() or self.checkpoint)
         else:
             earlier, began = self.folder.read_facts().get("seconds", 0.0), time.monotonic()
             with self.stop:
@@ -110,7 +116,23 @@ class RunTrainer(Trainer):
         to = self.folder.model if full else self.folder.adapter
         with writable(to, self.checkpoints):
             stored = save_trained(self.trained, self.data.tokenizer, to, self.folder.start)
-        self.folder.note(steps=self.steps, stored=stored)
+        self.folder.note(steps=self.steps, stored=stored, **self._kept())
+
+    def _best_checkpoint(self) -> Path | None:
+        """The checkpoint of the best validation metric, if its weights are to be kept."""
+        best = self.state.best_model_checkpoint
+        if not self.args.load_best_model_at_end or best is None:
+            return None
+        return self.checkpoints / Path(best).name  # the run folder may have moved
+
+    def _kept(self) -> dict[str, Any]:
+        """The fact `kept`: step, metric and value of the best checkpoint; {} without one."""
+        best = self._best_checkpoint()
+        if best is None:
+            return {}
+        metric = str(self.args.metric_for_best_model).removeprefix("eval_")
+        step = int(best.name.rpartition("-")[2])
+        return {"kept": {"step": step, "metric": metric, "value": self.state.best_metric}}
 
     # ------------------------------------------------------------------------ optimizer, loss
 
@@ -138,6 +160,56 @@ class RunTrainer(Trainer):
             self.lr_scheduler = chain_schedule(plan, scheduled, num_training_steps, shape)
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """Return the micro-batches of an optimizer step and the number of items in them.
+
+        An item is what the loss is a mean over: a target token, or a row of a classifier.
+        """
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return samples, torch.tensor(sum(map(self._items, samples)), device=device)
+
+    def _items(self, inputs: Mapping[str, Any]) -> int:
+        labels = inputs["labels"]
+        causal = self.cfg.model.task == "causal_lm"
+        return int(labels[..., 1:].ne(IGNORED).sum()) if causal else len(labels)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the micro-batch's part of the mean loss over all items of an optimizer step.
+
+        Upstream leaves that to the model's loss. Those of most encoders and of all regressions
+        ignore the number of items, so their gradients would be a sum over the micro-batches.
+        """
+        if num_items_in_batch is None or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs)
+        items, total = self._items(inputs), int(num_items_in_batch)
+        if items and items != total and self._divides_loss is None:
+            self._divides_loss = self._measure_division(model, inputs, items)
+        if self._divides_loss or (items == total and self._divides_loss is None):
+            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss = super().compute_loss(model, inputs)
+        return loss * (items / total) if items else torch.zeros_like(loss, requires_grad=True)
+
+    @torch.no_grad()
+    def _measure_division(
+        self, model: nn.Module, inputs: dict[str, Any], items: int
+    ) -> bool | None:
+        """Whether the loss halves with twice the number of items; None if it is zero."""
+        model.eval()
+        half, whole = (
+            float(super(RunTrainer, self).compute_loss(model, dict(inputs), False, number))
+            for number in (torch.tensor(2 * items), torch.tensor(items))
+        )
+        model.train()
+        return math.isclose(2 * half, whole, rel_tol=1e-3) if whole else None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Do upstream's step; raise FloatingPointError if the loss is NaN or infinite."""
@@ -176,7 +248,18 @@ class RunTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
-        return metrics
+        best = self.args.metric_for_best_model
+        if best is None:
+            return metrics
+        undefined = -math.inf if self.args.greater_is_better else math.inf  # worse than any value
+        return {f"{metric_key_prefix}_{best.removeprefix('eval_')}": undefined, **metrics}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Save a checkpoint at each new best value: only what is saved can be loaded at the end."""
+        improved = super()._determine_best_metric(metrics, trial)
+        if improved and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return improved
 
     # ---------------------------------------------------------------------------- checkpoints
 
@@ -216,8 +299,9 @@ class RunTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
-        if self.state.best_global_step == step:  # upstream noted the temporary name
-            self.state.best_model_checkpoint = str(self.checkpoints / name)
+        best = self.checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best.name == name or best.is_dir():  # upstream looked for it below the temporary name
+            self.state.best_model_checkpoint = str(best)
             self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
         for file in list((folder / name).iterdir()):
             file.rename(folder / file.name)
