@@ -263,10 +263,6 @@ SCHEDULED: dict[str, dict[str, Any]] = {
         "method": {"name": "dual_module"},
         "federated": {"method": "fedavg", "options": {"private_names": ["A_e", "B_e", "E"]}},
     },
-    "dual_lora": {
-        "method": {"name": "dual_lora", "gate_steps": 1},
-        "federated": {"method": "fedavg"},
-    },
     "cola": {
         "method": QUERY | {"name": "cola", "r": None},
         "federated": {"method": "fedavg", "options": {"private_names": ["A"]}},
