@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from plait.core.events import PlaitWarning
 from plait.run.config import config_from_dict
 from plait.run.data.bundle import load_data
 from plait.run.data.overlap import overlap
@@ -695,3 +696,156 @@ def test_overlap_of_texts_and_of_pairs():
     write("b.txt", "abd\nabe\n")
     (found,) = overlap(load(character_tokenizer(), train="a.txt", test="b.txt"))
     assert (found.rows, found.identical, found.examples) == (1, 1, ["abd"])
+
+
+# ------------------------------------------------------------------------- used as meant, or not
+
+
+def text_part(text):
+    return [{"type": "text", "text": text[:1]}, {"type": "text", "text": text[1:]}]
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def test_text_parts_are_joined_and_other_parts_refused(tokenizer):
+    tokenizer.chat_template = CHAT
+    row = {"messages": [turn("user", text_part("ab")), turn("assistant", text_part("ba"))]}
+    jsonl("a.jsonl", [row, turns("ab", "ba")])
+    bundle = load(tokenizer, train="a.jsonl")
+    assert bundle.train["input_ids"][0] == bundle.train["input_ids"][1]
+    assert bundle.train["labels"][0] == bundle.train["labels"][1]
+    row["messages"][0]["content"] = [{"type": "image", "url": "a.png"}]
+    jsonl("a.jsonl", [turns("ab", "ba"), row])
+    assert error(tokenizer, train="a.jsonl").startswith(
+        "a.jsonl: line 2: message 1: the content has the part {'type': 'image', 'url': 'a.png'}. "
+    )
+
+
+@pytest.mark.parametrize("content", [None, 3, {"text": "a"}])
+def test_a_content_that_is_no_text_is_refused(tokenizer, content):
+    tokenizer.chat_template = CHAT
+    jsonl("a.jsonl", [{"messages": [turn("user", content), turn("assistant", "b")]}])
+    assert error(tokenizer, train="a.jsonl") == (
+        f"a.jsonl: line 1: message 1: the content is {content!r}, not text. Correct or remove the "
+        "row."
+    )
+
+
+def test_a_turn_of_weight_0_is_not_trained(tokenizer):
+    tokenizer.chat_template = CHAT
+    row = turns("a", "b", "c", "d")
+    row["messages"][1]["weight"] = 0
+    jsonl("a.jsonl", [row])
+    assert trained(load(tokenizer, train="a.jsonl")) == "d</s>"
+    row["messages"][1]["weight"], row["messages"][3]["weight"] = 1, 0
+    jsonl("a.jsonl", [row])
+    assert trained(load(tokenizer, train="a.jsonl")) == "b</s>"
+    row["messages"][1]["weight"] = 0
+    jsonl("a.jsonl", [row])
+    assert error(tokenizer, train="a.jsonl") == (
+        "a.jsonl: line 1: all assistant turns have the weight 0, so nothing is trained. Remove the "
+        "row."
+    )
+    row["messages"][1]["weight"] = 0.5
+    jsonl("a.jsonl", [row])
+    assert error(tokenizer, train="a.jsonl").startswith(
+        "a.jsonl: line 1: message 2: the weight is 0.5. Give 1, or 0"
+    )
+
+
+def test_tools_reach_the_chat_template_or_are_refused(tokenizer):
+    row = {**turns("a", "b"), "tools": [{"name": "cd"}]}
+    jsonl("a.jsonl", [row, {**row, "tools": json.dumps(row["tools"])}, turns("a", "b")])
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t.name }}{% endfor %}" + CHAT
+    prompts = load(tokenizer, train="a.jsonl").train["prompt"]
+    assert prompts[0] == prompts[1] == "cd" + prompts[2]
+    tokenizer.chat_template = CHAT
+    assert error(tokenizer, train="a.jsonl") == (
+        "a.jsonl: line 1: the row has tools, and the chat template of this tokenizer shows none to "
+        "the model. Use a model with tools, or remove them from the rows."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "prompt": "b"}\n'),
+        ("b.jsonl", '\n{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n'),
+        ("a.json", '[{"prompt": "a", "prompt": "b"}]'),
+    ],
+)
+def test_a_json_key_that_stands_twice_is_refused(name, content):
+    write(name, content)
+    with pytest.raises(ValueError) as caught:
+        columns(train=name)
+    key = "content" if name == "b.jsonl" else "prompt"
+    line = f"{name}: line 2" if name.endswith("l") else name
+    assert str(caught.value) == (
+        f"{line}: the key {key!r} stands twice in an object ('a', 'b'). Remove one."
+    )
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "true", "null"])
+def test_what_is_no_text_in_json_is_refused_as_text(tokenizer, value):
+    write("a.jsonl", f'{{"prompt": "a", "completion": {value}}}\n')
+    assert error(tokenizer, train="a.jsonl").startswith("a.jsonl: line 1: column 'completion' is ")
+    write("a.jsonl", f'{{"prompt": "a", "completion": "b", "score": {value}}}\n')
+    assert len(load(tokenizer, train="a.jsonl").train) == 1  # a column that nobody reads
+
+
+@pytest.mark.parametrize("column", ["label", "task"])
+def test_names_that_differ_in_case_or_white_space_are_shown(column):
+    rows = [{"text": "good", "label": f"l{i}", "task": f"t{i}"} for i in range(3)]
+    rows[2][column] = f" {rows[1][column].upper()}"
+    jsonl("a.jsonl", rows)
+    with pytest.warns(PlaitWarning) as caught:
+        load(word_tokenizer(), "classification", train="a.jsonl")
+    first, second = rows[1][column], rows[2][column].strip()
+    assert [str(warning.message) for warning in caught] == [
+        f"a.jsonl: line 3: the {column} {second!r} differs from {first!r} (a.jsonl: line 2) only "
+        f"in case or white space. They are two {column}s; correct the rows if one is meant."
+    ]
+
+
+def test_texts_without_content_are_refused_or_shown(tokenizer):
+    jsonl("a.jsonl", [{"text": "ab"}, {"text": ""}])
+    assert error(tokenizer, train="a.jsonl") == (
+        "a.jsonl: line 2: the text is empty. Remove the row."
+    )
+    jsonl("a.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": " "}])
+    with pytest.warns(PlaitWarning, match=r"a\.jsonl: line 2: the completion is blank, as in 1 of"):
+        load(tokenizer, train="a.jsonl")
+    jsonl("a.jsonl", [{"text": "good", "label": 0}, {"text": " ", "label": 1}])
+    with pytest.warns(PlaitWarning, match=r"a\.jsonl: line 2: the text is blank, as in 1 of 2"):
+        message = error(word_tokenizer(), "classification", train="a.jsonl")
+    assert message == "a.jsonl: line 2: the text has no tokens. Remove the row."
+    tokenizer.chat_template = CHAT
+    jsonl("a.jsonl", [turns("a", "b"), turns("a", "")])
+    with pytest.warns(PlaitWarning, match=r"line 2: the assistant's text is blank, as in 1 of 2"):
+        load(tokenizer, train="a.jsonl")
+
+
+def test_a_held_out_row_without_a_prompt_is_refused_where_it_would_be_generated(tokenizer):
+    jsonl("a.jsonl", PAIRS)
+    jsonl("v.jsonl", [*PAIRS, {"prompt": "", "completion": "a"}])
+    assert error(tokenizer, train="a.jsonl", validation="v.jsonl") == (
+        "v.jsonl: line 3: the prompt has no tokens, so no completion can be generated. Remove the "
+        "row, or set evaluation.generate: false."
+    )
+    assert len(load(tokenizer, train="v.jsonl").train) == 3
+
+
+def test_a_digest_tells_rows_apart_that_have_equal_counts(tokenizer):
+    def digest(rows):
+        jsonl("a.jsonl", rows)
+        return load(tokenizer, train="a.jsonl").digest("train")
+
+    first = digest(PAIRS)
+    assert digest([dict(row) for row in PAIRS]) == first
+    assert digest(PAIRS[::-1]) != first
+    swapped = [
+        {**a, "completion": b["completion"]} for a, b in zip(PAIRS, PAIRS[::-1], strict=True)
+    ]
+    assert digest(swapped) != first

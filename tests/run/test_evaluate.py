@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from plait.core.events import PlaitWarning
 from plait.run import train as train_module
 from plait.run.card import metric_rows
 from plait.run.config import RunConfig
 from plait.run.data.bundle import DataBundle
 from plait.run.evaluate import evaluate_model, evaluate_run
+from plait.run.export import export_run
 from plait.run.folder import RunFolder
 from plait.run.generate import decode, generate_ids, generate_run
 from plait.run.harness import harness_run
@@ -24,7 +26,7 @@ from plait.run.model import load_tokenizer
 from plait.run.prepare import load_run, prepare
 from plait.run.train import train
 from plait_cli import main
-from tests.support.runs import copy_rows, film_rows, run_config, save_model, write_rows
+from tests.support.runs import WORDS, copy_rows, film_rows, run_config, save_model, write_rows
 
 CHAT = (
     "{% for m in messages %}{{ m['content'] }}"
@@ -563,3 +565,46 @@ def test_harness_on_a_local_task(
     assert capsys.readouterr().err == (
         "plait evaluate: --harness: tiny_choise is no task of lm_eval. Did you mean tiny_choice?\n"
     )
+
+
+# ------------------------------------------------------------------------------- the run's own
+
+
+@pytest.mark.parametrize("change", ["a class less", "gone"])
+def test_labels_and_tasks_are_those_of_the_run(change: str, tmp_path: Path) -> None:
+    classes = {"ant": "good", "bee": "bad", "cat": "fine"}
+    rows = [
+        {"text": f"{word} {WORDS[4 + i % 3]}", "label": label, "task": f"t{i % 2}"}
+        for i in range(8)
+        for label, word in classes.items()
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    held_out = [row for row in rows if row["label"] != "ant" and row["task"] == "t1"]
+    test = write_rows(tmp_path / "test.jsonl", held_out)
+    cfg = run_config(
+        save_model("bert", tmp_path / "bert"), data, tmp_path / "run",
+        model={"task": "classification"}, data={"test": str(test), "validation": None},
+        method={"name": "shared_b", "r": 2, "routing": "task"},
+        training={"max_steps": 40, "learning_rate": 3e-2},
+    )  # fmt: skip
+    folder = train(cfg)
+    trained = folder.read_evaluation()["after"]
+    if change == "gone":
+        data.unlink()
+    else:
+        write_rows(data, held_out)
+    again = evaluate_run(folder.path)
+    assert dict(metric_rows(again)) == dict(metric_rows(trained))
+    other = evaluate_run(folder.path, overrides=[f"data.train={test}"])
+    assert other["accuracy"] == trained["accuracy"]
+
+
+def test_export_needs_no_training_file(base: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", copy_rows())
+    folder = train(run_config(base, data, tmp_path / "run"))
+    data.unlink()
+    with pytest.warns(PlaitWarning, match="measured on random tokens instead"):
+        report = export_run(folder.path, "lora")[1]
+    assert report.exact
+    assert report.stock_error is not None
+    assert report.stock_error < 1e-4

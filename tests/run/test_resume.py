@@ -1,6 +1,7 @@
 """Resuming a run: the same weights, bit for bit, from the last whole checkpoint."""
 
 import errno
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,39 @@ def test_full_disk_at_the_end_loses_nothing(
         f"{folder.checkpoints / 'checkpoint-10'} is kept: make room and resume."
     )
     assert_same(whole, train(cfg, resume=True))
+
+
+@pytest.mark.parametrize("change", ["order", "answers", "validation"])
+def test_resume_with_rows_of_equal_counts_is_refused(
+    change: str, llama: Path, tmp_path: Path
+) -> None:
+    rows, held_out = copy_rows(40), copy_rows(8)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    validation = write_rows(tmp_path / "validation.jsonl", held_out)
+    cfg = run_config(llama, data, tmp_path / "run", data={"validation": str(validation)})
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, callbacks=[interrupt(2)])
+    if change == "order":
+        write_rows(data, rows[::-1])
+    elif change == "answers":
+        write_rows(data, [{**row, "completion": row["completion"][::-1]} for row in rows])
+    else:
+        write_rows(validation, held_out[::-1])
+    name = "validation_digest" if change == "validation" else "train_digest"
+    with pytest.raises(ValueError, match=rf"the data changed since this run began \({name}: "):
+        train(cfg, resume=True)
+    write_rows(data, rows)
+    write_rows(validation, held_out)
+    train(cfg, resume=True)
+
+
+def test_a_run_without_a_digest_is_resumed(llama: Path, rows: Path, tmp_path: Path) -> None:
+    cfg = run_config(llama, rows, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, callbacks=[interrupt(2)])
+    folder = RunFolder(tmp_path / "run")
+    content = json.loads(folder.environment.read_text())
+    for name in ("train_digest", "validation_digest", "text_pair"):  # as plait 0.1 wrote it
+        del content["run"][name]
+    folder.environment.write_text(json.dumps(content))
+    assert train(cfg, resume=True).read_facts()["train_digest"]

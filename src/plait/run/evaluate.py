@@ -41,19 +41,20 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure a finished run on a split (None: test, else validation) and write eval.json.
 
+    Class and task indices are those of the run, and only the rows of that split are read.
     eval.json keeps the metrics under the split's name. With overrides, which are not what the run
     was trained with, they are only returned.
 
     Raises what load_run and load_data raise, and ValueError when there is no such split.
     """
     run = load_run(path, overrides)
-    data = run.load_data()
-    split = split or data.held_out_split
+    split = split or run.held_out_split
     if split is None:
         raise ValueError(
             f"{path}: data.validation and data.test are not set. Give rows: "
             f"plait evaluate {path} data.test=FILE"
         )
+    data = run.load_data(split)
     metrics = evaluate_model(run.model, data, split, run.cfg, progress=progress)
     if not overrides:
         run.folder.write_evaluation(**{split: metrics})

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plait.core.config import DeltaConfig
+from plait.core.events import PlaitWarning
 from plait.run import stock_check
 from plait.run.config import RunConfig
 from plait.run.folder import replace_dir, write_atomic
-from plait.run.model import load_base
+from plait.run.model import context_of, load_base
 from plait.run.prepare import TrainedRun, load_run
 from plait.upstream.export import LayerExport, LoraExport, to_lora, upstream_to_lora
 
@@ -88,8 +90,7 @@ def export_run(
         raise FileExistsError(f"{out}: exists. Give --force to replace it, or another --out.")
     run = load_run(path, overrides)
     cfg, model = run.cfg, run.model
-    data = run.load_data()
-    batch = data.batch(data.held_out_split or "train", PROBE_ROWS)
+    batch = _probe(run)
     inputs = {name: tensor for name, tensor in batch.items() if name in _INPUTS}
     if task is not None and isinstance(model, PeftModel):
         model.set_task(task)
@@ -137,6 +138,25 @@ def export_run(
 
     replace_dir(out, write_and_check)
     return out, report
+
+
+def _probe(run: TrainedRun) -> dict[str, Tensor]:
+    """Return the rows to measure on: held-out rows, else training rows, else random tokens."""
+    split = run.held_out_split or "train"
+    try:
+        return run.load_data(split).batch(split, PROBE_ROWS)
+    except FileNotFoundError as error:
+        warnings.warn(
+            f"{error} The export is measured on random tokens instead.", PlaitWarning, stacklevel=3
+        )
+    special = {*run.tokenizer.all_special_ids}
+    rows = min(len(run.tokenizer), run.model.get_input_embeddings().num_embeddings)
+    ids = torch.tensor([i for i in range(rows) if i not in special])
+    length = min(16, context_of(run.model) or 16)
+    drawn = torch.randint(
+        len(ids), (PROBE_ROWS, length), generator=torch.Generator().manual_seed(0)
+    )
+    return {"input_ids": ids[drawn], "attention_mask": torch.ones_like(drawn)}
 
 
 @torch.no_grad()
@@ -206,6 +226,7 @@ def _stock_logits(run: TrainedRun, folder: Path, to: str, inputs: dict[str, Tens
             "quantization": cfg.quantization,
             "trust_remote_code": cfg.trust_remote_code,
             "revision": cfg.revision if to == "lora" else None,
+            "pad": None if cfg.task == "causal_lm" else run.tokenizer.pad_token_id,
             "inputs": files["inputs"],
             "logits": files["logits"],
         }

@@ -177,14 +177,15 @@ class RunFolder:
 
         config: as YAML. seeds: what they seed -> number. facts: as for `note`.
 
-        Raises ValueError if a resumed run's training rows changed.
+        Raises ValueError if a resumed run's rows changed; a run of plait 0.1 noted only their
+        number.
         """
         noted = self.read_facts()
-        for name in ("train_rows", "train_tokens"):
-            if name in noted and noted[name] != facts[name]:
+        for name in ("train_rows", "train_tokens", "labels", "train_digest", "validation_digest"):
+            if name in noted and noted[name] != facts.get(name):
                 raise ValueError(
                     f"{self.path}: the data changed since this run began ({name}: {noted[name]} -> "
-                    f"{facts[name]}). Put the data back, or train to another output.dir."
+                    f"{facts.get(name)}). Put the data back, or train to another output.dir."
                 )
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomic(self.config, config)

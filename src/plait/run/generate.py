@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from plait.run.data.reader import template_columns
 from plait.run.data.tokens import encode_chat, encode_prompt
+from plait.run.model import context_of, pads_left
 from plait.run.prepare import TrainedRun, load_run
 
 
@@ -83,7 +84,11 @@ def generate_ids(
     temperature: float = 0.0,
     **inputs: Tensor,
 ) -> list[list[int]]:
-    """Continue prompts, padded on the left; return the new ids of each up to its end token.
+    """Continue prompts; return the new ids of each up to its end token.
+
+    Prompts are padded on the left. Those of one length are taken at a time by a model that is not
+    told its positions, which padding would shift, and near the end of the context; RWKV takes them
+    one by one.
 
     temperature: 0 takes the likeliest token each time, above 0 samples. inputs: further tensors
     for the model, such as task_ids (prompts,).
@@ -92,13 +97,26 @@ def generate_ids(
     longest = max(len(ids) for ids in prompts)
     if not all(prompts):
         raise ValueError("the prompt has no tokens. Give at least one character.")
-    context = model.config.get_text_config().to_dict().get("max_position_embeddings")
-    if context is None:  # models without positions, such as Bloom
+    context = context_of(model)
+    if context is None:
         context = longest + max_new_tokens
     if longest >= context:
         raise ValueError(
             f"the prompt has {longest} tokens, the model's context {context}. Shorten the prompt."
         )
+    groups: dict[int, list[int]] = {}  # of prompts that are continued together
+    alone = model.config.model_type == "rwkv"  # upstream mixes up the states of single tokens
+    together = pads_left(model) and longest + max_new_tokens <= context
+    for i, ids in enumerate(prompts):
+        groups.setdefault(i if alone else 0 if together else len(ids), []).append(i)
+    if len(groups) > 1:
+        made: dict[int, list[int]] = {}
+        for chosen in groups.values():
+            group = [prompts[i] for i in chosen]
+            kept = {name: tensor[chosen] for name, tensor in inputs.items()}
+            texts = generate_ids(model, tokenizer, group, max_new_tokens, temperature, **kept)
+            made |= dict(zip(chosen, texts, strict=True))
+        return [made[i] for i in range(len(prompts))]
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(p)) + [*p] for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -114,8 +132,9 @@ def generate_ids(
     )
     device = next(model.parameters()).device
     inputs = {"input_ids": ids, "attention_mask": mask, **inputs}
-    made = model.generate(**{k: v.to(device) for k, v in inputs.items()}, generation_config=options)
-    return [_until(row, ends) for row in made[:, longest:].tolist()]
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    rows = model.generate(**inputs, generation_config=options)
+    return [_until(row, ends) for row in rows[:, longest:].tolist()]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

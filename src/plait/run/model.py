@@ -5,7 +5,8 @@ head) starts random from the global seed, is trained, and is saved with the adap
 """
 
 import importlib.util
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -36,6 +40,12 @@ from plait.upstream.table import BASELINES
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HEADS = ("classifier", "score")  # peft trains and saves these for classification by itself
+_CONTEXT = ("max_position_embeddings", "max_seq_len")  # MPT has the second
+# Layers whose weight the model reads without calling the layer, so that an update has no effect.
+_UNCALLED = {
+    "dt_proj": ("mamba", "falcon_mamba", "jamba", "zamba"),
+    "out_proj": ("mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,9 @@ def quantised_reason(method: str, quantization: str) -> str | None:
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer, padding on the right; without a pad token it pads with eos.
+    """Load a model's tokenizer; without a pad token it pads with eos.
+
+    It pads on the right, and for XLNet, whose head reads the last position, on the left.
 
     Raises FileNotFoundError for a model that is not there, ValueError when nothing can pad.
     """
@@ -68,7 +80,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         )
     except OSError as error:
         raise FileNotFoundError(_not_there(model, "tokenizer", error)) from error
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = "left" if _config_of(model).model_type == "xlnet" else "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
@@ -85,12 +97,13 @@ def prepare_base(cfg: RunConfig, data: DataBundle | None, labels: list[str] | No
     The caller seeds: modules that the checkpoint lacks are drawn. data: None on a server without
     rows, which then gives the class names, labels.
 
-    Raises as load_base_with_missing and check_length do.
+    Raises as load_base_with_missing, check_length and check_ids do.
     """
     labels = labels if data is None else data.labels
     model, missing = load_base_with_missing(cfg.model, *head_of(cfg.model.task, labels))
     if data is not None:
         check_length(model, data.longest)
+        check_ids(model, data.largest_id, data.tokenizer)
     layers = adaptable_layers(model)
     if cfg.model.quantization != "none":
         checkpointing = bool(cfg.training.get("gradient_checkpointing"))
@@ -106,8 +119,8 @@ def head_of(task: str, labels: list[str] | None) -> tuple[int | None, dict[int, 
 
 def check_length(model: PeftModel | PreTrainedModel, longest: int) -> None:
     """Raise ValueError if the longest row has more tokens than the model has positions."""
-    limit = model.config.to_dict().get("max_position_embeddings")
-    if limit is None:  # models without positions, such as Bloom
+    limit = context_of(model)
+    if limit is None:
         return
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
@@ -118,6 +131,74 @@ def check_length(model: PeftModel | PreTrainedModel, longest: int) -> None:
             f"data: the longest row has {longest} tokens, the model reads {limit}. "
             f"Set data.max_length: {limit} and data.truncate: true."
         )
+
+
+def context_of(model: Any) -> int | None:
+    """Return the number of positions that a model reads; None for one without, such as Bloom."""
+    config = model.config.get_text_config()
+    limits = (getattr(config, name, None) for name in _CONTEXT)  # XLNet says -1 for none
+    return next((n for n in limits if isinstance(n, int) and n > 0), None)
+
+
+def check_ids(
+    model: PeftModel | PreTrainedModel, largest: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise ValueError if the model has no embedding of the padding or of a token of the rows.
+
+    largest: the largest token id of the rows.
+    """
+    embedding = model.get_input_embeddings()
+    count = getattr(embedding, "num_embeddings", None)
+    if count is None:
+        return
+    pad = tokenizer.pad_token_id
+    if isinstance(pad, int) and pad >= count:
+        raise ValueError(
+            f"model.name: the tokenizer pads with {tokenizer.pad_token!r}, id {pad}, but the model "
+            f"has {count} embeddings, ids 0 to {count - 1}. Set another pad_token in its "
+            "tokenizer_config.json, or resize the model's embeddings."
+        )
+    if largest >= count:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ValueError(
+            f"data: the rows have the token {token!r}, id {largest}, but the model has {count} "
+            f"embeddings, ids 0 to {count - 1}. Resize the model's embeddings, or use the "
+            "tokenizer that it was trained with."
+        )
+
+
+def head_labels(model: ModelConfig) -> list[str] | None:
+    """Return the class names of the head that a checkpoint holds, by index.
+
+    None without a head for classification, and [] for a head whose classes have no names.
+    """
+    if model.task != "classification":
+        return None
+    config = _config_of(model)
+    if not any(
+        str(name).endswith("ForSequenceClassification") for name in config.architectures or ()
+    ):
+        return None
+    names = [str(config.id2label[i]).strip() for i in sorted(config.id2label)]
+    return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
+def ignored_layers(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Return those of these layers whose update the model would ignore."""
+    kind = model.config.model_type
+    return [name for name in names if kind in _UNCALLED.get(name.rpartition(".")[2], ())]
+
+
+def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a model which token pads: a decoder's head looks for the last token before these."""
+    pad = tokenizer.pad_token_id
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
+
+
+def pads_left(model: Any) -> bool:
+    """Whether padding on the left changes no logit: whether the model is told its positions."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "position_ids" in inspect.signature(type(base).forward).parameters
 
 
 def load_base(
@@ -142,7 +223,8 @@ def load_base_with_missing(
 
     Raises:
         FileNotFoundError: there is no such model, or it has no weights.
-        ValueError: pickled or damaged weights, or a model that does not fit `model.task`.
+        ValueError: pickled or damaged weights, a model that does not fit `model.task`, or weights
+            of another shape, such as a head with another number of outputs.
         ImportError: a quantised base without bitsandbytes.
     """
     source = source_of(model)
@@ -159,9 +241,12 @@ def load_base_with_missing(
         if id2label is not None:
             config.id2label = id2label
             config.label2id = {name: i for i, name in id2label.items()}
-        if model.task == "regression":
-            config.problem_type = "regression"
         causal = model.task == "causal_lm"
+        if not causal:  # a head of an earlier task may say another loss
+            kinds = {"regression": "regression", "classification": "single_label_classification"}
+            config.problem_type = kinds[model.task]
+        if config.model_type == "rwkv":
+            config.rescale_every = 0  # else evaluation divides weights, and not their updates
         auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
         with _errors_only():
             loaded, report = auto.from_pretrained(
@@ -171,15 +256,17 @@ def load_base_with_missing(
                 quantization_config=_quantization(model),
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below
                 **common,
             )
     except SafetensorError as error:
         raise ValueError(f"{model.name}: weights damaged ({error}). Download them again.") from None
     except OSError as error:
         raise FileNotFoundError(_not_there(model, "model", error)) from error
+    _check_shapes(report["mismatched_keys"], model, num_labels)
     keep_trainable_on_cpu(loaded)
-    if loaded.config.pad_token_id is None:
-        loaded.config.pad_token_id = load_tokenizer(model).pad_token_id
+    if loaded.config.pad_token_id is None or not causal:
+        set_padding(loaded, load_tokenizer(model))
     missing = sorted({key.rpartition(".")[0] for key in report["missing_keys"]})
     if missing and model.task == "causal_lm":
         raise ValueError(
@@ -273,6 +360,31 @@ def _check_files(folder: Path, name: str) -> None:
             raise ValueError(f"{file}: damaged or cut off ({error}). Copy it again.") from None
 
 
+def _config_of(model: ModelConfig) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(
+            source_of(model), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except OSError as error:
+        raise FileNotFoundError(_not_there(model, "config", error)) from error
+
+
+def _check_shapes(
+    mismatched: Iterable[tuple[str, Any, Any]], model: ModelConfig, num_labels: int | None
+) -> None:
+    for name, stored, built in sorted(mismatched):
+        if num_labels is not None and name.partition(".")[0] in _HEADS:
+            raise ValueError(
+                f"model.name: the head of {model.name} has {stored[0]} outputs ({name}), and "
+                f"model.task {model.task} with these rows needs {num_labels}. Give rows with its "
+                "classes, or a model without a head."
+            )
+        raise ValueError(
+            f"model.name: {name} of {model.name} has the shape {list(stored)} in its weights and "
+            f"{list(built)} by its config.json. Copy the model again."
+        )
+
+
 def _check_architecture(config: PretrainedConfig, model: ModelConfig) -> None:
     if model.task != "causal_lm":
         return
@@ -282,6 +394,12 @@ def _check_architecture(config: PretrainedConfig, model: ModelConfig) -> None:
             f"({config.model_type}). Give a decoder such as a Llama."
         )
     values = config.to_dict()
+    if config.model_type in (*MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "xlnet"):
+        raise ValueError(
+            f"model.task is causal_lm, but {model.name} ({config.model_type}) was not made to "
+            "predict the next token: its loss compares a token with itself. Give a decoder such "
+            "as a Llama."
+        )
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not values.get("is_decoder"):
         raise ValueError(
             f"model.task is causal_lm, but {model.name} is an encoder ({config.model_type}). "

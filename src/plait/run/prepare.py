@@ -43,18 +43,22 @@ from plait.run.config import (
     method_options,
     peft_config,
 )
-from plait.run.data.bundle import DataBundle, load_data
+from plait.run.data.bundle import DataBundle, Split, load_data
 from plait.run.folder import CHECKPOINTS, RunFolder
 from plait.run.metrics import METRICS, METRICS_OF
 from plait.run.model import (
     Base,
+    check_ids,
     check_length,
+    head_labels,
     head_of,
+    ignored_layers,
     load_base,
     load_tokenizer,
     parameter_counts,
     prepare_base,
     quantised_reason,
+    set_padding,
     source_of,
     to_device,
 )
@@ -97,6 +101,9 @@ class Prepared:
             "tasks": self.data.tasks,
             "train_rows": len(self.data.train),
             "train_tokens": sum(len(ids) for ids in self.data.train["input_ids"]),
+            "train_digest": self.data.digest("train"),
+            "validation_digest": self.data.digest("validation"),
+            "text_pair": "text_pair" in self.data.train.column_names,
             "trainable": trainable,
             "parameters": total,
         }
@@ -117,10 +124,21 @@ class TrainedRun:
     source: str
     facts: dict[str, Any]
 
-    def load_data(self) -> DataBundle:
-        """Load the rows of the config; ValueError also for rows longer than the model reads."""
-        data = load_data(self.cfg, self.tokenizer)
+    @property
+    def held_out_split(self) -> Split | None:
+        """The split that the run is judged on: test, else validation, else None."""
+        if self.cfg.data.test is not None:
+            return "test"
+        return None if self.cfg.data.validation is None else "validation"
+
+    def load_data(self, split: Split) -> DataBundle:
+        """Load one split of the config, with the labels and tasks of the run.
+
+        Raises as `plait.run.data.bundle.load_data` and `check_length` do.
+        """
+        data = load_data(self.cfg, self.tokenizer, facts=self.facts, split=split)
         check_length(self.model, data.longest)
+        check_ids(self.model, data.largest_id, self.tokenizer)
         return data
 
 
@@ -141,7 +159,7 @@ def prepare(cfg: RunConfig, place: bool = True) -> Prepared:
     check_config(cfg)
     plan = None if cfg.chain is None else cfg.chain.build()
     tokenizer = load_tokenizer(cfg.model)
-    data = load_data(cfg, tokenizer)
+    data = load_data(cfg, tokenizer, head=head_labels(cfg.model))
     if best_metric(cfg) == "exact_match" and data.kind not in ("completion", "messages"):
         raise ValueError(
             "training.metric_for_best_model: exact_match needs rows with a prompt and a "
@@ -199,6 +217,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
     weights = replace(cfg.model, name=str(trained.resolve()), revision=None) if full else cfg.model
     tokenizer, source = load_tokenizer(cfg.model), source_of(cfg.model)
     model: Any = load_base(weights, *head_of(cfg.model.task, facts.get("labels")))
+    if cfg.model.task != "causal_lm":
+        set_padding(model, tokenizer)
     model = to_device(model, cfg)
     if expected is not None:
         model = load_adapter(model, trained, expected)
@@ -301,13 +321,26 @@ def method_config(
     except (ValueError, TypeError) as error:
         raise ValueError(f"{cfg.source.at('method')}: {error}") from error
     if config is not None:
-        baseline = BASELINES.get(cfg.method.name)
+        baseline, values = BASELINES.get(cfg.method.name), config.to_dict()
+        everywhere = values["target_modules"] == "all-linear"
+        targets = list(sizes) if everywhere else targeted(config, sizes)
+        _check_called(base, targets)
         if baseline is not None and baseline.check_layers is not None:
-            values = config.to_dict()
-            everywhere = values["target_modules"] == "all-linear"
-            targets = list(sizes) if everywhere else targeted(config, sizes)
             baseline.check_layers(values, {name: sizes[name] for name in targets})
     return config
+
+
+def _check_called(base: Base, targets: Iterable[str]) -> None:
+    """Raise ValueError for a target whose update the model would ignore."""
+    ignored = ignored_layers(base.model, targets)
+    if ignored:
+        left_out = ignored_layers(base.model, base.layers)
+        others = sorted({n.rpartition(".")[2] for n in base.layers if n not in left_out})
+        raise ValueError(
+            f"method.target_modules: {ignored[0]} cannot be adapted, because a "
+            f"{base.model.config.model_type} reads its weight without calling the layer: an update "
+            f"would have no effect. Set method.target_modules: [{', '.join(others)}]."
+        )
 
 
 def planned_steps(training: dict[str, Any], rows: int) -> int:

@@ -5,8 +5,8 @@ Run by path in a fresh process, never imported: it shows that an export needs no
     python stock_check.py JOB.json
 
 JOB.json: model (name or folder), adapter (folder or null), task, labels, dtype, quantization,
-trust_remote_code, revision, inputs (safetensors of the model's inputs), logits (safetensors to
-write).
+trust_remote_code, revision, pad (a token id or null), inputs (safetensors of the model's inputs),
+logits (safetensors to write).
 """
 
 import json
@@ -34,6 +34,10 @@ def main(path: str) -> None:
     model = auto.from_pretrained(
         job["model"], trust_remote_code=job["trust_remote_code"], **options
     )
+    if (
+        job.get("pad") is not None
+    ):  # of the tokenizer, where the config of the base says another one
+        model.config.pad_token_id = job["pad"]
     if job["adapter"]:
         model = PeftModel.from_pretrained(model, job["adapter"])
     if "plait" in sys.modules:

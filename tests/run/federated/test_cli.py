@@ -14,6 +14,7 @@ from plait.run.folder import RunFolder
 from plait_cli import main
 from tests.support import ROOT
 from tests.support.federated_runs import config, lines, write
+from tests.support.runs import copy_rows, write_rows
 
 
 def test_simulate_fills_the_run_folder_and_report_reads_it(
@@ -253,3 +254,58 @@ def test_examples_run(path: Path, tmp_path: Path) -> None:
     overrides = ["local.rounds=1", "local.steps=1", f"output.dir={tmp_path / 'run'}"]
     overrides += ["data.validation=builtin:shift?n=4"]
     assert main(["federate", "simulate", str(path), *overrides]) == 0
+
+
+QUERY = {"target_modules": ["q_proj"]}
+SCHEDULED: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dual_module": {
+        "method": {"name": "dual_module"},
+        "federated": {"method": "fedavg", "options": {"private_names": ["A_e", "B_e", "E"]}},
+    },
+    "cola": {
+        "method": QUERY | {"name": "cola", "r": None},
+        "federated": {"method": "fedavg", "options": {"private_names": ["A"]}},
+    },
+    "fedalora_het": {
+        "method": QUERY | {"name": "fedalora_het", "common_rank": 2, "r": None},
+        "federated": {
+            "method": "fedalora_het", "ranks": [2, 3, 4], "options": {"common_rank": 2},
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", SCHEDULED)
+def test_more_rounds_keep_the_schedule(method: str, tmp_path: Path) -> None:
+    """They give what an unbroken run with that schedule gives."""
+    changes = SCHEDULED[method]
+    run = tmp_path / "run"
+    simulate(config(run, changes))
+    for rounds in (3, 4):
+        longer = config(run, {**changes, "local": {"rounds": rounds}})
+        assert read_rounds(simulate(longer, resume=True).metrics)[-1]["round"] == rounds
+    whole = config(tmp_path / "whole", {**changes, "local": {"rounds": 4, "schedule_rounds": 2}})
+    assert lines(simulate(whole)) == lines(FederatedFolder(run))
+
+
+def test_a_refused_resume_names_what_changed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    simulate(config(run))
+    other = config(run, {"local": {"rounds": 3, "learning_rate": 1.0}})
+    with pytest.raises(ValueError, match=r"another config.*Changed: local\.learning_rate: "):
+        simulate(other, resume=True)
+
+
+def test_resume_with_reordered_rows_is_refused(tmp_path: Path) -> None:
+    rows = copy_rows(24)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    changes = {"data": {"train": str(data), "validation": None}}
+    run = tmp_path / "run"
+    simulate(config(run, changes))
+    write_rows(data, rows[::-1])
+    longer = config(run, {**changes, "local": {"rounds": 3}})
+    with pytest.raises(ValueError, match=r"the data changed since this run began \(train_digest"):
+        simulate(longer, resume=True)
+    write_rows(data, rows)
+    simulate(longer, resume=True)

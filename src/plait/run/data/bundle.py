@@ -5,19 +5,25 @@ reader   rows -> texts, labels, tasks, by the columns of the config
 tokens   texts -> token ids and the loss mask
 """
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from plait.run.config import RunConfig
-from plait.run.data.reader import Kind, read_columns
+from plait.run.data.reader import Columns, Kind, read_columns
 from plait.run.data.rows import read_splits
 from plait.run.data.tokens import Collator, tokenize
 
 Split = Literal["train", "validation", "test"]
+
+_TRAINED = ("input_ids", "labels", "sample_type", "task_id", "token_type_ids")  # what a step reads
 
 
 @dataclass
@@ -30,7 +36,8 @@ class DataBundle:
     is the name and `task_id` its index in `tasks`.
 
     labels: class names by index, classification only. tasks: task names by index, those of the
-    training rows first. longest: longest row in tokens, of all splits.
+    training rows first. longest: longest row in tokens, of all splits that were read; largest_id:
+    largest token id in them. train: without rows if it was not read.
     """
 
     train: Dataset
@@ -42,11 +49,31 @@ class DataBundle:
     labels: list[str] | None
     tasks: list[str] | None
     longest: int
+    largest_id: int
 
     def splits(self) -> dict[str, Dataset]:
         """Return the splits that are there, by name."""
-        every = {"train": self.train, "validation": self.validation, "test": self.test}
+        train = self.train if len(self.train) else None
+        every = {"train": train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in every.items() if split is not None}
+
+    def digest(self, split: Split) -> str | None:
+        """Return a digest of a split as a model reads it, in order; None without that split."""
+        rows = self.splits().get(split)
+        if rows is None:
+            return None
+        table = rows.with_format("arrow")[:]
+        total = hashlib.sha256(json.dumps([self.labels, self.tasks]).encode())
+        for name in sorted({*_TRAINED} & {*table.column_names}):
+            values = table.column(name).combine_chunks()
+            total.update(name.encode())
+            if hasattr(values, "value_lengths"):
+                total.update(values.value_lengths().to_numpy().astype(np.int64).tobytes())
+                values = values.flatten()
+            numbers = values.to_numpy(zero_copy_only=False)
+            kind = np.float64 if numbers.dtype.kind == "f" else np.int64
+            total.update(numbers.astype(kind).tobytes())
+        return total.hexdigest()[:16]
 
     def batch(self, split: Split, most: int) -> dict[str, torch.Tensor]:
         """Return the first rows of a split, at most so many, as the model takes them."""
@@ -62,21 +89,40 @@ class DataBundle:
 
 
 def load_data(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None = None
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: list[str] | None = None,
+    *,
+    head: list[str] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    split: Split | None = None,
 ) -> DataBundle:
     """Read, split, tokenize and check all data of a run.
 
-    labels: class names by index, if the training rows need not have all of them.
+    Args:
+        config: of the run.
+        tokenizer: of its model.
+        labels: class names by index, if the training rows need not have all of them.
+        head: class names by index of the head that the model comes with; see `head_labels`.
+        facts: of a run that was trained: its kind of rows, its labels and tasks hold, and the
+            training rows are not asked for them.
+        split: read this split alone; None: all.
 
     Raises FileNotFoundError for missing sources and ValueError for rows that cannot be used:
-    missing columns, labels that the training rows do not have, rows longer than data.max_length.
+    missing columns, labels that the training rows do not have, rows longer than data.max_length,
+    held-out rows with nothing to generate from.
     """
     data, causal = config.data, config.model.task == "causal_lm"
-    source, rows = read_splits(data)
-    columns = read_columns(data, config.model.task, config.method, source, rows, labels)
+    source, rows = read_splits(data, split)
+    columns = read_columns(
+        data, config.model.task, config.method, source, rows, labels, head, facts
+    )
     splits = tokenize(columns, data, causal, tokenizer)
+    if config.evaluation.generate and columns.kind in ("completion", "messages"):
+        _check_prompts(columns, splits)
+    ids = [row for part in splits.values() for row in part["input_ids"]]
     return DataBundle(
-        train=splits["train"],
+        train=splits["train"] if "train" in splits else Dataset.from_list([]),
         validation=splits.get("validation"),
         test=splits.get("test"),
         kind=columns.kind,
@@ -84,5 +130,18 @@ def load_data(
         tokenizer=tokenizer,
         labels=columns.labels,
         tasks=columns.tasks,
-        longest=max(len(ids) for split in splits.values() for ids in split["input_ids"]),
+        longest=max(map(len, ids)),
+        largest_id=max(max(row, default=0) for row in ids),
     )
+
+
+def _check_prompts(columns: Columns, splits: Mapping[str, Dataset]) -> None:
+    """Raise ValueError for a held-out row whose prompt has no tokens."""
+    for name, rows in splits.items():
+        lengths = rows["prompt_length"]
+        if name != "train" and 0 in lengths:
+            row = columns.rows[name][list(lengths).index(0)]
+            raise ValueError(
+                f"{row.where}: the prompt has no tokens, so no completion can be generated. Remove "
+                "the row, or set evaluation.generate: false."
+            )

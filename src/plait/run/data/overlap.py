@@ -1,13 +1,12 @@
 """Which held-out rows also occur among the training rows."""
 
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from datasets import Dataset
 
 from plait.run.data.bundle import DataBundle
-from plait.run.data.reader import Kind
+from plait.run.data.reader import Kind, normal
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,4 @@ def _questions(split: Dataset, kind: Kind) -> Iterable[tuple[str, str]]:
         questions, answers = split["completion"], [""] * len(split)
     else:
         questions, answers = split["prompt"], split["completion"]
-    return ((_normal(q), _normal(a)) for q, a in zip(questions, answers, strict=True))
-
-
-def _normal(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return ((normal(q), normal(a)) for q, a in zip(questions, answers, strict=True))

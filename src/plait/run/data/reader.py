@@ -3,11 +3,16 @@
 The first training row decides what kind of data the rows are.
 """
 
+import json
+import math
 import string
-from collections.abc import Iterable
+import unicodedata
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from plait.core.events import PlaitWarning
 from plait.run.config import ColumnsConfig, DataConfig, MethodConfig
 from plait.run.data.rows import Row
 
@@ -18,10 +23,10 @@ Kind = Literal["completion", "messages", "text", "classification", "regression"]
 class Columns:
     """The values of the rows, by role.
 
-    rows: split -> its rows. values: split -> for each row its raw strings (`messages` stays a
-    list), `label`, `task` and `sample_type`. labels: class names by index, classification only.
-    tasks: task names by index, those of the training rows first. routed: whether the method routes
-    by task. typed: whether it takes `sample_type`.
+    rows: split -> its rows. values: split -> for each row its raw strings (`messages` and `tools`
+    stay lists), `label`, `task` and `sample_type`. labels: class names by index, classification
+    only. tasks: task names by index, those of the training rows first. routed: whether the method
+    routes by task. typed: whether it takes `sample_type`.
     """
 
     kind: Kind
@@ -40,6 +45,8 @@ def read_columns(
     source: list[Row],
     rows: dict[str, list[Row]],
     labels: list[str] | None = None,
+    head: list[str] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Columns:
     """Read the columns of all rows.
 
@@ -50,13 +57,26 @@ def read_columns(
         source: all training rows, before they were split and limited: labels and tasks are theirs.
         rows: split -> its rows.
         labels: class names by index, if `source` need not have all of them.
+        head: class names of the model's head, [] if it does not name them; None: no head yet.
+        facts: of a trained run, whose kind, labels and tasks hold; `source` may be empty then.
+
+    Warns of labels and tasks that differ only in case or white space, of rows without text, and of
+    a head whose classes get another meaning.
 
     Raises ValueError for a column that is missing and a value that cannot be used.
     """
     delta = method.options.get("delta")  # of molora's balance loss
-    reader = _Reader(data, task, source[0], typed=bool(delta))
-    labels = labels or reader.label_names(source)
-    tasks = method.options.get("tasks") or reader.task_names(source)
+    first = source[0] if source else next(iter(rows.values()))[0]
+    reader = _Reader(data, task, first, bool(delta), facts or {})
+    tasks = method.options.get("tasks")
+    if facts is None:
+        labels = reader.label_names(source) if labels is None else labels
+        labels = order_labels(labels, head, data)
+        tasks = tasks or reader.task_names(source)
+    else:
+        labels = facts.get("labels")
+        tasks = tasks or facts.get("tasks")
+    tasks = tasks if reader.has_task else None
     routed = method.options.get("routing") == "task"
     if routed and not reader.has_task:
         raise ValueError(
@@ -69,6 +89,8 @@ def read_columns(
             "Name it in data.columns.sample_type."
         )
     values = {split: [reader.read(row) for row in part] for split, part in rows.items()}
+    for split, part in rows.items():
+        _warn_of_blanks(reader.kind, split, part, values[split])
     if tasks is not None:
         tasks = _all_tasks(values, rows, tasks, routed)
     return Columns(reader.kind, rows, values, labels, tasks, routed, bool(delta))
@@ -77,18 +99,22 @@ def read_columns(
 class _Reader:
     """Reads a row's columns as the config maps them; the first row decides what the data is."""
 
-    def __init__(self, data: DataConfig, task: str, first: Row, typed: bool):
+    def __init__(
+        self, data: DataConfig, task: str, first: Row, typed: bool, facts: Mapping[str, Any]
+    ):
         self.data = data
         self.columns = data.columns
         self.first = first
-        self.kind: Kind = self._kind(task)
-        self.has_pair = self.columns.text_pair is not None or "text_pair" in first.values
-        self.has_task = self.columns.task is not None or "task" in first.values
+        self.kind: Kind = facts.get("kind") or self._kind(task)
+        paired = self.columns.text_pair is not None or "text_pair" in first.values
+        self.has_pair = facts.get("text_pair", paired)
+        there = self.columns.task is not None or "task" in first.values
+        self.has_task = facts["tasks"] is not None if "tasks" in facts else there
         there = self.columns.sample_type is not None or "sample_type" in first.values
         self.has_type = there and typed  # else nobody reads it
 
     def read(self, row: Row) -> dict[str, Any]:
-        """Return the row's raw strings (`messages` stays a list), `label` and `task`."""
+        """Return the row's raw strings (`messages`, `tools` stay lists), `label` and `task`."""
         values: dict[str, Any]
         if self.kind == "completion":
             values = {part: self._templated(row, part) for part in ("prompt", "completion")}
@@ -98,8 +124,13 @@ class _Reader:
                 )
         elif self.kind == "messages":
             values = {"messages": _conversation(self._value(row, "messages"), row.where)}
+            tools = _tools(row.values.get("tools"), row.where)
+            if tools:
+                values["tools"] = tools
         elif self.kind == "text":
             values = {"prompt": "", "completion": self._text(row, "text")}
+            if not values["completion"]:
+                raise ValueError(f"{row.where}: the text is empty. Remove the row.")
         else:
             values = {"text": self._text(row, "text")}
             if self.has_pair:
@@ -121,7 +152,7 @@ class _Reader:
         """Return the sorted class names (as numbers if all are whole numbers)."""
         if self.kind != "classification":
             return None
-        names = {_name(self._value(row, "label"), row.where) for row in rows}
+        names = self._names(rows, "label")
         if len(names) < 2:
             raise ValueError(
                 f"{self.data.train}: all training rows have the label {names.pop()!r}. "
@@ -134,7 +165,25 @@ class _Reader:
         """Return the sorted task names of the training rows, None without a task column."""
         if not self.has_task:
             return None
-        return sorted({_name(self._value(row, "task"), row.where, "task") for row in rows})
+        return sorted(self._names(rows, "task"))
+
+    def _names(self, rows: Iterable[Row], role: str) -> set[str]:
+        """Return the names in a column; warn of those that may be meant to be one."""
+        where: dict[str, str] = {}
+        for row in rows:
+            where.setdefault(_name(self._value(row, role), row.where, role), row.where)
+        alike: dict[str, str] = {}
+        for name in where:
+            other = alike.setdefault(normal(name), name)
+            if other != name:
+                warnings.warn(
+                    f"{where[name]}: the {role} {name!r:.60} differs from {other!r:.60} "
+                    f"({where[other]}) only in case or white space. They are two {role}s; correct "
+                    "the rows if one is meant.",
+                    PlaitWarning,
+                    stacklevel=2,
+                )
+        return {*where}
 
     def _kind(self, task: str) -> Kind:
         if task == "classification":
@@ -228,7 +277,12 @@ def template_columns(template: str, key: str) -> list[str]:
 def _string(value: Any, where: str, column: str) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float):
+    if isinstance(value, bool):
+        raise ValueError(
+            f"{where}: column {column!r} is {str(value).lower()}, not text. Write the words that "
+            'are meant, such as "yes" or "true" in quotes.'
+        )
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     raise ValueError(
         f"{where}: column {column!r} is {value!r:.60}, not text. Correct or remove the row."
@@ -249,7 +303,7 @@ def _name(value: Any, where: str, what: str = "label") -> str:
 
 def _number(value: Any, where: str) -> float:
     try:
-        number = float(value)
+        number = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = float("nan")
     if number - number != 0:  # NaN or infinite
@@ -258,7 +312,10 @@ def _number(value: Any, where: str) -> float:
 
 
 def _conversation(messages: Any, where: str) -> list[dict[str, Any]]:
-    """Check a list of messages; return it without what follows the last assistant turn."""
+    """Check a list of messages; return it without what follows the last assistant turn.
+
+    Contents that are lists of text parts become strings.
+    """
     ok = isinstance(messages, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
     )
@@ -272,7 +329,122 @@ def _conversation(messages: Any, where: str) -> list[dict[str, Any]]:
         raise ValueError(
             f"{where}: no message has the role assistant, so nothing is trained. Remove the row."
         )
-    return messages[: turns[-1] + 1]
+    kept = []
+    for number, message in enumerate(messages[: turns[-1] + 1], 1):
+        at = f"{where}: message {number}"
+        weight = message.get("weight", 1)
+        if weight is not None and weight not in (0, 1):
+            raise ValueError(
+                f"{at}: the weight is {weight!r:.60}. Give 1, or 0 for an assistant's turn that is "
+                "not trained."
+            )
+        calls = bool(message.get("tool_calls"))
+        kept.append({**message, "content": _content(message["content"], at, calls)})
+    if all(kept[i].get("weight") == 0 for i in turns):
+        raise ValueError(
+            f"{where}: all assistant turns have the weight 0, so nothing is trained. Remove the "
+            "row."
+        )
+    return kept
+
+
+def _content(content: Any, where: str, calls: bool) -> str | None:
+    """Return the text of a message; None only for one that calls tools instead."""
+    if isinstance(content, str) or (content is None and calls):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(
+            f"{where}: the content is {content!r:.60}, not text. Correct or remove the row."
+        )
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else None
+        if not isinstance(text, str) or part.get("type", "text") != "text":
+            raise ValueError(
+                f"{where}: the content has the part {part!r:.60}. Parts are "
+                '{"type": "text", "text": ...}; images and sound are not trained on. Remove the '
+                "row."
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tools(tools: Any, where: str) -> list[Any]:
+    """Return the `tools` of a conversation, which the chat template describes to the model."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise ValueError(
+                f"{where}: tools is {tools!r:.60}, which is not JSON. Give a list of tools."
+            ) from None
+    if not tools:
+        return []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"{where}: tools is {tools!r:.60}. Give a list of objects.")
+    return tools
+
+
+def normal(text: str) -> str:
+    """Return a text without what Unicode form, case and white space make of it."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def order_labels(
+    labels: list[str] | None, head: list[str] | None, data: DataConfig
+) -> list[str] | None:
+    """Return the names of a head's classes if they are those of the rows, else the rows' names.
+
+    labels: class names of the rows, None without any. head: see `read_columns`. Warns where the
+    classes of a head get another meaning.
+    """
+    if labels is None or head is None:
+        return labels
+    if {*labels} <= {*head}:
+        return head
+    if not head and labels == [str(i) for i in range(len(labels))]:
+        return labels
+    shown = "does not name its classes" if not head else f"has the classes {_listed(head)}"
+    warnings.warn(
+        f"{data.train}: the model's head {shown}, and the rows have {_listed(labels)}. They are "
+        "numbered from 0 in this order, whatever the head learned; its weights are where training "
+        "starts. Use the head's names in the rows to keep its classes.",
+        PlaitWarning,
+        stacklevel=2,
+    )
+    return labels
+
+
+def _warn_of_blanks(kind: Kind, split: str, rows: list[Row], values: list[dict[str, Any]]) -> None:
+    """Warn once of a split's rows whose text holds nothing but white space."""
+    what = {"messages": "assistant's text", "completion": "completion"}.get(kind, "text")
+    blank = [
+        row.where
+        for row, of_row in zip(rows, values, strict=True)
+        if not all(text.strip() for text in _trained_texts(of_row))
+    ]
+    if blank:
+        warnings.warn(
+            f"{blank[0]}: the {what} is blank, as in {len(blank)} of {len(rows)} {split} rows. "
+            "Remove them if that is not meant.",
+            PlaitWarning,
+            stacklevel=2,
+        )
+
+
+def _trained_texts(of_row: dict[str, Any]) -> list[str]:
+    """Return the texts of a row that should not be blank."""
+    if "messages" in of_row:
+        return [
+            message["content"]
+            for message in of_row["messages"]
+            if message["role"] == "assistant"
+            and message.get("weight") != 0
+            and not message.get("tool_calls")
+        ]
+    if "completion" in of_row:
+        return [of_row["completion"]]
+    return [of_row["text"] + of_row.get("text_pair", "")]
 
 
 def _all_tasks(

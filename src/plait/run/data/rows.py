@@ -30,22 +30,35 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
-def read_splits(data: DataConfig) -> tuple[list[Row], dict[str, list[Row]]]:
-    """Read all sources of a run; return the rows of data.train, and the rows of each split.
+def read_splits(
+    data: DataConfig, only: str | None = None
+) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Read the sources of a run; return the rows of data.train, and the rows of each split.
 
     The former are all rows of the source, the latter what a fraction for validation and the limits
     leave of it.
 
-    Raises as `read_rows` does.
+    only: the one split to read; data.train is not read then if that split is not taken from it.
+
+    Raises as `read_rows` does, and ValueError if `only` is not set.
     """
-    source = read_rows(data.train, data, "train")
-    splits = {"train": source}
-    if isinstance(data.validation, int | float):
+    source: list[Row] = []
+    splits: dict[str, list[Row]] = {}
+    fraction = isinstance(data.validation, int | float)
+    if only in (None, "train") or (only == "validation" and fraction):
+        source = splits["train"] = read_rows(data.train, data, "train")
+    if isinstance(data.validation, int | float) and source:
         splits["train"], splits["validation"] = _split(source, data.validation, data.seed)
-    elif data.validation is not None:
+    elif isinstance(data.validation, str | list) and only in (None, "validation"):
         splits["validation"] = read_rows(data.validation, data, "validation")
-    if data.test is not None:
+    if data.test is not None and only in (None, "test"):
         splits["test"] = read_rows(data.test, data, "test")
+    if only is not None:
+        if only not in splits:
+            raise ValueError(
+                f"data.{only} is not set, so there is nothing to evaluate on. Set data.{only}."
+            )
+        splits = {only: splits[only]}
     limits = {"train": data.limit, "validation": data.validation_limit, "test": data.test_limit}
     return source, {
         split: _limited(rows, limits[split], data.seed) for split, rows in splits.items()
@@ -123,23 +136,44 @@ def _read_file(path: Path, kind: str, part: str, data: DataConfig) -> Iterator[R
         ) from None
 
 
+class DuplicateKey(ValueError):
+    """A JSON object that has a key twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; json itself would drop all but the last value of a key."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in values if names.count(name) > 1)
+        shown = ", ".join(f"{str(value)!r:.30}" for name, value in pairs if name == twice)
+        raise DuplicateKey(
+            f"the key {twice!r:.60} stands twice in an object ({shown}). Remove one."
+        )
+    return values
+
+
 def _read_jsonl(path: Path, file: IO[str]) -> Iterator[Row]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         where = f"{path}: line {number}"
         try:
-            value = json.loads(line.rstrip("\r\n"))
+            value = json.loads(line.rstrip("\r\n"), object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{where}: not valid JSON ({error.msg}, column {error.colno}). Correct that line."
             ) from None
+        except DuplicateKey as error:
+            raise ValueError(f"{where}: {error}") from None
         yield Row(where, _columns(value, where))
 
 
 def _read_json(path: Path, file: IO[str], part: str) -> Iterator[Row]:
     try:
-        value = json.load(file)
+        value = json.load(file, object_pairs_hook=_object)
+    except DuplicateKey as error:
+        raise ValueError(f"{path}: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}: line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}). "

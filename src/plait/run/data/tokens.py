@@ -37,10 +37,13 @@ def tokenize(
             encoded = _encode_causal(values, rows, data, tokenizer)
         else:
             encoded = _encode_texts(values, data, tokenizer)
+            for row, item in zip(rows, encoded, strict=True):
+                if not item["input_ids"]:
+                    raise ValueError(f"{row.where}: the text has no tokens. Remove the row.")
             for of_row, row, item in zip(values, rows, encoded, strict=True):
                 item["labels"] = _label(of_row["label"], columns.labels, row.where)
         for of_row, item in zip(values, encoded, strict=True):
-            item |= {k: v for k, v in of_row.items() if k != "messages"}
+            item |= {k: v for k, v in of_row.items() if k not in ("messages", "tools")}
             if columns.tasks is not None:
                 item["task_id"] = columns.tasks.index(of_row["task"])
         _fit(encoded, split, data, causal)
@@ -124,7 +127,8 @@ def _encode_causal(
     cut = []
     for of_row, row in zip(values, rows, strict=True):
         if "messages" in of_row:
-            segments = _chat_segments(of_row["messages"], tokenizer, row.where)
+            tools = of_row.get("tools")
+            segments = _chat_segments(of_row["messages"], tokenizer, row.where, tools)
             of_row["prompt"] = "".join(text for text, _ in segments[:-1])
             of_row["completion"] = segments[-1][0]
         else:
@@ -141,7 +145,7 @@ def _encode_causal(
         # A chat template ends its turns itself, mostly with this very token.
         if data.add_eos and ("messages" not in of_row or _end_id(tokenizer) not in parts[-1]):
             ids.append(_end_id(tokenizer))
-            labels.append(_end_id(tokenizer))
+            labels.append(_end_id(tokenizer) if segments[-1][1] else IGNORED)
         encoded.append(
             {
                 "input_ids": ids,
@@ -191,27 +195,42 @@ def _encode_segments(
 
 
 def _chat_segments(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
+    messages: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    tools: list[Any] | None = None,
 ) -> list[tuple[str, bool]]:
     """Cut a rendered conversation into (text, trained): trained are the assistant's turns.
+
+    A turn of weight 0 is not trained. tools: what the template describes to the model.
 
     A turn starts where the template, asked for an open assistant turn, stops, and ends where the
     conversation up to it does. Both must be beginnings of the whole.
     """
-    whole = _rendered(tokenizer, messages, open_turn=False, where=where)
+
+    def rendered(count: int, open_turn: bool) -> str:
+        return _rendered(tokenizer, messages[:count], open_turn, where, tools)
+
+    whole = rendered(len(messages), False)
+    if tools and whole == _rendered(tokenizer, messages, False, where):
+        raise ValueError(
+            f"{where}: the row has tools, and the chat template of this tokenizer shows none to "
+            "the model. Use a model with tools, or remove them from the rows."
+        )
     segments, done = [], 0
     for n, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        opened = _rendered(tokenizer, messages[:n], open_turn=True, where=where)
-        closed = _rendered(tokenizer, messages[: n + 1], open_turn=False, where=where)
+        opened, closed = rendered(n, True), rendered(n + 1, False)
         if not (whole.startswith(opened) and whole.startswith(closed) and len(opened) >= done):
             raise ValueError(
                 f"{where}: the chat template of this tokenizer changes earlier turns (message "
                 f"{n + 1} of {len(messages)}), so the trained part cannot be found. Give "
                 "conversations with one assistant turn, or prompt and completion."
             )
-        segments += [(whole[done : len(opened)], False), (whole[len(opened) : len(closed)], True)]
+        trained = message.get("weight") != 0
+        segments.append((whole[done : len(opened)], False))
+        segments.append((whole[len(opened) : len(closed)], trained))
         done = len(closed)
     return segments
 
@@ -221,6 +240,7 @@ def _rendered(
     messages: list[dict[str, Any]],
     open_turn: bool,
     where: str,
+    tools: list[Any] | None = None,
 ) -> str:
     import jinja2
 
@@ -231,7 +251,7 @@ def _rendered(
         )
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=open_turn
+            messages, tools=tools, tokenize=False, add_generation_prompt=open_turn
         )
     except jinja2.TemplateError as error:
         raise ValueError(

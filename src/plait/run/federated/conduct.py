@@ -6,7 +6,7 @@ conduct(setup, exchange)     opens the folder -> rounds of the Server -> report
 import os
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from plait.federated.partition import histogram
 from plait.federated.privacy import Privacy
 from plait.federated.protocol import Exchange
 from plait.federated.server import Progress, RoundRecord, Server
-from plait.run.federated.config import FederateConfig
+from plait.run.federated.config import FederateConfig, load_federate_config
 from plait.run.federated.folder import FederatedFolder
 from plait.run.federated.report import write_report
 from plait.run.federated.rows import POOLED
 from plait.run.federated.setup import Setup
-from plait.run.folder import write_atomic
+from plait.run.folder import diff_configs, write_atomic
 
 
 def open_folder(config: FederateConfig, resume: bool) -> FederatedFolder:
@@ -39,6 +39,17 @@ def open_folder(config: FederateConfig, resume: bool) -> FederatedFolder:
             f"{folder.path}: there is no run to resume. Start it without --resume."
         )
     return folder
+
+
+def keep_schedule(config: FederateConfig, folder: FederatedFolder) -> FederateConfig:
+    """Return the config of a run to be resumed, whose schedule spans the rounds it began with."""
+    if not folder.config.is_file() or config.local.schedule_rounds is not None:
+        return config
+    began = load_federate_config(folder.config).local
+    rounds = began.schedule_rounds or began.rounds
+    if rounds == config.local.rounds:
+        return config
+    return replace(config, local=replace(config.local, schedule_rounds=rounds))
 
 
 def conduct(
@@ -71,16 +82,23 @@ def conduct(
     names, rounds, every = list(setup.roster.clients), config.local.rounds, config.evaluation.every
     key_file = Path(config.privacy.key_file or folder.privacy_key)
     privacy = _privacy(config, key_file, names)
-    server = Server(
-        setup.roster,
-        folder.server,
-        config.server_options(),
-        facts=_facts(setup),
-        resume=resume,
-        privacy=privacy,
-        stored=None if private is None else partial(stored, private, config.federated.run),
-        progress=progress,
-    )
+    try:
+        server = Server(
+            setup.roster,
+            folder.server,
+            config.server_options(),
+            facts=_facts(setup),
+            resume=resume,
+            privacy=privacy,
+            stored=None if private is None else partial(stored, private, config.federated.run),
+            progress=progress,
+        )
+    except ValueError as error:
+        changes = _changes(config, folder)
+        if not changes:
+            raise
+        raise ValueError(f"{error} {changes}") from None
+    _check_rows(setup, folder)
     if privacy is not None:  # nothing is refused from here on
         _keep_secret(privacy, key_file)
     write_atomic(folder.config, config.dump())
@@ -129,9 +147,42 @@ def _facts(setup: Setup) -> dict[str, Any]:
             for name, section in config.sections().items()
             if name in ("model", "data", "partition")
         },
-        "local": {k: v for k, v in vars(config.local).items() if k != "rounds"},
+        "local": {k: v for k, v in vars(config.local).items() if not k.endswith("rounds")},
         "rows": {name: len(own) for name, own in setup.training.rows.items()},
     }
+
+
+def _check_rows(setup: Setup, folder: FederatedFolder) -> None:
+    """Note the rows of a run; raise ValueError if those of a resumed one changed.
+
+    A folder of plait 0.1 has no note of them.
+    """
+    if setup.data is None:
+        return
+    noted = folder.read_facts().get("train_digest")
+    digest = setup.data.digest("train")
+    if noted not in (None, digest):
+        raise ValueError(
+            f"{folder.path}: the data changed since this run began (train_digest: {noted} -> "
+            f"{digest}). Put the data back, or use another folder."
+        )
+    folder.note(train_digest=digest)
+
+
+def _changes(config: FederateConfig, folder: FederatedFolder) -> str:
+    """Name what changed since a run began, for the error that refuses to resume it."""
+    if not folder.config.is_file():
+        return ""
+    sections = ("model", "method", "federated", "data", "partition", "sampling", "local", "guard")
+    old, new = (
+        {name: asdict(section) for name, section in every.sections().items() if name in sections}
+        for every in (load_federate_config(folder.config), config)
+    )
+    lines = diff_configs(old, new)
+    if any(line.startswith("local.rounds") for line in lines):
+        began = old["local"]["schedule_rounds"] or old["local"]["rounds"]
+        lines.append(f"set local.schedule_rounds: {began} to resume with other rounds")
+    return f"Changed: {'; '.join(lines)}." if lines else ""
 
 
 def _by_rows(measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -89,6 +89,12 @@ class LocalConfig(LocalOptions):
     """Rounds, and a client's training with AdamW in each of them."""
 
     rounds: int = option(10, "Rounds of the whole run.", least=1)
+    schedule_rounds: int | None = option(
+        None,
+        "Rounds that the schedule of the method spans; null: rounds. A run that is resumed with "
+        "more rounds keeps those that it began with.",
+        least=1,
+    )
     dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "Number format of the uploads.")
 
 

@@ -19,7 +19,7 @@ import torch
 from plait.federated.engines.workers import Workers
 from plait.federated.server import Progress, RoundRecord
 from plait.run.federated.clients import client_handler, make_clients
-from plait.run.federated.conduct import conduct, open_folder
+from plait.run.federated.conduct import conduct, keep_schedule, open_folder
 from plait.run.federated.config import FederateConfig
 from plait.run.federated.folder import FederatedFolder
 from plait.run.federated.setup import prepare_federation
@@ -37,6 +37,8 @@ def simulate(
     """
     _check(config)
     folder, engine = open_folder(config, resume), config.engine
+    if resume:
+        config = keep_schedule(config, folder)
     deadlines = config.timeouts.deadlines()
     with _threads(engine.threads) as threads:
         setup = prepare_federation(config)

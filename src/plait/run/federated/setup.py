@@ -14,10 +14,11 @@ from plait.federated.client import LocalOptions, LocalTraining, Roster, keyed_ra
 from plait.federated.partition import Partition
 from plait.run.config import RunConfig, did_you_mean
 from plait.run.data import DataBundle, load_data
+from plait.run.data.reader import order_labels
 from plait.run.federated.adapters import client_configs
 from plait.run.federated.config import FederateConfig
 from plait.run.federated.rows import POOLED, divide_rows
-from plait.run.model import load_tokenizer, prepare_base, to_device
+from plait.run.model import head_labels, load_tokenizer, prepare_base, to_device
 from plait.run.prepare import check_config
 
 
@@ -56,7 +57,8 @@ def prepare_federation(config: FederateConfig, client: str | None = None) -> Set
     check_config(run)
     tokenizer, part = load_tokenizer(config.model), config.partition
     here = part.kind != "own" or client in (part.clients or ())  # type: ignore[operator]
-    data = load_data(run, tokenizer, part.labels) if here else None
+    head = head_labels(config.model)
+    data = load_data(run, tokenizer, part.labels, head=head) if here else None
     rows, pooled = divide_rows(config, data, client), config.federated.method == "central"
     names = [POOLED] if pooled else list(rows.partition)
     if client is not None and client not in names:
@@ -65,7 +67,7 @@ def prepare_federation(config: FederateConfig, client: str | None = None) -> Set
             f"are {', '.join(names)}."
         )
     with keyed_randomness("base", config.sampling.seed):  # a new head is drawn
-        base = prepare_base(run, data, part.labels)
+        base = prepare_base(run, data, order_labels(part.labels, head, config.data))
     to_device(base.model, run)
     collate: Any = None if data is None else data.collator  # a server without rows trains nothing
     training = LocalTraining(
@@ -80,7 +82,8 @@ def prepare_federation(config: FederateConfig, client: str | None = None) -> Set
     steps: dict[str, int | None] = dict.fromkeys(names)
     known = training.steps is not None or part.kind != "own"
     if known and (config.sampling.fraction == 1 or pooled):  # else sampling decides
-        steps = {name: config.local.rounds * training.steps_of(name) for name in names}
+        rounds = config.local.schedule_rounds or config.local.rounds
+        steps = {name: rounds * training.steps_of(name) for name in names}
     configs = client_configs(config, run, base, steps, None if data is None else data.tasks)
     if client is not None:
         configs = {client: configs[client]}

@@ -360,14 +360,14 @@ def _routing(run: _Run, most: int) -> dict[str, RoutingReport]:
     if not most:
         run.notes.append("routing left out: --rows 0")
         return {}
-    data = run.loaded.load_data()
-    split = data.held_out_split
+    split = run.loaded.held_out_split
     if split is None:
         run.notes.append(
             "routing left out: data.validation and data.test are not set. Give rows: plait "
             f"inspect {run.path} data.test=FILE"
         )
         return {}
+    data = run.loaded.load_data(split)
     rows = data.splits()[split]
     order = _spread(rows, most, data.tasks is not None)
     run.notes.append(f"routing measured on {len(order)} of {len(rows)} {split} rows")
