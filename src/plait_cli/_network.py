@@ -1,6 +1,7 @@
 """What `plait federate` does on a network: certs, serve, join, run."""
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -12,9 +13,18 @@ from plait.run.federated.folder import FederatedFolder
 
 def config_of(args: argparse.Namespace) -> FederateConfig:
     """The config of a file or of a run folder, whose file then replaces it in the arguments."""
-    if Path(args.file).is_dir():
-        args.file = str(FederatedFolder.open(args.file).config)
-    return load_federate_config(args.file, getattr(args, "overrides", ()))
+    overrides = getattr(args, "overrides", [])
+    if not Path(args.file).is_dir():
+        return load_federate_config(args.file, overrides)
+    folder = FederatedFolder.open(args.file)
+    args.file = str(folder.config)
+    config, here = load_federate_config(args.file, overrides), folder.path.resolve()
+    asked = any(text.startswith("output.dir=") for text in overrides)
+    # It was moved, or the working folder is another one.
+    if not asked and Path(config.output.dir).resolve() != here:
+        args.overrides = [*overrides, f"output.dir={json.dumps(str(here))}"]
+        config = load_federate_config(args.file, args.overrides)
+    return config
 
 
 def say(text: str) -> None:

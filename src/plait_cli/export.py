@@ -21,7 +21,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     size.add_argument("--energy", type=float, metavar="E", help="share of ||dW||^2 to keep, 0 to 1")
     parser.add_argument("--task", metavar="NAME", help='which task, with routing="task"')
     parser.add_argument("--approx", choices=("mean",), help="take a token router as uniform")
-    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export")
     parser.add_argument(
         "overrides", nargs="*", metavar="data.key=value", help="other rows to measure on"
     )

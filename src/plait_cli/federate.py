@@ -38,17 +38,21 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run an action; return 1 if Flower fails, 3 after too few updates, 130 after Ctrl-C."""
+    """Run an action.
+
+    Returns 1 if Flower fails, 2 for a damaged state, 3 after too few updates, 130 after Ctrl-C.
+    """
     act = getattr(importlib.import_module(f"plait_cli.{args.module}"), args.action)
     try:
         return act(args)
     except RuntimeError as error:
+        from plait.federated.state import StateError
         from plait.run.deploy.deployment import DeployError
 
-        if args.debug or not isinstance(error, DeployError):
+        if args.debug or not isinstance(error, DeployError | StateError):
             raise
         print(f"plait federate {args.action}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, StateError) else 1
 
 
 def _add_runs(actions: "argparse._SubParsersAction") -> list[argparse.ArgumentParser]:

@@ -19,7 +19,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plait.chain import chain_of
-from plait.run.folder import replace_dir
+from plait.run.config import ModelConfig
+from plait.run.folder import replace_dir, write_atomic
+from plait.run.model import base_name
 from plait.upstream.adalora import upstream_noise
 from plait.upstream.table import start_kind
 
@@ -41,12 +43,16 @@ def keep_start(model: nn.Module, to: Path) -> None:
 
 
 def save_trained(
-    model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, to: Path, start: Path
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    to: Path,
+    start: Path,
+    base: ModelConfig,
 ) -> int:
     """Save the trained adapter, or the whole model; return how many numbers it holds.
 
-    start: what `keep_start` saved; PiSSA and its like become a plain LoRA of twice the rank, which
-    is loaded on the whole base weight.
+    base: how the run names the base model. start: what `keep_start` saved; PiSSA and its like
+    become a plain LoRA of twice the rank, which is loaded on the whole base weight.
     """
     options: dict[str, Any] = {}
     if splits_base(model):
@@ -54,6 +60,8 @@ def save_trained(
 
     def write(folder: Path) -> int:
         model.save_pretrained(str(folder), **options)
+        if isinstance(model, PeftModel):
+            name_base(folder, base)
         tokenizer.save_pretrained(str(folder))
         chain = chain_of(model)
         if chain is not None:
@@ -64,6 +72,18 @@ def save_trained(
 
     with upstream_noise():
         return replace_dir(to, write)
+
+
+def name_base(folder: Path, base: ModelConfig) -> None:
+    """Write name and revision of the base into a saved adapter_config.json.
+
+    peft writes where the base was loaded from, for a built-in the place where plait is installed,
+    and no revision.
+    """
+    file = folder / CONFIG
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    saved |= {"base_model_name_or_path": base_name(base), "revision": base.revision}
+    write_atomic(file, json.dumps(saved, indent=2, sort_keys=True))
 
 
 def splits_base(model: nn.Module) -> bool:

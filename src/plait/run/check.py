@@ -13,7 +13,6 @@ from plait.run.data.bundle import DataBundle
 from plait.run.data.overlap import Overlap, overlap
 from plait.run.data.tokens import IGNORED
 from plait.run.model import parameter_counts
-from plait.run.optimizers import DEFAULT, make_optimizer
 from plait.run.prepare import prepare
 from plait.upstream.layers import fully_trained, is_tuner_layer
 
@@ -58,7 +57,7 @@ def check(config: RunConfig) -> CheckReport:
     trainable, total = parameter_counts(model)
     first = data.train[0]
     causal = config.model.task == "causal_lm"
-    report = CheckReport(
+    return CheckReport(
         config=config,
         model=type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__,
         trainable=trainable,
@@ -76,10 +75,6 @@ def check(config: RunConfig) -> CheckReport:
         target=None if causal else str(first["label"]),
         overlaps=overlap(data),
     )
-    optimizer = config.optimizer
-    if optimizer.name != DEFAULT:  # last: it may freeze parameters
-        make_optimizer(optimizer.name, optimizer.options, model, config.training)
-    return report
 
 
 def masked_pieces(

@@ -6,6 +6,7 @@ correlation, or mean squared error, Pearson and Spearman correlation. With a tas
 metric is also given for each task and as the mean over tasks.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def evaluate_run(
     eval.json keeps the metrics under the split's name. With overrides, which are not what the run
     was trained with, they are only returned.
 
-    Raises what load_run and load_data raise, and ValueError when there is no such split.
+    Raises what load_run and load_data raise, ValueError when there is no such split or eval.json is
+    damaged, and OSError, which holds the metrics, when it cannot be written.
     """
     run = load_run(path, overrides)
     split = split or run.held_out_split
@@ -54,10 +56,19 @@ def evaluate_run(
             f"{path}: data.validation and data.test are not set. Give rows: "
             f"plait evaluate {path} data.test=FILE"
         )
+    if not overrides:
+        run.folder.read_evaluation()  # a damaged file is refused before the work
     data = run.load_data(split)
     metrics = evaluate_model(run.model, data, split, run.cfg, progress=progress)
     if not overrides:
-        run.folder.write_evaluation(**{split: metrics})
+        try:
+            run.folder.write_evaluation(**{split: metrics})
+        except (OSError, ValueError) as error:
+            reason = str(error).rstrip(".")
+            raise OSError(
+                f"{run.folder.evaluation}: could not be written ({reason}). Put this into it: "
+                + json.dumps({split: metrics})
+            ) from error
     return {"split": split, **metrics}
 
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +22,18 @@ from torch import Tensor
 
 from plait.core.config import DeltaConfig
 from plait.core.events import PlaitWarning
+from plait.core.files import lock
 from plait.run import stock_check
-from plait.run.config import RunConfig
-from plait.run.folder import replace_dir, write_atomic
-from plait.run.model import context_of, load_base
+from plait.run.config import ModelConfig, RunConfig
+from plait.run.folder import RunFolder, read_json, replace_dir, write_atomic, write_json
+from plait.run.model import base_name, context_of, load_base, quantization_options
 from plait.run.prepare import TrainedRun, load_run
 from plait.upstream.export import LayerExport, LoraExport, to_lora, upstream_to_lora
 
 PROBE_ROWS = 8
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a stock model takes
 TOLERANCE = 1e-3  # of the largest logit: what an exact fp32 export may differ by
+_MARK, _SCHEMA = "plait_export.json", "plait.export"  # the file that tells an export
 
 
 @dataclass(frozen=True)
@@ -76,18 +79,36 @@ def export_run(
         to: "lora", a plain peft LoRA, or "merged", a plain transformers checkpoint.
         out: the folder to write; None: `lora` or `merged` in the run folder.
         rank, energy, task, approx: as in plait.to_lora.
-        force: replace what is at `out`.
+        force: replace an earlier export at `out`.
         overrides: other data to measure on, as in evaluate_run.
         announce: called with the measured report before anything is written.
 
     Raises:
-        FileExistsError: something is at `out` and force is not given.
+        FileExistsError: something is at `out`, and it is no export or force is not given; or
+            `out` is in the run folder, and another process writes there.
         NotMergeable: the update depends on the input.
         ValueError: options that do not fit; an exact export that stock peft reads differently.
     """
-    out = Path(out) if out is not None else Path(path) / to
-    if out.exists() and not force:
-        raise FileExistsError(f"{out}: exists. Give --force to replace it, or another --out.")
+    out, own = Path(out) if out is not None else Path(path) / to, RunFolder(path)
+    if out.resolve() in [part.resolve() for part in (own.adapter, own.model, own.checkpoints)]:
+        raise FileExistsError(f"{out}: is a part of the run itself. Give another --out.")
+    check_replaceable(out, force)
+    with lock_for(out, path):
+        return _export(path, to, out, rank, energy, task, approx, force, overrides, announce)
+
+
+def _export(
+    path: str | Path,
+    to: Literal["lora", "merged"],
+    out: Path,
+    rank: int | None,
+    energy: float | None,
+    task: str | None,
+    approx: Literal["mean"] | None,
+    force: bool,
+    overrides: Sequence[str],
+    announce: Callable[[ExportReport], None],
+) -> tuple[Path, ExportReport]:
     run = load_run(path, overrides)
     cfg, model = run.cfg, run.model
     batch = _probe(run)
@@ -102,6 +123,7 @@ def export_run(
     if to == "lora":
         lora = _as_lora(model, cfg, rank, energy, choice)
         exact, layers = lora.error == 0 and approx is None, lora.layers
+        name_base(lora, cfg.model)
         exported = _with_lora(cfg, model, lora)
 
         def write(folder: Path) -> None:
@@ -127,6 +149,7 @@ def export_run(
     def write_and_check(folder: Path) -> None:
         nonlocal report
         write(folder)
+        mark_export(folder, to=to)
         stock_error = _difference(_stock_logits(run, folder, to, inputs), trained)
         report = replace(report, stock_error=stock_error)
         scale = TOLERANCE * max(float(trained.abs().max()), 1.0)
@@ -135,6 +158,7 @@ def export_run(
                 f"{out}: stock peft reads the export with logits off by {stock_error:.2e}. Nothing "
                 "was written; please report this with the run's config."
             )
+        check_replaceable(out, force)  # once more: measuring takes a while
 
     replace_dir(out, write_and_check)
     return out, report
@@ -223,7 +247,7 @@ def _stock_logits(run: TrainedRun, folder: Path, to: str, inputs: dict[str, Tens
             "task": cfg.task,
             "labels": None if cfg.task == "causal_lm" else run.model.config.num_labels,
             "dtype": cfg.dtype,
-            "quantization": cfg.quantization,
+            "quantization": quantization_options(cfg),
             "trust_remote_code": cfg.trust_remote_code,
             "revision": cfg.revision if to == "lora" else None,
             "pad": None if cfg.task == "causal_lm" else run.tokenizer.pad_token_id,
@@ -242,3 +266,52 @@ def _stock_logits(run: TrainedRun, folder: Path, to: str, inputs: dict[str, Tens
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise RuntimeError(f"{folder}: stock peft could not load the export: {last}")
         return load_file(files["logits"])["logits"]
+
+
+def name_base(lora: LoraExport, model: ModelConfig) -> None:
+    """Let an export name its base as a run does."""
+    lora.config.base_model_name_or_path = base_name(model)
+    lora.config.revision = model.revision
+
+
+# The folder of an export ------------------------------------------------------------------------
+
+
+def lock_for(out: Path, run: str | Path) -> AbstractContextManager[None]:
+    """Return the lock of a run folder if `out` is inside it, else a lock of nothing."""
+    folder = RunFolder.open(run).path
+    inside = out.resolve().is_relative_to(folder.resolve())
+    return lock(folder) if inside else nullcontext()
+
+
+def mark_export(folder: Path, **facts: Any) -> None:
+    """Note in an export that plait wrote it, and its files: `check_replaceable` asks for both.
+
+    facts: what else the note says.
+    """
+    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    write_json(folder / _MARK, _SCHEMA, {**facts, "files": files})
+
+
+def check_replaceable(out: Path, force: bool) -> None:
+    """Raise FileExistsError unless an export may be put at `out`.
+
+    force: an earlier export may be replaced, if it holds no files but its own.
+    """
+    if not out.exists():
+        return
+    if not force:
+        raise FileExistsError(f"{out}: exists. Give --force to replace it, or another --out.")
+    refused = "--force replaces an earlier export alone. Remove it yourself, or give another --out."
+    if not out.is_dir():
+        raise FileExistsError(f"{out}: is a file. {refused}")
+    if not any(out.iterdir()):
+        return
+    if not (out / _MARK).is_file():
+        raise FileExistsError(f"{out}: is no export (it has no {_MARK}). {refused}")
+    files = read_json(out / _MARK, _SCHEMA, refused).get("files")
+    known = {_MARK, *files} if isinstance(files, list) else {_MARK}
+    for path in sorted(out.rglob("*")):
+        name = path.relative_to(out).as_posix()
+        if name not in known and (path.is_symlink() or not path.is_dir()):
+            raise FileExistsError(f"{out}: holds {name}, which no export wrote. {refused}")

@@ -4,18 +4,19 @@ A JSON file names its schema and version in its first keys, a file of JSON lines
 Files without them are of plait 0.1, which are of version 1.
 """
 
+import copy
 import json
 import os
 import platform
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import NoneType
 from typing import Any, Self, TypeVar
 
-from plait.core.files import umask, write_atomic
+from plait.core.files import LOCK, put_back, replace_dir, write_atomic
 from plait.run.config import config_to_dict, load_config
 
 __all__ = [
@@ -27,12 +28,13 @@ __all__ = [
     "read_json",
     "read_lines",
     "replace_dir",
+    "with_absolute_paths",
     "write_atomic",
     "write_json",
     "write_lines",
 ]
 
-Result = TypeVar("Result")
+Config = TypeVar("Config", bound=Any)
 
 CHECKPOINTS = "checkpoints"
 VERSION = 1  # of all schemas
@@ -52,6 +54,15 @@ _FREE = (
     "training.disable_tqdm",
 )
 _EVALUATION, _ENVIRONMENT, _METRICS = "plait.eval", "plait.environment", "plait.metrics"
+# Of the facts about a run that later stages read.
+_FACTS: dict[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "labels": (list, NoneType),
+    "tasks": (list, NoneType),
+    **dict.fromkeys(("train_rows", "train_tokens", "trainable", "parameters"), (int,)),
+    **dict.fromkeys(("steps", "stored"), (int,)),
+    "seconds": (int, float),
+}
 
 
 @dataclass(frozen=True, init=False)
@@ -67,7 +78,7 @@ class RunFolder:
     def free(cls, path: str | Path) -> Self:
         """Return a folder to be made; FileExistsError when there is something at `path` already."""
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(p.name != LOCK for p in path.iterdir())):
             raise FileExistsError(
                 f"{path}: this run folder exists and is not empty. Continue it with --resume, "
                 "remove it, or give another output.dir."
@@ -85,7 +96,7 @@ class RunFolder:
     def unfinished(cls, path: str | Path, config: dict[str, Any]) -> Self:
         """Return the folder of a run to be resumed.
 
-        config: of the resumed run, as `config_to_dict` gives it.
+        config: of the resumed run, as `config_to_dict` gives it, with absolute paths.
 
         Raises FileNotFoundError if there is no run at `path`, and ValueError if it is finished or
         began with another config.
@@ -101,7 +112,8 @@ class RunFolder:
                 f"{path}: this run is finished, nothing is left to resume. Train to another "
                 f"output.dir, or evaluate it: plait evaluate {path}"
             )
-        changes = diff_configs(config_to_dict(load_config(folder.config)), config)
+        began = with_absolute_paths(load_config(folder.config))
+        changes = diff_configs(config_to_dict(began), config)
         changes = [line for line in changes if not line.startswith(_FREE)]
         if changes:
             lines = "".join(f"\n  {line}" for line in changes)
@@ -120,7 +132,19 @@ class RunFolder:
                 f"{path}: no run is here (config.yaml is missing). Give the output.dir of a "
                 "finished run."
             )
+        for trained in (folder.adapter, folder.model):
+            put_back(trained)
         return folder
+
+    def discard(self) -> None:
+        """Remove everything that this run wrote into its folder."""
+        for path in self.path.iterdir():
+            if path.name == LOCK:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     @property
     def config(self) -> Path:
@@ -196,11 +220,29 @@ class RunFolder:
         )
 
     def read_environment(self) -> dict[str, Any]:
-        """Return versions, hardware, seeds, and as `run` the facts; {} before training."""
-        return read_json(self.environment, _ENVIRONMENT, "Train again.")
+        """Return versions, hardware, seeds, and as `run` the facts; {} before training.
+
+        Raises ValueError for a damaged file.
+        """
+        remedy = "Train again."
+        content = read_json(self.environment, _ENVIRONMENT, remedy)
+        facts = content.get("run", {})
+        if not isinstance(facts, dict):
+            raise ValueError(f"{self.environment}: run is {facts!r:.60}, not an object. {remedy}")
+        for name, types in _FACTS.items():
+            value = facts.get(name)
+            if name in facts and (not isinstance(value, types) or isinstance(value, bool)):
+                kinds = " or ".join(t.__name__.removesuffix("Type") for t in types)
+                raise ValueError(
+                    f"{self.environment}: run.{name} is {value!r:.60}, not {kinds}. {remedy}"
+                )
+        return content
 
     def read_facts(self) -> dict[str, Any]:
-        """Return what training noted of this run; {} before training."""
+        """Return what training noted of this run; {} before training.
+
+        Raises ValueError for a damaged file.
+        """
         return self.read_environment().get("run", {})
 
     def note(self, **facts: Any) -> None:
@@ -210,16 +252,31 @@ class RunFolder:
         write_json(self.environment, _ENVIRONMENT, content)
 
     def read_evaluation(self) -> dict[str, Any]:
-        """Return metrics by occasion (before, after, test, ..); {} before the first evaluation."""
-        return read_json(self.evaluation, _EVALUATION, "Remove it and evaluate again.")
+        """Return metrics by occasion (before, after, test, ..); {} before the first evaluation.
+
+        Raises ValueError for a damaged file.
+        """
+        remedy = "Remove it and evaluate again."
+        content = read_json(self.evaluation, _EVALUATION, remedy)
+        for name, part in content.items():
+            if not isinstance(part, str if name == "split" else dict):
+                raise ValueError(f"{self.evaluation}: {name} is {part!r:.60}. {remedy}")
+        return content
 
     def write_evaluation(self, **parts: Any) -> None:
         """Set some keys of eval.json and keep the others."""
         write_json(self.evaluation, _EVALUATION, self.read_evaluation() | parts)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl; [] before training."""
-        return read_lines(self.metrics, _METRICS)
+        """Return the lines of metrics.jsonl; [] before training.
+
+        Raises ValueError for a damaged file.
+        """
+        rows = read_lines(self.metrics, _METRICS)
+        for row in rows:
+            if not isinstance(row.get("step"), int):
+                raise ValueError(f"{self.metrics}: {row!r:.60} has no step. Remove that line.")
+        return rows
 
     def write_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replace the lines of metrics.jsonl."""
@@ -244,7 +301,7 @@ def read_json(path: Path, schema: str, remedy: str) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
         raise ValueError(f"{path}: is not JSON ({error}). {remedy}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is a {type(content).__name__}, not an object. {remedy}")
@@ -265,16 +322,21 @@ def read_lines(path: Path, schema: str) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
             if number < len(lines):
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
                 raise ValueError(
-                    f"{path}: line {number} is not JSON: {error.msg}. Remove that line."
+                    f"{path}: line {number} is not JSON: {reason}. Remove that line."
                 ) from None
+            continue
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: line {number} is {row!r:.60}, no object. Remove that line.")
+        rows.append(row)
     if rows and "schema" in rows[0]:
         _checked(rows.pop(0), path, schema, "Give the file of a run.")
     return rows
@@ -311,34 +373,41 @@ def _checked(content: dict[str, Any], path: Path, schema: str, remedy: str) -> d
 # ------------------------------------------------------------------------------- files and facts
 
 
-def replace_dir(path: str | Path, write: Callable[[Path], Result]) -> Result:
-    """Let `write(folder)` fill a temporary folder, then put it at `path`; return its result.
+def with_absolute_paths(config: Config) -> Config:
+    """Return a config that means the same in every working folder.
 
-    A folder that was there stays untouched until the new one is complete, and comes back when
-    the last rename fails.
+    config: with the sections `model` and `data`. What is no folder or file here, such as a hub id,
+    stays as it is.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new."))
-    try:
-        result = write(new)
-        for file in filter(Path.is_file, new.rglob("*")):  # some writers make files private
-            file.chmod(0o666 & ~umask())
-        new.chmod(0o777 & ~umask())
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.replace(path, old)
-            try:
-                os.replace(new, path)
-            except BaseException:
-                os.replace(old, path)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(new, path)
-        return result
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    model, data = config.model, config.data
+    base = Path(model.name).expanduser()
+    if not model.name.startswith("builtin:") and base.is_dir():
+        model = replace(model, name=_absolute(base))
+    sources = {key: getattr(data, key) for key in ("train", "validation", "test")}
+    data = replace(data, **{key: _absolute_sources(x) for key, x in sources.items()})
+    config = copy.copy(config)
+    vars(config).update(model=model, data=data)
+    return config
+
+
+def _absolute_sources(sources: Any) -> Any:
+    """The sources of a split with the paths of files made absolute."""
+    if isinstance(sources, list):
+        return [_absolute_sources(source) for source in sources]
+    if not isinstance(sources, str) or sources.startswith("builtin:"):
+        return sources
+    name, sign, part = sources, "", ""
+    if not Path(sources).exists():
+        name, sign, part = sources.partition("#")
+    path = Path(name).expanduser()
+    absolute = _absolute(path)
+    if not path.is_file() or (sign and "#" in absolute):  # a second "#" would change its meaning
+        return sources
+    return f"{absolute}{sign}{part}"
+
+
+def _absolute(path: Path) -> str:
+    return str(path.resolve() if ".." in path.parts else path.absolute())
 
 
 def environment() -> dict[str, Any]:

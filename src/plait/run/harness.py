@@ -31,6 +31,7 @@ def harness_run(
             f'--harness needs lm_eval ({error}). Install it with: pip install "plait[eval]"'
         ) from error
     run = load_run(path)
+    run.folder.read_evaluation()  # a damaged file is refused before the work
     if run.cfg.model.task != "causal_lm":
         raise ValueError(
             f"{path}: the harness needs a causal language model, model.task is "

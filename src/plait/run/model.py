@@ -319,7 +319,7 @@ def _errors_only() -> Iterator[None]:
 
 
 def source_of(model: ModelConfig) -> str:
-    """Return what transformers loads: a folder or a hub id."""
+    """Return what transformers loads: the absolute path of a folder, or a hub id."""
     if model.name == "builtin:tiny":
         from plait.assets import tiny_model_dir
 
@@ -328,12 +328,17 @@ def source_of(model: ModelConfig) -> str:
         raise ValueError(f"model.name is {model.name!r}. The only built-in model is builtin:tiny.")
     path = Path(model.name).expanduser()
     if path.is_dir():
-        return str(path)
+        return str(path.absolute())
     if path.is_absolute() or model.name.startswith((".", "~")) or path.exists():
         raise FileNotFoundError(
             f"model.name: {model.name} is no folder here. Correct the path, or give a hub id."
         )
     return model.name
+
+
+def base_name(model: ModelConfig) -> str:
+    """Return what adapter_config.json calls the base: a built-in's name, else as `source_of`."""
+    return model.name if model.name.startswith("builtin:") else source_of(model)
 
 
 def _check_files(folder: Path, name: str) -> None:
@@ -407,24 +412,31 @@ def _check_architecture(config: PretrainedConfig, model: ModelConfig) -> None:
         )
 
 
-def _quantization(model: ModelConfig) -> BitsAndBytesConfig | None:
+def quantization_options(model: ModelConfig) -> dict[str, Any] | None:
+    """Return how a base is packed, as JSON can hold it and BitsAndBytesConfig takes it."""
     if model.quantization == "none":
+        return None
+    return {
+        "load_in_4bit": model.quantization == "4bit",
+        "load_in_8bit": model.quantization == "8bit",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": "bfloat16" if model.dtype == "auto" else model.dtype,
+        # What a checkpoint has no weights for cannot be packed, and is trained (transformers 5.23
+        # leaves out the last layer only where it has no bias).
+        "llm_int8_skip_modules": None if model.task == "causal_lm" else [*_HEADS, ".*pooler"],
+    }
+
+
+def _quantization(model: ModelConfig) -> BitsAndBytesConfig | None:
+    options = quantization_options(model)
+    if options is None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(
             f"model.quantization is {model.quantization}, which needs bitsandbytes. "
             'Install it with: pip install "plait[quant]"'
         )
-    compute = torch.bfloat16 if model.dtype == "auto" else vars(torch)[model.dtype]
-    return BitsAndBytesConfig(
-        load_in_4bit=model.quantization == "4bit",
-        load_in_8bit=model.quantization == "8bit",
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=compute,
-        # What a checkpoint has no weights for cannot be packed, and is trained (transformers 5.23
-        # leaves out the last layer only where it has no bias).
-        llm_int8_skip_modules=None if model.task == "causal_lm" else [*_HEADS, ".*pooler"],
-    )
+    return BitsAndBytesConfig(**options)
 
 
 def _not_there(model: ModelConfig, what: str, error: OSError) -> str:

@@ -62,7 +62,7 @@ from plait.run.model import (
     source_of,
     to_device,
 )
-from plait.run.optimizers import OPTIMIZERS
+from plait.run.optimizers import DEFAULT, OPTIMIZERS, make_optimizer
 from plait.upstream.adalora import check_total_step
 from plait.upstream.layers import targeted
 from plait.upstream.table import BASELINES
@@ -186,7 +186,20 @@ def prepare(cfg: RunConfig, place: bool = True) -> Prepared:
     if allocates(config):
         batch = data.batch("validation", _SCORED_ROWS)
         set_development_batch(model, {k: v.to(model.device) for k, v in batch.items()})
+    _check_optimizer(cfg, model)
     return Prepared(cfg, arguments, tokenizer, data, model.train(), steps, plan)
+
+
+def _check_optimizer(cfg: RunConfig, model: PeftModel | PreTrainedModel) -> None:
+    """Make the optimizer once, which raises ValueError for a model that it cannot train."""
+    if cfg.optimizer.name == DEFAULT:
+        return
+    parameters = [(p, p.requires_grad) for p in model.parameters()]
+    optimizer: Any = make_optimizer(cfg.optimizer.name, cfg.optimizer.options, model, cfg.training)
+    if hasattr(optimizer, "remove"):  # its hooks on the model
+        optimizer.remove()
+    for parameter, trains in parameters:  # some are frozen by it
+        parameter.requires_grad_(trains)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
@@ -213,6 +226,12 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
             "train FILE --resume"
         )
     facts = folder.read_facts()
+    for name in ("kind", "labels", "tasks"):
+        if name not in facts:
+            raise ValueError(
+                f"{folder.environment}: run.{name} is missing. Put the run's own file back, or "
+                "train again."
+            )
     expected = peft_config(cfg.method, cfg.model.task, tasks=facts.get("tasks"))
     weights = replace(cfg.model, name=str(trained.resolve()), revision=None) if full else cfg.model
     tokenizer, source = load_tokenizer(cfg.model), source_of(cfg.model)

@@ -4,9 +4,9 @@ Run by path in a fresh process, never imported: it shows that an export needs no
 
     python stock_check.py JOB.json
 
-JOB.json: model (name or folder), adapter (folder or null), task, labels, dtype, quantization,
-trust_remote_code, revision, pad (a token id or null), inputs (safetensors of the model's inputs),
-logits (safetensors to write).
+JOB.json: model (name or folder), adapter (folder or null), task, labels, dtype, quantization (null,
+or the options of a BitsAndBytesConfig: those of the run), trust_remote_code, revision, pad (a token
+id or null), inputs (safetensors of the model's inputs), logits (safetensors to write).
 """
 
 import json
@@ -26,10 +26,8 @@ def main(path: str) -> None:
     options = {"dtype": job["dtype"], "revision": job["revision"], "use_safetensors": True}
     if job["labels"]:
         options["num_labels"] = job["labels"]
-    if job["quantization"] != "none":
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=job["quantization"] == "4bit", load_in_8bit=job["quantization"] == "8bit"
-        )
+    if job["quantization"] not in (None, "none"):
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**job["quantization"])
     auto = getattr(transformers, f"AutoModelFor{kind}")
     model = auto.from_pretrained(
         job["model"], trust_remote_code=job["trust_remote_code"], **options
@@ -42,9 +40,10 @@ def main(path: str) -> None:
         model = PeftModel.from_pretrained(model, job["adapter"])
     if "plait" in sys.modules:
         raise RuntimeError("plait was imported; the check would show nothing.")
+    inputs = {name: tensor.to(model.device) for name, tensor in load_file(job["inputs"]).items()}
     with torch.no_grad():
-        logits = model.eval()(**load_file(job["inputs"])).logits
-    save_file({"logits": logits.float().contiguous()}, job["logits"])
+        logits = model.eval()(**inputs).logits
+    save_file({"logits": logits.float().cpu().contiguous()}, job["logits"])
 
 
 if __name__ == "__main__":

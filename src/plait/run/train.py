@@ -5,20 +5,22 @@ the loss) keeps its last complete checkpoint; `resume=True` continues from there
 weights, bit for bit on the CPU, as a run that was never stopped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from transformers import TrainerCallback
 
 from plait.callback import PlaitCallback
 from plait.core.events import check_events
+from plait.core.files import lock
 from plait.run.adapter import keep_start
 from plait.run.callbacks import MetricsFile
 from plait.run.card import write_card, write_loss_curve
 from plait.run.config import RunConfig, config_to_dict, dump_config
 from plait.run.evaluate import Progress, evaluate_model
-from plait.run.folder import RunFolder, write_atomic
-from plait.run.prepare import prepare
-from plait.run.trainer import RunTrainer
+from plait.run.folder import RunFolder, with_absolute_paths, write_atomic
+from plait.run.prepare import Prepared, prepare
+from plait.run.trainer import RunTrainer, latest_checkpoint
 
 
 def train(
@@ -29,7 +31,7 @@ def train(
 ) -> RunFolder:
     """Train a run; return its folder, with the adapter (or model/), metrics, picture and card.
 
-    Nothing is written before all checks have passed.
+    Nothing is written before all checks have passed. The folder is locked meanwhile.
 
     Args:
         cfg: the run.
@@ -39,18 +41,45 @@ def train(
         progress: called while the held-out metric is taken, with (rows done, rows in all).
 
     Raises:
-        FileExistsError: output.dir holds something and resume is False.
+        FileExistsError: output.dir holds something and resume is False, or another process writes
+            there.
         ValueError: a resumed config or its data differ in what decides the weights; and what
             `prepare` raises.
         FloatingPointError: the loss or a weight is NaN or infinite.
         OSError: a file cannot be written.
         KeyboardInterrupt: after a signal, when the checkpoint is written.
     """
-    config, text = config_to_dict(cfg), dump_config(cfg)
-    path = cfg.output.dir
-    folder = RunFolder.unfinished(path, config) if resume else RunFolder.free(path)
-    run = prepare(cfg)
-    folder.begin(text, run.seeds, run.facts)
+    absolute, path = with_absolute_paths(cfg), cfg.output.dir
+    config, text = config_to_dict(absolute), dump_config(absolute)
+    with lock(path):
+        folder = RunFolder.unfinished(path, config) if resume else RunFolder.free(path)
+        run = prepare(cfg)
+        with _undone(folder, resume):
+            return _train(run, folder, text, callbacks, progress)
+
+
+@contextmanager
+def _undone(folder: RunFolder, resume: bool) -> Iterator[None]:
+    """Empty the folder of a new run if a mistake of the user's stops it before it has trained."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError):
+        trained = latest_checkpoint(folder.checkpoints) is not None or folder.read_metrics()
+        if not resume and not trained:
+            folder.discard()
+        raise
+
+
+def _train(
+    run: Prepared,
+    folder: RunFolder,
+    config: str,
+    callbacks: Sequence[TrainerCallback],
+    progress: Progress | None,
+) -> RunFolder:
+    """Train a prepared run; config: the YAML that the folder keeps."""
+    cfg = run.cfg
+    folder.begin(config, run.seeds, run.facts)
     keep_start(run.model, folder.start)
 
     split = run.data.held_out_split

@@ -25,9 +25,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from plait.chain import ChainCallback, chain_schedule, load
 from plait.chain.plan import SHAPES
 from plait.core.events import EventNeverFired
+from plait.core.files import put_back
 from plait.run.adapter import (
     first_line,
     load_weights,
+    name_base,
     readable,
     save_trained,
 )
@@ -42,6 +44,8 @@ from plait.upstream.adalora import adalora_of, load_adalora, save_adalora, upstr
 
 _REMEDY = "Remove that checkpoint to resume from the one before it."
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+# What reading a damaged file may raise besides errors that tell of damage.
+_UNEXPECTED = (KeyError, IndexError, AttributeError, TypeError, AssertionError)
 _STATES = (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt")
 
 
@@ -58,8 +62,11 @@ class RunTrainer(Trainer):
         self.cfg, self.data, self.trained, self.steps = run.cfg, run.data, run.model, run.steps
         self.folder, self.checkpoints = folder, folder.checkpoints
         for unfinished in self.checkpoints.glob(f".{PREFIX_CHECKPOINT_DIR}-*"):
-            shutil.rmtree(unfinished)
+            put_back(self.checkpoints / unfinished.name.split(".")[1])
+            shutil.rmtree(unfinished, ignore_errors=True)
         self.checkpoint = latest_checkpoint(self.checkpoints)
+        if self.checkpoint is not None:
+            check_state(self.checkpoint)
         self.stop = StopOnSignal()
         self._staging: Path | None = None
         self.chain: ChainCallback | None = None
@@ -115,7 +122,9 @@ class RunTrainer(Trainer):
         full = not isinstance(self.trained, PeftModel)
         to = self.folder.model if full else self.folder.adapter
         with writable(to, self.checkpoints):
-            stored = save_trained(self.trained, self.data.tokenizer, to, self.folder.start)
+            stored = save_trained(
+                self.trained, self.data.tokenizer, to, self.folder.start, self.cfg.model
+            )
         self.folder.note(steps=self.steps, stored=stored, **self._kept())
 
     def _best_checkpoint(self) -> Path | None:
@@ -312,6 +321,8 @@ class RunTrainer(Trainer):
             super()._save(output_dir, state_dict)
         folder = self.checkpoints if output_dir is None else Path(output_dir)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if isinstance(self.trained, PeftModel):
+            name_base(folder, self.cfg.model)
         tuner = adalora_of(self.trained)
         if tuner is not None:
             save_adalora(tuner, folder)
@@ -329,7 +340,7 @@ class RunTrainer(Trainer):
     ) -> None:
         folder = Path(resume_from_checkpoint)
         tuner = adalora_of(self.trained)
-        with readable(folder, _REMEDY):
+        with undamaged(folder, *_UNEXPECTED):
             if tuner is not None:
                 load_adalora(tuner, folder)
             elif isinstance(self.trained, PeftModel):
@@ -338,12 +349,36 @@ class RunTrainer(Trainer):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with readable(Path(checkpoint or "."), _REMEDY):
+        with undamaged(Path(checkpoint or "."), *_UNEXPECTED, ValueError):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with readable(Path(checkpoint or "."), _REMEDY):
+        with undamaged(Path(checkpoint or "."), *_UNEXPECTED, ValueError):
             super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def undamaged(checkpoint: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turn errors from reading a damaged checkpoint, and those of these types, into ValueErrors."""
+    try:
+        with readable(checkpoint, _REMEDY):
+            yield
+    except errors as error:
+        if str(error).startswith(f"{checkpoint}: "):  # said already
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{checkpoint}: damaged or cut off ({reason}). {_REMEDY}") from error
+
+
+def check_state(checkpoint: Path) -> None:
+    """Raise ValueError if the Trainer's notes in a checkpoint are damaged."""
+    file = checkpoint / TRAINER_STATE_NAME
+    try:
+        step = TrainerState.load_from_json(str(file)).global_step
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        raise ValueError(f"{file}: damaged ({first_line(error)}). {_REMEDY}") from None
+    if checkpoint.name != f"{PREFIX_CHECKPOINT_DIR}-{step}":
+        raise ValueError(f"{file}: damaged (global_step is {step!r:.60}). {_REMEDY}")
 
 
 @contextmanager

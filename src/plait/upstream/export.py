@@ -162,6 +162,7 @@ def to_lora(
         modules_to_save=None if summed else config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
         inference_mode=True,
     )
     return LoraExport(lora, {n: t.detach().cpu() for n, t in tensors.items()}, layers)

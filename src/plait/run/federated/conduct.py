@@ -3,7 +3,6 @@
 conduct(setup, exchange)     opens the folder -> rounds of the Server -> report
 """
 
-import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from plait.core.files import lock
 from plait.federated.client import stored
 from plait.federated.partition import histogram
 from plait.federated.privacy import Privacy
@@ -21,23 +21,40 @@ from plait.run.federated.folder import FederatedFolder
 from plait.run.federated.report import write_report
 from plait.run.federated.rows import POOLED
 from plait.run.federated.setup import Setup
-from plait.run.folder import diff_configs, write_atomic
+from plait.run.folder import diff_configs, with_absolute_paths, write_atomic
 
 
 def open_folder(config: FederateConfig, resume: bool) -> FederatedFolder:
     """The run folder of a config; nothing is made yet, so a config that is refused leaves none.
 
     Raises:
-        FileExistsError: it holds something already and resume is False.
+        FileExistsError: it holds something already and resume is False, or another process writes
+            there.
         FileNotFoundError: there is nothing to resume.
+        ValueError: what is there is no federated run, or its config is damaged.
     """
+    with lock(config.output.dir):
+        return _checked_folder(config, resume)
+
+
+def _checked_folder(config: FederateConfig, resume: bool) -> FederatedFolder:
     if not resume:
         return FederatedFolder.free(config.output.dir)
     folder = FederatedFolder(config.output.dir)
-    if not folder.path.is_dir():
+    if not folder.config.is_file():
+        if folder.server.is_dir() and not any(p.is_file() for p in folder.server.rglob("*")):
+            return folder  # killed before it wrote anything
         raise FileNotFoundError(
-            f"{folder.path}: there is no run to resume. Start it without --resume."
+            f"{folder.path}: there is no run to resume (config.yaml is missing). Start it without "
+            "--resume."
         )
+    try:
+        load_federate_config(folder.config)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder.path}: is no federated run that can be resumed. Give another output.dir.\n"
+            f"{error}"
+        ) from error
     return folder
 
 
@@ -65,20 +82,32 @@ def conduct(
 
     Args:
         setup: of the run. exchange: carries the orders.
-        resume: continue in output.dir after its last checkpoint.
+        resume: continue in output.dir after its last checkpoint. The folder is locked meanwhile.
         progress: called after each reply. done: called with the record of each round.
         private: folder of all clients' private states if it is on this machine, for the report
             alone.
 
     Raises:
-        FileExistsError: output.dir holds something and resume is False.
-        ValueError: the method cannot serve the clients, or a resumed config differs in what decides
-            the result.
+        FileExistsError: output.dir holds something and resume is False, or another process writes
+            there.
+        ValueError: what is to be resumed is no federated run, the method cannot serve the clients,
+            or a resumed config differs in what decides the result.
         TooFewUpdates, FloatingPointError: see `Server.step`.
     """
-    config = setup.config
-    folder = open_folder(config, resume)
-    folder.path.mkdir(parents=True, exist_ok=True)
+    with lock(setup.config.output.dir):
+        return _conduct(setup, exchange, resume, progress, done, private)
+
+
+def _conduct(
+    setup: Setup,
+    exchange: Exchange,
+    resume: bool,
+    progress: Progress | None,
+    done: Callable[[RoundRecord], None] | None,
+    private: Path | None,
+) -> FederatedFolder:
+    folder = _checked_folder(setup.config, resume)
+    config = _with_paths_of(setup.config, folder)
     names, rounds, every = list(setup.roster.clients), config.local.rounds, config.evaluation.every
     key_file = Path(config.privacy.key_file or folder.privacy_key)
     privacy = _privacy(config, key_file, names)
@@ -87,7 +116,7 @@ def conduct(
             setup.roster,
             folder.server,
             config.server_options(),
-            facts=_facts(setup),
+            facts=_facts(config, setup),
             resume=resume,
             privacy=privacy,
             stored=None if private is None else partial(stored, private, config.federated.run),
@@ -99,9 +128,9 @@ def conduct(
             raise
         raise ValueError(f"{error} {changes}") from None
     _check_rows(setup, folder)
-    if privacy is not None:  # nothing is refused from here on
+    write_atomic(folder.config, config.dump())  # nothing is refused from here on
+    if privacy is not None:
         _keep_secret(privacy, key_file)
-    write_atomic(folder.config, config.dump())
     folder.write_partition(setup.partition)
     folder.write_row_counts(_row_counts(setup))
     lines = [line for line in folder.read_rounds() if line["round"] <= server.round]
@@ -138,9 +167,24 @@ def conduct(
     return folder
 
 
-def _facts(setup: Setup) -> dict[str, Any]:
+def _with_paths_of(config: FederateConfig, folder: FederatedFolder) -> FederateConfig:
+    """The config with absolute paths of model and data, so that it holds in any working folder.
+
+    A resumed run keeps the paths as its folder has them: its checkpoints contain a hash of the
+    config, and plait 0.1 kept relative paths.
+    """
+    config = with_absolute_paths(config)
+    if folder.config.is_file():
+        before = load_federate_config(folder.config)
+        absolute = with_absolute_paths(before)
+        for name in ("model", "data"):
+            if getattr(absolute, name) == getattr(config, name):
+                setattr(config, name, getattr(before, name))
+    return config
+
+
+def _facts(config: FederateConfig, setup: Setup) -> dict[str, Any]:
     """What decides the result besides the method and the server's options."""
-    config = setup.config
     return {
         "sections": {
             name: asdict(section)
@@ -219,6 +263,4 @@ def _privacy(config: FederateConfig, key_file: Path, clients: Sequence[str]) -> 
 def _keep_secret(privacy: Privacy, key_file: Path) -> None:
     """Write a new secret, readable by its owner alone."""
     if not key_file.exists():
-        handle = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w") as file:
-            file.write(privacy.key + "\n")
+        write_atomic(key_file, privacy.key + "\n", private=True)

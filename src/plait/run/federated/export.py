@@ -31,7 +31,7 @@ from plait.federated.methods import Algorithm
 from plait.federated.protocol import Order
 from plait.federated.state import Checkpoint, Checkpoints, ClientStore
 from plait.run.config import did_you_mean
-from plait.run.export import TOLERANCE
+from plait.run.export import TOLERANCE, lock_for, name_base
 from plait.run.federated.config import FederateConfig, load_federate_config
 from plait.run.federated.folder import FederatedFolder
 from plait.run.federated.setup import prepare_federation
@@ -80,14 +80,14 @@ def export_clients(
         part, or depends on the input is refused with the reason.
 
     Raises:
-        FileExistsError: `out` exists.
+        FileExistsError: `out` exists; or it is in the run folder, and another process writes
+            there.
         ValueError: no round is complete, the client is unknown, nothing can be exported, or peft
             reads an export differently.
         StateError: a saved state is missing or damaged.
     """
     out, folder = Path(out), FederatedFolder.open(run)
-    if out.exists():
-        raise FileExistsError(f"{out}: exists. Give a new folder, or remove it.")
+    _check_new(out)
     config = load_federate_config(folder.config)
     checkpoint = Checkpoints(folder.server).newest()
     if checkpoint is None or not checkpoint.state.round:
@@ -114,9 +114,16 @@ def export_clients(
             raise ValueError(f"client {exports[0].client!r}: {exports[0].refused}")
         card = _card(config, roster.method, checkpoint.state.round, exports)
         write_atomic(place / "README.md", card)
+        _check_new(out)  # once more: an export takes a while
 
-    replace_dir(out, write)
+    with lock_for(out, run):
+        replace_dir(out, write)
     return exports
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise FileExistsError(f"{out}: exists. Give a new folder, or remove it.")
 
 
 def _no_training(model: nn.Module, client: str, round: int) -> Any:
@@ -154,6 +161,7 @@ def _export(model: PeftModel, client: str, place: Path, check: "_Check") -> Clie
         lora = to_lora(model)
     except ValueError as error:  # NotMergeable is one
         return ClientExport(client, refused=str(error))
+    name_base(lora, check.config.model)
     lora.write(place)
     ranks = [layer.rank for layer in lora.layers if layer.rank]
     error, shift = check(model, place)

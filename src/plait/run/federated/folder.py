@@ -70,9 +70,13 @@ def read_rounds(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a metrics.jsonl; [] if there is none.
 
     Raises:
-        ValueError: a line is not JSON. An unfinished last line is dropped instead.
+        ValueError: a line is damaged. An unfinished last line is dropped instead.
     """
-    return read_lines(path, _ROUNDS)
+    lines = read_lines(path, _ROUNDS)
+    for line in lines:
+        if not isinstance(line.get("round"), int) or not isinstance(line.get("kind"), str):
+            raise ValueError(f"{path}: {line!r:.60} has no round or no kind. Remove that line.")
+    return lines
 
 
 def _write_clients(path: Path, schema: str, content: Mapping[str, Any]) -> None:
@@ -82,4 +86,8 @@ def _write_clients(path: Path, schema: str, content: Mapping[str, Any]) -> None:
 def _read_clients(path: Path, schema: str) -> dict[str, Any]:
     content = read_json(path, schema, _REMEDY)
     wrapped = content.get("clients")
-    return wrapped if isinstance(wrapped, dict) else content  # plait 0.1 wrote the clients alone
+    clients = wrapped if isinstance(wrapped, dict) else content  # 0.1 wrote the clients alone
+    for name, value in clients.items():
+        if not isinstance(value, list | dict):
+            raise ValueError(f"{path}: {name} is {value!r:.60}. {_REMEDY}")
+    return clients

@@ -5,6 +5,7 @@ plait.run.inspect.findings for the report, plait.run.inspect.pictures for what i
 """
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,9 @@ from plait.run.model import load_base, to_device
 from plait.run.prepare import TrainedRun, load_run
 
 REPORT = "inspect.json"
+_FILES = re.compile(
+    r"inspect\.json|(norm|untouched|spectrum|gates|routing|similarity_\w+)\.(png|svg)"
+)
 # Two bases whose weights differ by more than this, relative, are different models; what
 # quantisation to 4 bits and further training change is less.
 SAME_BASE = 0.5
@@ -119,11 +123,12 @@ def _check_out(out: Path, force: bool) -> None:
         return
     if not force:
         raise FileExistsError(f"{out}: exists. Give --force to replace it, or another --out.")
+    refused = "which --force does not replace. Give another --out."
     if not out.is_dir() or (any(out.iterdir()) and not (out / REPORT).is_file()):
-        raise FileExistsError(
-            f"{out}: holds something else than a report, which --force does not replace. Give "
-            "another --out."
-        )
+        raise FileExistsError(f"{out}: holds something else than a report, {refused}")
+    for path in sorted(out.iterdir()):
+        if not _FILES.fullmatch(path.name):
+            raise FileExistsError(f"{out}: holds {path.name} beside a report, {refused}")
 
 
 def _labels(paths: Sequence[str | Path]) -> list[str]:
