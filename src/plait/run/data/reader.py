@@ -206,7 +206,8 @@ def _missing(row: Row, key: str, name: str) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(str, names)) or "none"
+    text = ", ".join(map(str, names)) or "none"
+    return text if len(text) <= 500 else f"{text[:500]} ..."
 
 
 def template_columns(template: str, key: str) -> list[str]:
@@ -225,9 +226,21 @@ def template_columns(template: str, key: str) -> list[str]:
     return names
 
 
+def whole_text(text: str, where: str, column: str) -> str:
+    """Return a text; ValueError if it has a lone surrogate, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: column {column!r:.60} has half of a surrogate pair, which is no character. "
+            "Correct or remove the row."
+        ) from None
+    return text
+
+
 def _string(value: Any, where: str, column: str) -> str:
     if isinstance(value, str):
-        return value
+        return whole_text(value, where, column)
     if isinstance(value, int | float):
         return str(value)
     raise ValueError(
@@ -250,7 +263,7 @@ def _name(value: Any, where: str, what: str = "label") -> str:
 def _number(value: Any, where: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if number - number != 0:  # NaN or infinite
         raise ValueError(f"{where}: the label is {value!r:.60}. Regression needs a finite number.")
