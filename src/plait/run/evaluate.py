@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from plait.run.config import RunConfig
+from plait.run.config import REMOTE_CODE, RunConfig
 from plait.run.data.bundle import DataBundle, Split
 from plait.run.data.tokens import IGNORED
 from plait.run.generate import decode, generate_ids
@@ -41,8 +41,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure a finished run on a split (None: test, else validation) and write eval.json.
 
-    eval.json keeps the metrics under the split's name. With overrides, which are not what the run
-    was trained with, they are only returned.
+    eval.json keeps the metrics under the split's name. With overrides of data or evaluation, which
+    are not what the run was trained with, they are only returned.
 
     Raises what load_run and load_data raise, and ValueError when there is no such split.
     """
@@ -55,7 +55,7 @@ def evaluate_run(
             f"plait evaluate {path} data.test=FILE"
         )
     metrics = evaluate_model(run.model, data, split, run.cfg, progress=progress)
-    if not overrides:
+    if all(text.startswith(REMOTE_CODE) for text in overrides):
         run.folder.write_evaluation(**{split: metrics})
     return {"split": split, **metrics}
 
