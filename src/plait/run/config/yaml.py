@@ -353,7 +353,7 @@ def bounded(hint: Any, facts: typing.Mapping[str, Any]) -> Any:
     return _limited(hint, limits, bool(facts.get("infinite")))
 
 
-def _limited(hint: Any, limits: dict[str, float], infinite: bool) -> Any:
+def _limited(hint: Any, limits: dict[str, Any], infinite: bool) -> Any:
     from pydantic import Field
 
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -372,7 +372,7 @@ def _limited(hint: Any, limits: dict[str, float], infinite: bool) -> Any:
         mixed = bool(limits) and str in inner and not {int, float}.isdisjoint(inner)
         return Annotated[union, Field(union_mode="left_to_right")] if mixed else union
     if origin in (list, dict, tuple) and Ellipsis not in inner:
-        return origin[tuple(_limited(part, limits, infinite) for part in inner)]
+        return types.GenericAlias(origin, tuple(_limited(part, limits, infinite) for part in inner))
     return hint
 
 
