@@ -20,6 +20,7 @@ BOUNDS: dict[str, tuple[Callable[[float, float], bool], str]] = {
 }
 
 _MOST = 5  # names that a remedy shows
+_LONGEST = 80  # characters of a value that an error shows
 
 # What users of other tools write -> the names here, the likeliest first.
 _SYNONYMS = {
@@ -81,13 +82,22 @@ def option(
     return dataclasses.field(default=default, metadata=facts)
 
 
+def shown(value: Any, most: int = _LONGEST) -> str:
+    """Return a value as an error shows it: its repr, shortened to `most` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print a whole number of more than 4,300 digits
+        return "a number of more than 4,300 digits"
+    return text if len(text) <= most else f"{text[: most - 4]} ... ({len(text):,} characters)"
+
+
 def did_you_mean(name: str, known: Iterable[str], where: str = "") -> str:
     """Return the remedy for an unknown name: at most five known ones, the nearest first.
 
     where: a sentence that says where all are listed, for a name that is near to none.
     """
     names = [str(n) for n in known]
-    word = str(name).lower().replace("-", "_")
+    word = str(name)[:_LONGEST].lower().replace("-", "_")
     near = [n for n in _SYNONYMS.get(word, ()) if n in names]
     if not near:
         scores = {n: difflib.SequenceMatcher(None, word, n.lower()).ratio() for n in names}
@@ -110,7 +120,7 @@ def check_option(name: str, kind: Any, facts: Mapping[str, Any], value: Any) -> 
     """
     if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
         known = ", ".join(map(repr, typing.get_args(kind)))
-        raise ValueError(f"{name} = {value!r} is not known. Use one of {known}.")
+        raise ValueError(f"{name} = {shown(value)} is not known. Use one of {known}.")
     limits = {name: facts[name] for name in BOUNDS if facts.get(name) is not None}
     if value is None or not limits:
         return
@@ -120,11 +130,14 @@ def check_option(name: str, kind: Any, facts: Mapping[str, Any], value: Any) -> 
     whole = kind is int or kind == int | None
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         noun = "whole number" if whole else "number"
-        raise ValueError(f"{name} = {value!r} is not a {noun}. Give one.")
-    finite = math.isfinite(value) or (facts.get("infinite") and not math.isnan(value))
+        raise ValueError(f"{name} = {shown(value)} is not a {noun}. Give one.")
+    whole_number = isinstance(value, int)  # may have more digits than a float can hold
+    finite = (
+        whole_number or math.isfinite(value) or (facts.get("infinite") and not math.isnan(value))
+    )
     if not finite or not all(BOUNDS[bound][0](value, limit) for bound, limit in limits.items()):
         bounds = " and ".join(BOUNDS[bound][1].format(limit) for bound, limit in limits.items())
-        raise ValueError(f"{name} = {value!r} is out of range. Give {bounds}.")
+        raise ValueError(f"{name} = {shown(value)} is out of range. Give {bounds}.")
 
 
 def check_options(config: Any, section: str = "") -> None:

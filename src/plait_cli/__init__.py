@@ -7,6 +7,7 @@ is answered at once.
 """
 
 import argparse
+import errno
 import importlib
 import os
 import pkgutil
@@ -28,6 +29,10 @@ _USER_ERRORS = (
     NotADirectoryError,
     PermissionError,
 )
+
+
+# Of an OSError that is none of these classes: a path that cannot be one.
+_USER_ERRNO = (errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ, errno.EINVAL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"plait {args.verb}: interrupted.", file=sys.stderr)
         return 130
+    except OSError as error:
+        return _report(args, error, 2 if error.errno in _USER_ERRNO else 1)
     except Exception as error:
         return _report(args, error, 1)
 

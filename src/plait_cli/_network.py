@@ -64,6 +64,7 @@ def join(args: argparse.Namespace) -> int:
     config = config_of(args)
     deployment = Deployment(config.deploy)
     deployment.file(args.client, f"the private key of client {args.client!r}")  # before it loads
+    deployment.prepare()
     private, folder = deployment.home / "clients" / args.client, Resident.folder()
     try:
         with (

@@ -80,7 +80,7 @@ def export(args: argparse.Namespace) -> int:
         )
 
     with quiet():
-        export_clients(args.run_folder, args.out, args.client, done=show)
+        export_clients(args.run_folder, args.out, args.client, overrides=args.overrides, done=show)
     print(f"written: {args.out}")
     return 0
 

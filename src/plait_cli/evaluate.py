@@ -15,7 +15,8 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         "overrides",
         nargs="*",
         metavar="data.key=value",
-        help="other data, or another evaluation.* setting; then eval.json stays as it is",
+        help="other data, or another evaluation.* setting; then eval.json stays as it is. "
+        "model.trust_remote_code=true runs code that the base model brings along",
     )
     parser.add_argument(
         "--split",
@@ -41,19 +42,22 @@ def run(args: argparse.Namespace) -> int:
     if args.harness is None and (args.harness_path or args.limit):
         raise ValueError("--limit and --harness-path belong to --harness. Give --harness TASK.")
     from plait.run.card import metric_rows
+    from plait.run.config import REMOTE_CODE
     from plait.run.evaluate import evaluate_run
     from plait.run.harness import harness_run
     from plait_cli import console
     from plait_cli._show import Status, quiet
 
     if args.harness is not None:
-        if args.overrides or args.split:
+        if args.split or any(not text.startswith(REMOTE_CODE) for text in args.overrides):
             raise ValueError(
                 "--harness brings its own data; data.* and --split do not apply. Leave them out."
             )
         tasks = [task.strip() for task in args.harness.split(",") if task.strip()]
         with quiet():
-            results = harness_run(args.run_folder, tasks, args.limit, args.harness_path)
+            results = harness_run(
+                args.run_folder, tasks, args.limit, args.harness_path, args.overrides
+            )
         for task, metrics in results.items():
             print(task)
             _print([(name, f"{value:.4g}") for name, value in metrics.items()])

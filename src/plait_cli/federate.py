@@ -69,15 +69,14 @@ def _add_runs(actions: "argparse._SubParsersAction") -> list[argparse.ArgumentPa
     export.add_argument("run_folder", metavar="RUN", help="the run folder")
     export.add_argument("out", metavar="OUT", help="the folder to write, with a folder per client")
     export.add_argument("--client", metavar="NAME", help="this client alone")
+    _add_overrides(export, "model.trust_remote_code=true, to run code that the base brings along")
     for action in (simulate, report, export):
         action.set_defaults(module="_runs")
     return [simulate, report, export]
 
 
-def _add_overrides(action: argparse.ArgumentParser) -> None:
-    action.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="set a key of the config"
-    )
+def _add_overrides(action: argparse.ArgumentParser, help: str = "set a key of the config") -> None:
+    action.add_argument("overrides", nargs="*", metavar="section.key=value", help=help)
 
 
 def _add_network(actions: "argparse._SubParsersAction") -> list[argparse.ArgumentParser]:

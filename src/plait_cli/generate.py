@@ -28,6 +28,12 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         "--temperature", type=float, default=0.0, help="0 (default): the likeliest token each time"
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling, with --temperature")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="model.trust_remote_code=true, to run code that the base model brings along",
+    )
     return parser
 
 
@@ -55,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             seed=args.seed,
+            overrides=args.overrides,
         )
     print(text)
     return 0

@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
 
     words = [*args.run_folders, *args.overrides]  # argparse gives the first list all of them
     overrides = [
-        word for word in words if word.startswith(("data.", "evaluation.")) and "=" in word
+        word
+        for word in words
+        if word.startswith(("data.", "evaluation.", "model.")) and "=" in word
     ]
     runs = [word for word in words if word not in overrides]
     if not runs:

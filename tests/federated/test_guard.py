@@ -43,6 +43,40 @@ def test_norm_filter() -> None:
     assert guard.screen({"a": 0.0, "b": 0.0, "c": 1.0}) == {}
 
 
+def test_the_norm_filter_of_a_median_of_zero() -> None:
+    """A majority that sends nothing does not open the door to anything."""
+    guard = Guard()
+    assert guard.screen({"a": 0.0, "b": 0.0, "c": 9.0}) == {}
+    found = guard.screen({"a": 0.0, "b": 0.0, "c": 1e12, "d": 0.0})
+    assert str(found["c"]) == (
+        "client 'c': norm_outlier: norm 1e+12, above 10 x 1, for the median is 0 of 4 updates"
+    )
+    assert set(guard.screen({"a": 0.0, "b": 0.0, "c": 1e38})) == {"c"}
+
+
+def test_a_norm_beyond_fp32_is_rejected_whatever_the_others_are() -> None:
+    free = Guard(GuardOptions(max_norm_ratio=math.inf))
+    for guard in (Guard(), free):
+        assert set(guard.screen({"a": 1.0, "b": 1e38})) == {"b"}
+        assert set(guard.screen({"a": math.nan})) == {"a"}
+        assert set(guard.screen({"a": 1e38, "b": 1e38, "c": 1.0})) == {"a", "b"}
+        assert set(guard.screen({"a": math.nan, "b": 1.0, "c": 1.0, "d": 1.0})) == {"a"}
+    assert free.screen({"a": 1.0, "b": 1.0, "c": 1.0, "d": 1e12}) == {}
+
+
+@pytest.mark.parametrize("key", ["fedit", "fedalora", "flora", "flexlora", "hetlora", "fedex"])
+def test_a_huge_update_leaves_a_server_whose_others_send_nothing(key: str) -> None:
+    clients = clients_of([2] * 3)
+    states = states_of(clients)
+    method = algorithm(key)
+    start = begun(method, clients, states)
+    uploads = uploads_of(method, clients, states)
+    sizes = {"c0": 0.0, "c1": 0.0}
+    huge = {k: torch.full_like(x, 1e38) for k, x in uploads["c2"].items()}
+    sizes["c2"] = method.size(huge, clients["c2"], start.tensors)
+    assert set(Guard().screen(sizes)) == {"c2"}
+
+
 @pytest.mark.parametrize("key", ["fedit", "fedalora", "flora", "flexlora", "hetlora", "fedex"])
 def test_a_scaled_update_is_an_outlier_in_every_method(key: str) -> None:
     clients = clients_of([2] * 5)

@@ -44,6 +44,12 @@ def framed(header: Any, blob: bytes, length: int | None = None) -> bytes:
     return hashlib.sha256(body).digest() + body
 
 
+def blob(dtype: str, shape: list[int]) -> bytes:
+    """safetensors with one tensor without numbers, of any type and shape."""
+    text = json.dumps({"x": {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
 def sent(header: dict[str, Any] | None = None, **tensors: Any) -> bytes:
     """An upload with some of its header or tensors replaced; None leaves a tensor out."""
     found = {k: x for k, x in {**TENSORS, **tensors}.items() if x is not None}
@@ -100,6 +106,18 @@ FAULTS: dict[str, tuple[Reason, Callable[[], bytes]]] = {
     "no safetensors": (
         Reason.BAD_SCHEMA,
         lambda: framed(dataclasses.asdict(HEADER), b"PK\x03\x04"),
+    ),
+    "a shape beyond 64 bits": (
+        Reason.BAD_SCHEMA,
+        lambda: framed(dataclasses.asdict(HEADER), blob("F32", [0, 2**62, 2**62])),
+    ),
+    "an unknown type of numbers": (
+        Reason.BAD_SCHEMA,
+        lambda: framed(dataclasses.asdict(HEADER), blob("F7", [0])),
+    ),
+    "a number of 5,000 digits": (
+        Reason.BAD_SCHEMA,
+        lambda: framed(b'{"rank": ' + b"9" * 5000 + b"}", save(TENSORS)),
     ),
     "field missing": (Reason.BAD_SCHEMA, lambda: framed({"schema": 1}, save(TENSORS))),
     "field unknown": (Reason.BAD_SCHEMA, lambda: sent({"weight": 1})),
@@ -236,3 +254,38 @@ def test_tensors_that_share_memory_are_written_twice() -> None:
     _, found = unpack_tensors(pack_tensors({}, {"a": x, "b": x}))
     assert torch.equal(found["a"], x)
     assert torch.equal(found["b"], x)
+
+
+@settings(max_examples=200)
+@given(
+    dtype=st.sampled_from(["F32", "F16", "BF16", "F64", "I64", "BOOL", "F8_E4M3", "C64", "F4"]),
+    shape=st.lists(st.integers(0, 2**64), max_size=5),
+)
+def test_any_shape_is_a_typed_rejection(dtype: str, shape: list[int]) -> None:
+    with pytest.raises(Rejected):
+        unpack(framed(dataclasses.asdict(HEADER), blob(dtype, shape)), ROUND, "c0")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "m" * 30_000},
+        {"method": "\x1b[2J\n# heading"},
+        {"dtype": "\ud800" * 1000},
+        {"n_examples": -(10**4000)},
+        {"schema": 10**4000},
+    ],
+)
+def test_what_is_quoted_of_an_upload_is_one_short_line(change: dict[str, Any]) -> None:
+    with pytest.raises(Rejected) as found:
+        unpack(sent(change), ROUND, "c0")
+    text = str(found.value)
+    assert len(text) < 400
+    assert text.isprintable()
+
+
+def test_a_long_key_is_quoted_short() -> None:
+    data = sent(**{"k" * 1500: torch.zeros(1)})
+    with pytest.raises(Rejected, match="extra_key: 'kkk") as found:
+        unpack(data, dataclasses.replace(ROUND, spare=10**6), "c0")
+    assert len(str(found.value)) < 400

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from plait.options import shown
 from plait.run.config import did_you_mean
 
 LETTERS = string.ascii_lowercase
 _LENGTHS = (4, 8)  # letters of a word
 _SPLITS = {"test": range(20), "validation": range(20, 30), "train": range(30, 100)}  # of 100
 _ROWS = {"train": 4000, "validation": 200, "test": 400}  # without `n`
+_MOST = 1_000_000  # rows
 _MISSES = 10_000  # draws in a row that bring no new input: the family is used up
 
 
@@ -185,8 +187,11 @@ def _options(query: str, where: str) -> dict[str, str]:
 
 
 def _whole(value: str, where: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"{where}: n is {value!r}. Give a whole number of rows, 1 or more.")
+    if not value.isdecimal() or len(value) > 18 or not 1 <= int(value) <= _MOST:
+        raise ValueError(
+            f"{where}: n is {shown(value)}. Give a whole number of rows, 1 or more, at most "
+            f"{_MOST:,}."
+        )
     return int(value)
 
 

@@ -324,9 +324,11 @@ class LocalOptions:
         None, "Passes over the client's rows in a round; or give steps.", least=1
     )
     batch_size: int = option(8, "Examples in a batch.", least=1)
-    learning_rate: float = option(1e-3, "AdamW's learning rate.")
-    weight_decay: float = option(0.0, "AdamW's weight decay.")
-    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: not clipped.")
+    learning_rate: float = option(1e-3, "AdamW's learning rate.", least=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay.", least=0)
+    max_grad_norm: float = option(
+        1.0, "Gradients are clipped to this norm; 0: not clipped.", least=0
+    )
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):

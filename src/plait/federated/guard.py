@@ -1,6 +1,7 @@
 """The guard: which updates enter a round, with what weight, and robust averages.
 
-    norm filter     rejects, of 3 or more updates, norms above max_norm_ratio x the median
+    norm filter     rejects, of 3 or more updates, norms above max_norm_ratio x the median, or x 1
+                    where the median is 0; of any number, norms above 1e18
     counts          n_i is capped at max_count_ratio x the lower median of the claimed counts
     quarantine      a client with quarantine_after rejections is excluded
     median          of each number over the clients            unweighted
@@ -31,6 +32,7 @@ from plait.federated.payload import Reason, Rejected
 from plait.options import check_options, did_you_mean, option
 
 FEW = 3  # updates from which on a norm filter has a median to compare with
+LARGEST = 1e18  # norm of an update; squares and products of larger ones leave the range of fp32
 # Faults of the transport, which say nothing of what a client computes.
 _TRANSPORT = frozenset(
     {Reason.WRONG_RUN, Reason.STALE_ROUND, Reason.DUPLICATE, Reason.UNKNOWN_CLIENT}
@@ -203,14 +205,19 @@ class Guard:
         Args:
             sizes: client -> norm of its update, `Algorithm.size`.
         """
-        free = [n for client, n in sizes.items() if not self.quarantined(client)]
-        middle = statistics.median(free) if len(free) >= FEW else 0.0
+        free = [n for c, n in sizes.items() if n <= LARGEST and not self.quarantined(c)]
+        ratio, few = self.options.max_norm_ratio, len(free) < FEW
+        middle = 0.0 if few else statistics.median(free)
         rejections = {}
         for client in sorted(sizes):
-            size, limit = sizes[client], self.options.max_norm_ratio * middle
-            if middle and not size <= limit:
-                text = f"norm {size:.4g}, above {self.options.max_norm_ratio:g} x the median "
-                text += f"{middle:.4g} of {len(free)} updates"
+            size = sizes[client]
+            if not size <= LARGEST:  # NaN, too
+                text = f"norm {size:.4g}, above {LARGEST:g}"
+                rejections[client] = Rejected(Reason.NORM_OUTLIER, client, text)
+            elif not few and not size <= ratio * (middle or 1.0):
+                text = f"norm {size:.4g}, above {ratio:g} x "
+                text += f"the median {middle:.4g} of " if middle else "1, for the median is 0 of "
+                text += f"{len(free)} updates"
                 rejections[client] = Rejected(Reason.NORM_OUTLIER, client, text)
             elif self.quarantined(client):
                 rejections[client] = self.quarantine(client)

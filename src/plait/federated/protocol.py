@@ -10,14 +10,17 @@ connection is a line in the round's record, and never ends a run.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from plait.federated.adapter import StateDict
-from plait.federated.payload import CorruptFrame, pack_tensors, unpack_tensors
+from plait.federated.payload import CorruptFrame, pack_tensors, plain, unpack_tensors
 
 _LENGTH = 4
+_TEXT = 2000  # characters of an error's text
+HEAD_BYTES = 4 * 1024 * 1024  # of a reply without its upload; a `hello` may list many clients
 
 Kind = Literal["hello", "train", "evaluate"]
 Answer = Callable[[bytes], bytes]  # an order -> its reply
@@ -90,13 +93,19 @@ class Reply:
     def unpack(cls, data: bytes) -> "Reply":
         """Read a reply without trusting it; `payload.unpack` checks the upload.
 
+        Its texts are made plain. The metrics may hold anything; whoever uses them takes the
+        numbers alone.
+
         Raises:
-            CorruptFrame: it is damaged, or not a reply.
+            CorruptFrame: it is damaged, too long, or not a reply.
         """
         length = int.from_bytes(data[:_LENGTH], "big")
+        if length > HEAD_BYTES:
+            raise CorruptFrame(f"no reply (its header is said to have {length} bytes)", False)
         try:
-            reply = cls(upload=data[_LENGTH + length :], **json.loads(data[_LENGTH:][:length]))
-        except (ValueError, TypeError, RecursionError) as error:
+            head = json.loads(data[_LENGTH : _LENGTH + length])
+            reply = cls(upload=data[_LENGTH + length :], **head)
+        except Exception as error:
             raise CorruptFrame(f"no reply ({error})", False) from None
         known = {
             "client": str, "metrics": dict, "held_out": dict, "seconds": float, "failed": str,
@@ -104,7 +113,9 @@ class Reply:
         wrong = [name for name, kind in known.items() if type(getattr(reply, name)) is not kind]
         if wrong:
             raise CorruptFrame(f"no reply ({wrong[0]} has another type)", False)
-        return reply
+        if not 0 <= reply.seconds < math.inf:
+            raise CorruptFrame(f"no reply (seconds = {reply.seconds})", False)
+        return replace(reply, client=plain(reply.client), failed=plain(reply.failed, _TEXT))
 
 
 def failure(client: str, text: str) -> bytes:

@@ -38,6 +38,7 @@ from plait.federated.payload import (
     Rejected,
     Round,
     check_name,
+    plain,
     unpack,
 )
 from plait.federated.privacy import Privacy, PrivacyReport
@@ -45,6 +46,8 @@ from plait.federated.protocol import Exchange, Kind, Order, Reply
 from plait.federated.similarity import Similarity, factor_similarity
 from plait.federated.state import Checkpoint, Checkpoints, Spool, config_hash
 from plait.options import check_options, option
+
+_METRICS, _NAME = 100, 100  # metrics of a client in a record, characters of a name
 
 Stored = Callable[[str, int], StateDict]  # (client, round)
 Progress = Callable[[int, int, int, str], None]  # (round, clients done, clients in all, client)
@@ -459,12 +462,15 @@ def _read(client: str, data: bytes) -> Reply:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers among the metrics that a client reports."""
-    return {
-        name: value
-        for name, value in metrics.items()
-        if isinstance(value, int | float) and abs(value) <= sys.float_info.max  # no NaN either
-    }
+    """The finite numbers among the metrics that a client reports, as far as a record takes them."""
+    numbers: dict[str, float] = {}
+    for name, value in metrics.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and abs(value) <= sys.float_info.max:  # no NaN either
+            if len(numbers) == _METRICS:
+                break
+            numbers[plain(name, _NAME)] = value
+    return numbers
 
 
 def _held_out(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -473,10 +479,10 @@ def _held_out(metrics: Mapping[str, Any]) -> dict[str, Any]:
     If one model is measured on the rows of several clients, their numbers are under `clients`.
     """
     if metrics.get("failed"):
-        return {"failed": str(metrics["failed"])}
+        return {"failed": plain(str(metrics["failed"]))}
     apart = metrics.get("clients")
     if isinstance(apart, Mapping):
-        by_client = {name: x for name, x in apart.items() if isinstance(x, Mapping)}
+        by_client = {plain(name, _NAME): x for name, x in apart.items() if isinstance(x, Mapping)}
         return {"clients": {name: _numbers(x) for name, x in by_client.items()}}
     return _numbers(metrics)
 

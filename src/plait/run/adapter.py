@@ -3,11 +3,12 @@
 import json
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PeftConfig,
@@ -15,11 +16,12 @@ from peft import (
     get_peft_model_state_dict,
 )
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plait.chain import chain_of
-from plait.run.config import ModelConfig
+from plait.options import shown
+from plait.run.config import PEFT_INTERNAL, ModelConfig
 from plait.run.folder import replace_dir, write_atomic
 from plait.run.model import base_name
 from plait.upstream.adalora import upstream_noise
@@ -28,6 +30,11 @@ from plait.upstream.table import start_kind
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _REMEDY = "Copy it again, or train again."
+# Options that training, the data or the base model decide: an adapter may have others than the run.
+_DECIDED = PEFT_INTERNAL | {
+    *("target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out", "rank_pattern"),
+    *("total_steps", "total_step", "tinit", "tfinal", "tasks", "init_lora_weights"),
+}
 _PICKLES = ("adapter_model.bin", "pytorch_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
@@ -96,7 +103,8 @@ def load_adapter(base: PreTrainedModel, path: Path, expected: PeftConfig) -> Pef
 
     expected: what the run's config makes of its method; an adapter of another method is refused.
     Raises FileNotFoundError for missing files, and ValueError for a pickle, a damaged file, an
-    adapter of another method, of another model's shapes, of a newer plait, or an incomplete one.
+    adapter of another method, of another model's shapes, of a newer plait, or an incomplete one;
+    for options other than the run's, and numbers that are NaN or infinite.
     """
     stored_numbers(path)
     config = _read_config(path, expected)
@@ -156,22 +164,77 @@ def _read_config(path: Path, expected: PeftConfig) -> PeftConfig:
                 else "That type is not known here; install what made it."
             )
         )
+    _check_options(saved, expected, file)
     try:
         return type(expected).from_pretrained(str(path))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
 
 
+def _check_options(saved: Mapping[str, Any], expected: PeftConfig, file: Path) -> None:
+    """Raise if an adapter_config.json has other options than the run, or numbers that are none.
+
+    PiSSA and its like are saved as a LoRA of twice the rank and the same scaling.
+    """
+    own = expected.to_dict()
+    if start_kind(expected) == "residual":
+        own["r"] *= 2
+        own["lora_alpha"] *= math.sqrt(2) if own.get("use_rslora") else 2
+    for name, value in saved.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{file}: {name} is {value}. {_REMEDY}")
+        wanted = own.get(name)
+        plain = isinstance(value, int | float | str | None) and not isinstance(wanted, dict | list)
+        if name in _DECIDED or name not in own or not plain or value == wanted:
+            continue
+        numbers = isinstance(value, int | float) and isinstance(wanted, int | float)
+        if not (numbers and math.isclose(value, wanted, rel_tol=1e-6)):
+            raise ValueError(
+                f"{file}: {name} is {shown(value)}, the run's config.yaml has {shown(wanted)}. Put "
+                f"the adapter of this run back, or correct method.{name}."
+            )
+
+
+def check_finite(folder: Path) -> None:
+    """Raise if a safetensors file in a folder holds NaN or an infinite value.
+
+    What cannot be read is left to whoever loads it.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    _check_numbers(file, name, opened.get_tensor(name))
+        except (SafetensorError, OSError):
+            continue
+
+
+def _check_numbers(file: Path, name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{file}: {name} has NaN or infinite values. {_REMEDY}")
+
+
 def _check_complete(model: PeftModel, path: Path) -> None:
-    """Raise unless the file's tensors are exactly those of the model's adapter."""
-    needed = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    """Raise unless the file's tensors are finite and exactly those of the model's adapter."""
+    needed = get_peft_model_state_dict(model, save_embedding_layers=False)
     with safe_open(path / WEIGHTS, framework="pt") as file:
-        saved = set(file.keys())
-    for names, what in ((needed - saved, "lacks"), (saved - needed, "has, but the model not,")):
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for names, what in (
+        (needed.keys() - saved.keys(), "lacks"),
+        (saved.keys() - needed.keys(), "has, but the model not,"),
+    ):
         if names:
             raise ValueError(
                 f"{path / WEIGHTS}: {what} {sorted(names)[0]} and {len(names) - 1} more. The "
                 "adapter is of another model or another method's options; use the run's own."
+            )
+    for name, tensor in saved.items():
+        _check_numbers(path / WEIGHTS, name, tensor)
+        if tensor.is_floating_point() != needed[name].is_floating_point():
+            kinds = (str(x.dtype).removeprefix("torch.") for x in (tensor, needed[name]))
+            raise ValueError(
+                f"{path / WEIGHTS}: {name} is {next(kinds)}, the method has {next(kinds)}. "
+                f"{_REMEDY}"
             )
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from plait.run.config import RunConfig
+from plait.run.config import REMOTE_CODE, RunConfig
 from plait.run.data.bundle import DataBundle, Split
 from plait.run.data.tokens import IGNORED
 from plait.run.generate import decode, generate_ids
@@ -43,8 +43,8 @@ def evaluate_run(
     """Measure a finished run on a split (None: test, else validation) and write eval.json.
 
     Class and task indices are those of the run, and only the rows of that split are read.
-    eval.json keeps the metrics under the split's name. With overrides, which are not what the run
-    was trained with, they are only returned.
+    eval.json keeps the metrics under the split's name. With overrides of data or evaluation, which
+    are not what the run was trained with, they are only returned.
 
     Raises what load_run and load_data raise, ValueError when there is no such split or eval.json is
     damaged, and OSError, which holds the metrics, when it cannot be written.
@@ -56,11 +56,12 @@ def evaluate_run(
             f"{path}: data.validation and data.test are not set. Give rows: "
             f"plait evaluate {path} data.test=FILE"
         )
-    if not overrides:
+    keeps = all(text.startswith(REMOTE_CODE) for text in overrides)
+    if keeps:
         run.folder.read_evaluation()  # a damaged file is refused before the work
     data = run.load_data(split)
     metrics = evaluate_model(run.model, data, split, run.cfg, progress=progress)
-    if not overrides:
+    if keeps:
         try:
             run.folder.write_evaluation(**{split: metrics})
         except (OSError, ValueError) as error:

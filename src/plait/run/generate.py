@@ -22,17 +22,19 @@ def generate_run(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    overrides: Sequence[str] = (),
 ) -> str:
     """Continue one prompt with a run, put into the same template as in training.
 
     prompt: the text; if data.prompt_template has one column, it fills that column. fields: column
     -> text, for templates with several. task: for a run that routes by task. max_new_tokens: None:
-    evaluation.max_new_tokens. temperature: as in generate_ids. seed: of sampling.
+    evaluation.max_new_tokens. temperature: as in generate_ids. seed: of sampling. overrides: as in
+    load_run.
 
     Raises ValueError for an encoder run, a prompt that does not fill the template, and a task that
     is missing or unknown.
     """
-    run = load_run(path)
+    run = load_run(path, overrides)
     cfg = run.cfg
     if cfg.model.task != "causal_lm":
         raise ValueError(

@@ -14,11 +14,12 @@ def harness_run(
     tasks: Sequence[str],
     limit: int | None = None,
     include_path: str | Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run tasks of the EleutherAI evaluation harness on a causal run; write eval.json.
 
     tasks: names that lm_eval knows, or that are in include_path (a folder with task files).
-    limit: only the first rows of each task, for a quick look.
+    limit: only the first rows of each task, for a quick look. overrides: as in load_run.
     Returns task -> metric -> value, as lm_eval names them; they stand under `harness` in
     eval.json. Raises ImportError without lm_eval, ValueError for an unknown task.
     """
@@ -30,7 +31,7 @@ def harness_run(
         raise ImportError(
             f'--harness needs lm_eval ({error}). Install it with: pip install "plait[eval]"'
         ) from error
-    run = load_run(path)
+    run = load_run(path, overrides)
     run.folder.read_evaluation()  # a damaged file is refused before the work
     if run.cfg.model.task != "causal_lm":
         raise ValueError(

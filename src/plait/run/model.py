@@ -6,7 +6,11 @@ head) starts random from the global seed, is trained, and is saved with the adap
 
 import importlib.util
 import inspect
-from collections.abc import Iterable, Iterator
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +38,15 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from plait.core.bridge import keep_trainable_on_cpu
+from plait.options import shown
 from plait.run.config import ModelConfig, RunConfig
 from plait.run.data.bundle import DataBundle
 from plait.upstream.table import BASELINES
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_SECONDS = 3.0  # that a regular expression may take for all layers of a model
+# Reads [expression, names]; in a process of its own, for nothing else ends a match that takes long.
+_MATCH = "import json, re, sys; e, n = json.load(sys.stdin); [re.fullmatch(e, name) for name in n]"
 _HEADS = ("classifier", "score")  # peft trains and saves these for classification by itself
 _CONTEXT = ("max_position_embeddings", "max_seq_len")  # MPT has the second
 # Layers whose weight the model reads without calling the layer, so that an update has no effect.
@@ -286,6 +294,50 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
         and module is not output
         and name.partition(".")[0] not in _HEADS
     }
+
+
+def check_patterns(options: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse regular expressions among a method's options that are none, or that take too long.
+
+    options: of the method; peft matches target_modules, exclude_modules, modules_to_save,
+    layers_pattern and the keys of rank_pattern and alpha_pattern with the names of all modules.
+
+    Raises:
+        ValueError: names the option, the expression and the reason.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(options.get(key), str):
+            _check_pattern(f"method.{key}", options[key], options[key], names)
+    for key in ("modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        patterns = options.get(key) or ()
+        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+            _check_pattern(f"method.{key}", pattern, rf"(.*\.)?({pattern})", names)
+
+
+def _check_pattern(key: str, text: str, expression: str, names: Iterable[str]) -> None:
+    if re.fullmatch(r"[\w.-]*", text):
+        return
+    try:
+        re.compile(expression)
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCH],
+            input=json.dumps([expression, list(names)]),
+            text=True,
+            timeout=_SECONDS,
+            check=True,
+            capture_output=True,
+        )
+    except (re.error, RecursionError, OverflowError, subprocess.CalledProcessError) as error:
+        reason = "too large" if isinstance(error, subprocess.CalledProcessError) else error
+        raise ValueError(
+            f"{key} has {shown(text)}, which is no regular expression ({reason}). Correct it."
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"{key} has {shown(text)}, a regular expression that takes more than {_SECONDS:g} s on "
+            "the names of this model's layers. Write a simpler one, or a list of names."
+        ) from None
 
 
 def parameter_counts(model: PeftModel | PreTrainedModel) -> tuple[int, int]:

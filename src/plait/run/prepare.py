@@ -10,7 +10,7 @@ Nothing is written here: a config that is refused leaves no run folder behind.
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,14 @@ from plait.core.config import DeltaConfig
 from plait.core.delta import Delta
 from plait.core.events import PlaitWarning
 from plait.gates.alloc import set_development_batch
-from plait.run.adapter import load_adapter
+from plait.options import shown
+from plait.run.adapter import check_finite, load_adapter
 from plait.run.config import (
+    REMOTE_CODE,
     RunConfig,
     allocates,
     check_method,
+    check_remote_code,
     did_you_mean,
     load_config,
     method_options,
@@ -50,6 +53,7 @@ from plait.run.model import (
     Base,
     check_ids,
     check_length,
+    check_patterns,
     head_labels,
     head_of,
     ignored_layers,
@@ -68,6 +72,10 @@ from plait.upstream.layers import targeted
 from plait.upstream.table import BASELINES
 
 _SCORED_ROWS = 32  # validation rows that an allocation scores ranks on
+# Options that set the rank of a layer, and those that set how many such pairs it has.
+_RANKS = ("r", "init_r", "r1", "r2", "shared_r", "common_rank")
+_COPIES = ("num_A", "num_B", "num_experts")
+_NUMBERS = 2**24  # of an adapter whose ranks exceed its layers
 
 
 @dataclass(frozen=True)
@@ -205,19 +213,21 @@ def _check_optimizer(cfg: RunConfig, model: PeftModel | PreTrainedModel) -> None
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
     """Load the base model and the trained adapter (or the trained model) of a run folder.
 
-    overrides: `data.x=..`, `evaluation.x=..`: other data than that of training.
+    overrides: `data.x=..`, `evaluation.x=..`: other data than that of training;
+    `model.trust_remote_code=true`, which the folder's own config cannot say.
 
     Raises FileNotFoundError if training has not finished, and ValueError for an adapter that is
     damaged, a pickle, of another method, of another model's shapes or of a newer plait.
     """
     folder = RunFolder.open(path)
     for text in overrides:
-        if not text.startswith(("data.", "evaluation.")):
+        if not text.startswith(("data.", "evaluation.", f"{REMOTE_CODE}=")):
             raise ValueError(
-                f"command line: {text} cannot be changed after training. Override data.* or "
+                f"command line: {shown(text)} cannot be changed after training. Override data.* or "
                 "evaluation.*."
             )
     cfg = load_config(folder.config, overrides)
+    check_remote_code(cfg.model, folder.config, overrides)
     full = cfg.method.name == "full"
     trained = folder.model if full else folder.adapter
     if not trained.is_dir():
@@ -225,6 +235,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
             f"{path}: {trained.name}/ is missing, so training did not finish. Continue it: plait "
             "train FILE --resume"
         )
+    check_finite(trained)
     facts = folder.read_facts()
     for name in ("kind", "labels", "tasks"):
         if name not in facts:
@@ -240,6 +251,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
         set_padding(model, tokenizer)
     model = to_device(model, cfg)
     if expected is not None:
+        check_patterns(cfg.method.options, model)
         model = load_adapter(model, trained, expected)
         if cfg.chain is not None:
             chain.load(model, trained)
@@ -327,8 +339,11 @@ def method_config(
     Raises ValueError for options that do not fit the base model's layers.
     """
     options = dict(cfg.method.options)
+    check_patterns(options, base.model)
     _check_targets(options.get("target_modules", "all-linear"), base.layers)
+    _check_saved(options.get("modules_to_save"), base.model)
     sizes = {name: _sizes(layer) for name, layer in base.layers.items()}
+    _check_ranks(options, sizes)
     if base.missing:
         options["modules_to_save"] = [*(options.get("modules_to_save") or ()), *base.missing]
     if "fan_in_fan_out" in method_options(cfg.method.name):  # how GPT-2 stores its weights
@@ -388,9 +403,36 @@ def _check_targets(targets: Any, layers: Iterable[str]) -> None:
     if unmatched:
         candidates = sorted({name.rpartition(".")[2] for name in layers})
         raise ValueError(
-            f"method.target_modules: {', '.join(map(repr, unmatched))} matches no linear "
+            f"method.target_modules: {', '.join(map(shown, unmatched[:5]))} matches no linear "
             f"layer of this model. It has {', '.join(candidates)}; or use all-linear."
         )
+
+
+def _check_saved(names: Iterable[str] | None, model: nn.Module) -> None:
+    """Raise when a name in modules_to_save is the end of no module's name."""
+    modules = [name for name, _ in model.named_modules()]
+    for name in names or ():
+        if not any(module.endswith(name) or re.search(rf"(^|\.){name}($|\.)", module)
+                   for module in modules):  # fmt: skip
+            ends = sorted({module.rpartition(".")[2] for module in modules if module})
+            raise ValueError(
+                f"method.modules_to_save: {shown(name)} matches no module of this model. "
+                f"{did_you_mean(name, ends)}"
+            )
+
+
+def _check_ranks(options: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise when ranks that exceed every layer would fill the memory."""
+    widest, total = max(map(max, sizes.values()), default=0), sum(map(sum, sizes.values()))
+    copies = [options.get(name) for name in _COPIES]
+    most = max([1, *(n for n in copies if isinstance(n, int))])
+    for name in _RANKS:
+        rank = options.get(name)
+        if isinstance(rank, int) and rank * most > widest and rank * most * total > _NUMBERS:
+            raise ValueError(
+                f"method.{name} is {rank}, and the widest layer of this model has {widest} rows or "
+                f"columns; the adapter would have {rank * most * total:,} numbers. Lower it."
+            )
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:

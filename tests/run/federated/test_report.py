@@ -215,6 +215,21 @@ TRAINED = [
 ]
 
 
+def test_what_a_client_writes_is_text_in_the_report(tmp_path: Path) -> None:
+    """No link, tag, picture or code of a client gets into report.md or comparison.md."""
+    text = "![x](http://evil/?a) <script>alert(1)</script> `rm` *b* [a](javascript:b) \\"
+    lines = [*LINES[:-1], round_line(3, failed={"eve": text}), evaluation(3, [1.0, 1.0, 1.0])]
+    folder = made(tmp_path / "run", lines)
+    write_report(folder, algorithm("fedit"), "fedit")
+    out = write_comparison(tmp_path / "out", [summary(folder, "fedit")])
+    escaped = (
+        r"eve: failed in round 3: !\[x\](http://evil/?a) \<script\>alert(1)\</script\> "
+        r"\`rm\` \*b\* \[a\](javascript:b) \\"
+    )
+    assert f"- {escaped}\n" in (folder.path / "report.md").read_text()
+    assert f"- fedit: {escaped}\n" in (out / "comparison.md").read_text()
+
+
 def test_both_stages_are_told_apart(tmp_path: Path) -> None:
     folder, plain = made(tmp_path / "run", TRAINED), made(tmp_path / "plain")
     s = summary(folder, "fedit")

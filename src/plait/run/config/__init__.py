@@ -14,7 +14,7 @@ from plait.run.config.method import (
     optimizer_options,
     peft_config,
 )
-from plait.run.config.plugins import import_plugin
+from plait.run.config.plugins import REMOTE_CODE, check_remote_code, import_plugin
 from plait.run.config.run import (
     RunConfig,
     check_method,
@@ -42,6 +42,7 @@ from plait.run.config.training import TRAINING_DEFAULTS
 
 __all__ = [
     "PEFT_INTERNAL",
+    "REMOTE_CODE",
     "TRAINING_DEFAULTS",
     "ChainConfig",
     "ColumnsConfig",
@@ -56,6 +57,7 @@ __all__ = [
     "RunConfig",
     "allocates",
     "check_method",
+    "check_remote_code",
     "config_from_dict",
     "config_to_dict",
     "did_you_mean",

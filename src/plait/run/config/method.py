@@ -3,7 +3,7 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
-from plait.options import did_you_mean
+from plait.options import did_you_mean, shown
 from plait.run.config import schema
 from plait.run.config.schema import Option
 from plait.run.config.sections import MethodConfig, ModelTask, OptimizerConfig
@@ -15,6 +15,44 @@ if TYPE_CHECKING:
 
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS", "regression": "SEQ_CLS"}
 _RANKS = ("r", "init_r", "target_r")
+# Bounds of options by their names: peft's fields have none, plait's no largest value.
+_MOST = 65_536  # the widest layers of today's models have 53,248
+_RANK = _COUNT = {"least": 1, "most": _MOST}
+_DROPOUT = {"least": 0, "below": 1}
+_FEW = {"most": 4096}
+_BOUNDS: dict[str, dict[str, float]] = {
+    "r": _RANK,
+    "init_r": _RANK,
+    "target_r": _RANK,
+    "r1": _RANK,
+    "r2": _RANK,
+    "shared_r": _RANK,
+    "common_rank": _RANK,
+    "rank_pattern": _RANK,
+    "lora_alpha": {"above": 0},
+    "alpha_pattern": {"above": 0},
+    "lora_dropout": _DROPOUT,
+    "unilora_dropout": _DROPOUT,
+    "vblora_dropout": _DROPOUT,
+    "vera_dropout": _DROPOUT,
+    "num_A": _FEW,
+    "num_B": _FEW,
+    "num_experts": _FEW,
+    "rounds": _FEW,
+    "num_basis_A": _COUNT,
+    "num_basis_B": _COUNT,
+    "spare": {"most": _MOST},
+    "num_vectors": _COUNT,
+    "vector_length": _COUNT,
+    "topk": _COUNT,
+    "qalora_group_size": _COUNT,
+    "theta_d_length": {"least": 1, "most": 2**26},
+    "orth_reg_weight": {"least": 0},
+    "beta1": {"least": 0, "below": 1},
+    "beta2": {"least": 0, "below": 1},
+}
+# Options that make peft import a module by its name.
+_IMPORTS = ("megatron_config", "megatron_core")
 DEFAULT_OPTIMIZER = OptimizerConfig.name
 
 
@@ -65,7 +103,8 @@ def check_method_section(raw: dict[str, Any], source: Source) -> MethodConfig:
     name = raw.pop("name", MethodConfig.name)
     if name not in method_names():
         raise ValueError(
-            f"{source.at('method.name')} is {name!r}, which is no method. {_nearest_method(name)}"
+            f"{source.at('method.name')} is {shown(name)}, which is no method. "
+            f"{_nearest_method(name)}"
         )
     lr_scale = raw.pop("lr_scale", None)
     if lr_scale is not None:
@@ -90,14 +129,13 @@ def check_method_section(raw: dict[str, Any], source: Source) -> MethodConfig:
                 f"{source.at(at)} and method.{renamed[key]} are the same option of {name}. "
                 "Give one of them."
             )
-        if key in _RANKS:
-            options[key] = check_value(known[key].type, value, at, source)
-            if options[key] is not None and options[key] < 1:
-                raise ValueError(f"{source.at(at)} is {options[key]}. Give a rank of at least 1.")
-        else:
-            options[key] = check_value(
-                bounded(known[key].type, known[key].bounds), value, at, source
-            )
+        if key in _IMPORTS and value is not None:
+            raise ValueError(f"{source.at(at)} cannot be set: it imports a module. Remove it.")
+        limits = {**_BOUNDS.get(key, {}), **known[key].bounds}
+        least = limits.pop("least", None) if key in _RANKS else None
+        options[key] = check_value(bounded(known[key].type, limits), value, at, source)
+        if least is not None and options[key] is not None and options[key] < least:
+            raise ValueError(f"{source.at(at)} is {options[key]}. Give a rank of at least 1.")
     return MethodConfig(name=name, options=options, lr_scale=lr_scale)
 
 
@@ -153,7 +191,7 @@ def check_optimizer_section(raw: dict[str, Any], source: Source) -> OptimizerCon
     name, names = raw.pop("name", DEFAULT_OPTIMIZER), [DEFAULT_OPTIMIZER, *schema.optimizers()]
     if name not in names:
         raise ValueError(
-            f"{source.at('optimizer.name')} is {name!r}, which is no optimizer. "
+            f"{source.at('optimizer.name')} is {shown(name)}, which is no optimizer. "
             f"{did_you_mean(name, names, 'The page on optimizers lists them.')}"
         )
     known, options = optimizer_options(name), {}
@@ -165,7 +203,7 @@ def check_optimizer_section(raw: dict[str, Any], source: Source) -> OptimizerCon
         if key not in known:
             remedy = did_you_mean(key, known) if known else "Name the optimizer, optimizer.name."
             raise ValueError(f"{source.at(at)} is not an option of {name}. {remedy}")
-        options[key] = check_value(known[key].type, value, at, source)
+        options[key] = check_value(bounded(known[key].type, {}), value, at, source)
     for key, o in known.items():
         if o.required and key not in options:
             raise ValueError(f"{source.at('optimizer')}: {name} needs {key}. Give it.")

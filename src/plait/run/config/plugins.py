@@ -1,17 +1,25 @@
-"""Methods of other people: modules that register them, imported when the user asks for it.
+"""Code of other people, which runs only when the user asks for it in this very call.
+
+Plugins are modules that register methods; a model can bring code along, too.
 
 `plait --import MODULE_OR_FILE` is the user's own command line. `plugins:` in a run file is imported
 by `plait check` and `plait train`, which the user gives that file; the config.yaml of a run folder,
-which may come from somebody else, imports nothing.
+which may come from somebody else, imports nothing. `model.trust_remote_code` counts likewise: in
+the user's own run file or on the command line, never in the config.yaml of a run folder.
 """
 
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from plait.options import shown
+from plait.run.config.sections import ModelConfig
 from plait.run.config.yaml import Source, check_value
+
+REMOTE_CODE = "model.trust_remote_code"
 
 
 def import_plugin(name: str) -> None:
@@ -63,8 +71,8 @@ def check_plugins(raw: Any, source: Source, trusted: bool) -> list[str]:
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):
             raise ValueError(
-                f"{source.at('plugins')} has {name!r}, which is no name of a module. Give an "
-                "importable module; a file is named on the command line: plait --import FILE.py"
+                f"{source.at('plugins')} has {shown(name)}, which is no name of a module. Give "
+                "an importable module; a file is named on the command line: plait --import FILE.py"
             )
         if name in sys.modules:
             continue
@@ -78,3 +86,20 @@ def check_plugins(raw: Any, source: Source, trusted: bool) -> list[str]:
         except ImportError as error:
             raise ImportError(f"{source.at('plugins')}: {error}") from error
     return names
+
+
+def check_remote_code(model: ModelConfig, file: str | Path, overrides: Sequence[str]) -> None:
+    """Refuse `model.trust_remote_code` in the config of a run folder, which runs no code.
+
+    file: that config. overrides: of the command line, where the key counts.
+
+    Raises:
+        ValueError: the file sets it, and the command line does not.
+    """
+    said = any(text.partition("=")[0] == REMOTE_CODE for text in overrides)
+    if model.trust_remote_code and not said:
+        raise ValueError(
+            f"{file}: {REMOTE_CODE} is true, and the config of a run folder runs no code. If you "
+            f"trust the code that {shown(model.name)} brings along, add {REMOTE_CODE}=true to the "
+            f"command; if it needs none, {REMOTE_CODE}=false."
+        )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plait.options import did_you_mean
+from plait.options import did_you_mean, shown
 from plait.run.config.method import (
     DEFAULT_OPTIMIZER,
     check_method_section,
@@ -139,7 +139,7 @@ def _check_chain(chain: ChainConfig, method: str, source: Source) -> None:
 
     if chain.plan not in RECIPES:
         raise ValueError(
-            f"{source.at('chain.plan')} is {chain.plan!r}, which is no plan. "
+            f"{source.at('chain.plan')} is {shown(chain.plan)}, which is no plan. "
             f"{did_you_mean(chain.plan, RECIPES)}"
         )
     try:

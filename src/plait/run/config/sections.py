@@ -3,14 +3,18 @@
 A new key is a line here: reading, errors, `plait init` and the tables on the pages follow.
 """
 
+import os
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from plait.options import option
+from plait.options import option, shown
 
 if typing.TYPE_CHECKING:
     from plait.chain import ChainPlan
+
+_NAME = 255  # bytes of a file's name
 
 ModelTask = Literal["causal_lm", "classification", "regression"]
 
@@ -135,15 +139,28 @@ class OutputConfig:
 
     dir: str = option("runs/first", "The run folder; one that holds something is refused.", least=1)
 
+    def __post_init__(self) -> None:
+        longest = max(Path(self.dir).parts, key=lambda part: len(os.fsencode(part)))
+        size = len(os.fsencode(longest))
+        if size > _NAME:
+            raise ValueError(
+                f"output.dir has the name {shown(longest)} of {size:,} bytes. Give names of up to "
+                f"{_NAME}."
+            )
+
 
 @dataclass(kw_only=True)
 class ChainConfig:
     """A chain of adapters; an option that is null has the recipe's own default."""
 
     plan: str = option("chain", "The recipe: chain, rac or xgb.")
-    links: int | None = option(None, "Number of links; or give steps_per_link.", least=1)
+    links: int | None = option(
+        None, "Number of links; or give steps_per_link.", least=1, most=65_536
+    )
     steps_per_link: int | None = option(None, "Optimizer steps of a link.", least=1)
-    ranks: int | list[int] | None = option(None, "Rank of all links, or of each.", least=1)
+    ranks: int | list[int] | None = option(
+        None, "Rank of all links, or of each.", least=1, most=65_536
+    )
     lr: Literal["restart", "global"] | None = option(
         None, "Whether the learning rate's schedule restarts with each link."
     )
@@ -154,11 +171,13 @@ class ChainConfig:
     )
     freeze: Literal["A", "B"] | None = option(None, "rac: the factor that is a frozen sketch.")
     sketch: Literal["orthonormal", "gaussian"] | None = option(None, "rac: how it is drawn.")
-    sketch_std: float | None = option(None, "rac: standard deviation of a Gaussian sketch.")
+    sketch_std: float | None = option(
+        None, "rac: standard deviation of a Gaussian sketch.", least=0
+    )
     blocks_per_link: int | float | None = option(
         None, "xgb: blocks of the model that a link trains, or their share."
     )
-    rank: int | None = option(None, "xgb: rank of a link.", least=1)
+    rank: int | None = option(None, "xgb: rank of a link.", least=1, most=65_536)
     seed: int | None = option(None, "Seed of the links' starts and of the blocks drawn.")
 
     def build(self) -> "ChainPlan":

@@ -1,7 +1,11 @@
 """Reading a config file: YAML and command-line overrides in, checked dataclasses out.
 
-PyYAML reads `1e-4` as a string; checking against the declared type makes it a number. Every error
-names the file or the command line, the dotted key, the value and the remedy.
+PyYAML reads `1e-4` as a string; checking against the declared type makes it a number. It reads
+`no` as False; here it is a `Boolean`, which becomes the word `no` where the type means a word.
+Every error names the file or the command line, the dotted key, the value and the remedy.
+
+A file is read within bounds: its size, its depth, and its number of values with all aliases
+followed, so that no file takes much time or memory before it is refused.
 """
 
 import dataclasses
@@ -10,14 +14,21 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 
-from plait.options import did_you_mean
+from plait.options import did_you_mean, shown
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
+
+_BYTES = 1024 * 1024  # largest config file
+_DEPTH = 32  # deepest nesting
+_VALUES = 20_000  # most values, aliases followed
+_PROBLEM = 200  # characters of a parser's text that an error shows
+# What PyYAML raises: also for a date with a month 13 and for a number of 5,000 digits.
+_BROKEN = (yaml.YAMLError, ValueError, TypeError, OverflowError)
 
 
 class Source:
@@ -49,9 +60,17 @@ def read(path: Path, remedy: str) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such config file. {remedy}".rstrip())
+    size = path.stat().st_size
+    if size > _BYTES:
+        raise ValueError(f"{path}: has {size:,} bytes. A config file has up to {_BYTES:,}.")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except yaml.YAMLError as error:
+        raw = _parse(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: byte {error.object[error.start]:#x} is not UTF-8 text. Convert the file to "
+            "UTF-8."
+        ) from None
+    except _BROKEN as error:
         raise ValueError(f"{path}: {_yaml_problem(error)}. Correct the YAML there.") from None
     return {} if raw is None else raw
 
@@ -70,7 +89,9 @@ def override(raw: dict[str, Any], text: str) -> str:
     key, sign, value = text.partition("=")
     parts = key.split(".")
     if not sign or len(parts) < 2 or not all(parts):
-        raise ValueError(f"command line: {text!r} is not an override. Write section.key=value.")
+        raise ValueError(
+            f"command line: {shown(text)} is not an override. Write section.key=value."
+        )
     here = raw
     for depth, part in enumerate(parts[:-1], 1):
         below = here.get(part)
@@ -78,37 +99,129 @@ def override(raw: dict[str, Any], text: str) -> str:
         here = here[part]
         if not isinstance(here, dict):
             raise ValueError(
-                f"command line: {key} is below {'.'.join(parts[:depth])}, which is {here!r} and "
-                "has no keys. Set that key itself."
+                f"command line: {key} is below {'.'.join(parts[:depth])}, which is {shown(here)} "
+                "and has no keys. Set that key itself."
             )
     try:
-        here[parts[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"command line: {text!r}: {_yaml_problem(error)}. Quote it.") from None
+        here[parts[-1]] = _parse(value)
+    except _BROKEN as error:
+        raise ValueError(
+            f"command line: {shown(text)}: {_yaml_problem(error)}. Quote it."
+        ) from None
     return key
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice; PyYAML would keep the last one silently."""
+class Boolean(str):
+    """A YAML boolean as it was written (`no`, `off`, `True`); `truth` is its value."""
+
+    @property
+    def truth(self) -> bool:
+        """Its value."""
+        return yaml.SafeLoader.bool_values[self.lower()]
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses lone surrogates, and a key that stands twice; PyYAML silently keeps the last one.
+
+    It stops at the first value that is too deep or one too many. Booleans become `Boolean`.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.depth = self.values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth, self.values = self.depth + 1, self.values + 1
+        if self.depth > _DEPTH or self.values > _VALUES:
+            raise _too_large(self.depth > _DEPTH, self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if key in seen:
+            try:
+                twice = key in seen
+            except TypeError:  # a list or a mapping
+                twice = False
+            else:
+                seen.add(key)
+            if twice:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"the key {shown(key)} stands twice", key_node.start_mark
                 )
-            seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        value = super().construct_scalar(node)
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            problem = "half of a surrogate pair, which is no character"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+        return value
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    """Say on one line where YAML is broken."""
+    def construct_boolean(self, node: yaml.ScalarNode) -> Boolean:
+        return Boolean(self.construct_scalar(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_boolean)
+
+
+def _parse(text: str) -> Any:
+    """Parse YAML within bounds.
+
+    Raises one of _BROKEN.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Refuse a document that is too deep or too large once its aliases are followed."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, depth: int) -> int:
+        if depth > _DEPTH:
+            raise _too_large(True, node.start_mark)
+        if id(node) not in sizes:
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            if isinstance(node, yaml.MappingNode):
+                parts = [part for pair in node.value for part in pair]
+            sizes[id(node)] = 1 + sum(size(part, depth + 1) for part in parts)
+        if sizes[id(node)] > _VALUES:
+            raise _too_large(False, node.start_mark)
+        return sizes[id(node)]
+
+    size(root, 1)
+
+
+def _too_large(deep: bool, mark: yaml.Mark) -> yaml.YAMLError:
+    problem = (
+        f"nested more than {_DEPTH} levels deep"
+        if deep
+        else f"more than {_VALUES:,} values, aliases followed"
+    )
+    return yaml.constructor.ConstructorError(None, None, problem, mark)
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Describe on one line where YAML is broken."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-    return " ".join(str(error).split())
+        mark, problem = error.problem_mark, " ".join(str(error.problem).split())
+        if len(problem) > _PROBLEM:
+            problem = f"{problem[:_PROBLEM]} ..."
+        return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
+    return " ".join(str(error).split())[:_PROBLEM]
 
 
 # Checks -----------------------------------------------------------------------------------------
@@ -126,9 +239,11 @@ def check_sections(raw: Any, known: Iterable[str], source: Source) -> dict[str, 
         raise ValueError(f"{source.file}: is a {kind}. Give sections: {', '.join(known)}.")
     for name, value in raw.items():
         if name not in known:
-            raise ValueError(source.unknown(str(name), known, f"Sections: {', '.join(known)}."))
+            raise ValueError(
+                source.unknown(str(name)[:_PROBLEM], known, f"Sections: {', '.join(known)}.")
+            )
         if value is not None and not isinstance(value, dict):
-            raise ValueError(f"{source.at(name)} is {value!r}. It should be keys and values.")
+            raise ValueError(f"{source.at(name)} is {shown(value)}. It should be keys and values.")
     return {name: raw.get(name) or {} for name in known}
 
 
@@ -143,7 +258,9 @@ def check_section(section: Any, raw: dict[str, Any], prefix: str, source: Source
     fields = {f.name: f for f in dataclasses.fields(section)}
     problems = [
         source.unknown(
-            f"{prefix}.{key}", fields, f"Keys of {prefix}: `plait init FILE` lists them."
+            f"{prefix}.{str(key)[:_PROBLEM]}",
+            fields,
+            f"Keys of {prefix}: `plait init FILE` lists them.",
         )
         for key in raw
         if key not in fields
@@ -172,46 +289,90 @@ def check_value(hint: Any, value: Any, key: str, source: Source) -> Any:
     """Return a value as its type; a ValueError names every wrong key at or below `key`."""
     from pydantic import ValidationError
 
+    value = _read_booleans(hint, value)
     try:
         return _adapter(hint).validate_python(value)
     except ValidationError as error:
         problems: dict[str, tuple[Any, list[str]]] = {}
         for detail in error.errors(include_url=False):
             steps, inner = _real_path(value, detail["loc"])
-            dotted = ".".join([key, *steps])
+            dotted = ".".join([key, *(step[:_PROBLEM] for step in steps)])
             message = detail["msg"].removeprefix("Input should be ")
             problems.setdefault(dotted, (inner, []))[1].append(message)
         lines = [
-            f"{source.at(dotted)} is {inner!r}. It should be {' or '.join(messages)}."
+            f"{source.at(dotted)} is {shown(inner)}. It should be {' or '.join(messages)}."
             for dotted, (inner, messages) in problems.items()
         ]
         raise ValueError("\n".join(lines)) from None
 
 
+def _read_booleans(hint: Any, value: Any) -> Any:
+    """Replace each `Boolean` by what its type means by it.
+
+    That is a word of a Literal, a truth value, or else the text as it was written, which is right
+    for a text and refused for a number.
+    """
+    members = _members(hint)
+    if isinstance(value, Boolean):
+        words = [w for m in members if typing.get_origin(m) is Literal for w in typing.get_args(m)]
+        if value.lower() in words:
+            return value.lower()
+        return value.truth if bool in members or Any in members else str(value)
+    origins = {typing.get_origin(member): typing.get_args(member) for member in members}
+    if isinstance(value, list):
+        lists = [origins[kind] for kind in (list, set, tuple) if origins.get(kind)]
+        return [_read_booleans(lists[0][0] if lists else Any, item) for item in value]
+    if isinstance(value, dict):
+        of_values = origins[dict][1] if origins.get(dict) else Any
+        return {
+            str(name) if isinstance(name, Boolean) else name: _read_booleans(of_values, item)
+            for name, item in value.items()
+        }
+    return value
+
+
+def _members(hint: Any) -> list[Any]:
+    """Return the members of a union, without bounds; of another type the type itself."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _members(typing.get_args(hint)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [member for part in typing.get_args(hint) for member in _members(part)]
+    return [hint]
+
+
 def bounded(hint: Any, facts: typing.Mapping[str, Any]) -> Any:
     """Return a type with a field's bounds on each number in it, on the length of each text.
 
-    A text that reads as a number is one where a bounded number comes first: 1e-4 is text to PyYAML.
+    A float has to be finite, unless the facts allow infinity, and a whole number has to fit into 64
+    bits. A text that reads as a number is one where a bounded number comes first: 1e-4 is
+    text to PyYAML.
     """
     names = {"ge": "least", "gt": "above", "le": "most", "lt": "below"}
     limits = {name: facts[ours] for name, ours in names.items() if facts.get(ours) is not None}
-    return _limited(hint, limits) if limits else hint
+    return _limited(hint, limits, bool(facts.get("infinite")))
 
 
-def _limited(hint: Any, limits: dict[str, Any]) -> Any:
+def _limited(hint: Any, limits: dict[str, Any], infinite: bool) -> Any:
     from pydantic import Field
 
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint in (int, float):
-        return Annotated[hint, Field(**limits)]
+    if hint is float and not infinite:
+        return Annotated[float, Field(**limits, allow_inf_nan=False)]
+    if hint is int:
+        low = {} if {"ge", "gt"} & limits.keys() else {"ge": -(2**63)}
+        high = {} if {"le", "lt"} & limits.keys() else {"lt": 2**63}
+        return Annotated[int, Field(**limits, **low, **high)]
+    if hint is float:
+        return Annotated[float, Field(**limits)]
     if hint is str and "ge" in limits:
         return Annotated[str, Field(min_length=int(limits["ge"]))]
     if origin in (typing.Union, types.UnionType):
-        union = typing.Union[tuple(_limited(part, limits) for part in inner)]  # noqa: UP007
-        mixed = str in inner and not {int, float}.isdisjoint(inner)
+        union = typing.Union[tuple(_limited(part, limits, infinite) for part in inner)]  # noqa: UP007
+        mixed = bool(limits) and str in inner and not {int, float}.isdisjoint(inner)
         return Annotated[union, Field(union_mode="left_to_right")] if mixed else union
-    if origin in (list, dict):
-        return types.GenericAlias(origin, tuple(_limited(part, limits) for part in inner))
+    if origin in (list, dict, tuple) and Ellipsis not in inner:
+        return types.GenericAlias(origin, tuple(_limited(part, limits, infinite) for part in inner))
     return hint
 
 

@@ -255,7 +255,8 @@ def _missing(row: Row, key: str, name: str) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(str, names)) or "none"
+    text = ", ".join(map(str, names)) or "none"
+    return text if len(text) <= 500 else f"{text[:500]} ..."
 
 
 def template_columns(template: str, key: str) -> list[str]:
@@ -274,9 +275,21 @@ def template_columns(template: str, key: str) -> list[str]:
     return names
 
 
+def whole_text(text: str, where: str, column: str) -> str:
+    """Return a text; ValueError if it has a lone surrogate, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: column {column!r:.60} has half of a surrogate pair, which is no character. "
+            "Correct or remove the row."
+        ) from None
+    return text
+
+
 def _string(value: Any, where: str, column: str) -> str:
     if isinstance(value, str):
-        return value
+        return whole_text(value, where, column)
     if isinstance(value, bool):
         raise ValueError(
             f"{where}: column {column!r} is {str(value).lower()}, not text. Write the words that "
@@ -304,7 +317,7 @@ def _name(value: Any, where: str, what: str = "label") -> str:
 def _number(value: Any, where: str) -> float:
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if number - number != 0:  # NaN or infinite
         raise ValueError(f"{where}: the label is {value!r:.60}. Regression needs a finite number.")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from plait.options import shown
 from plait.run.config import DataConfig
 
 _SUFFIXES = {
@@ -20,6 +21,7 @@ _SUFFIXES = {
     ".txt": "txt",
     ".parquet": "parquet",
 }
+_NAME = 255  # characters of a file's name
 _DELIMITERS = {"csv": ",", "tsv": "\t", "txt": None}
 
 
@@ -91,8 +93,12 @@ def _read_source(source: str, data: DataConfig, split: str, key: str) -> list[Ro
         return [Row(f"{source}: row {n}", values) for n, values in enumerate(made, 1)]
     default_part = data.split if split == "train" else split
     name, part = source, default_part
-    if "#" in source and not Path(source).exists():
+    if "#" in source and not (len(source) <= _NAME and Path(source).exists()):
         name, _, part = source.partition("#")
+    if any(len(part) > _NAME for part in name.split("/")):
+        raise ValueError(
+            f"{key} is {shown(source)}, with a name of more than {_NAME} characters. Correct it."
+        )
     path = Path(name).expanduser()
     suffixes = [s for s in path.suffixes if s != ".gz"]
     kind = data.format or _SUFFIXES.get(suffixes[-1] if suffixes else "")
@@ -166,6 +172,8 @@ def _read_jsonl(path: Path, file: IO[str]) -> Iterator[Row]:
             ) from None
         except DuplicateKey as error:
             raise ValueError(f"{where}: {error}") from None
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, deep nesting
+            raise ValueError(f"{where}: {_unusual(error)}. Correct that line.") from None
         yield Row(where, _columns(value, where))
 
 
@@ -179,6 +187,10 @@ def _read_json(path: Path, file: IO[str], part: str) -> Iterator[Row]:
             f"{path}: line {error.lineno}: not valid JSON ({error.msg}, column {error.colno}). "
             "Correct that line; one JSON object a line is data.format: jsonl."
         ) from None
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {_unusual(error)}. Correct it.") from None
     if isinstance(value, dict):
         if not isinstance(value.get(part), list):
             raise ValueError(
@@ -193,6 +205,13 @@ def _read_json(path: Path, file: IO[str], part: str) -> Iterator[Row]:
     for number, row in enumerate(value, 1):
         where = f"{path}: row {number}"
         yield Row(where, _columns(row, where))
+
+
+def _unusual(error: Exception) -> str:
+    """Describe what JSON's own syntax errors do not."""
+    if isinstance(error, RecursionError):
+        return "the values are nested too deeply"
+    return f"not readable ({str(error).partition(';')[0][:200]})"
 
 
 def _read_delimited(path: Path, file: IO[str], kind: str, data: DataConfig) -> Iterator[Row]:
@@ -254,12 +273,13 @@ def _read_parquet(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
-            f"{path}: not a readable Parquet file ({error}). Write it again."
+            f"{path}: not a readable Parquet file ({reason}). Write it again."
         ) from None
-    return [Row(f"{path}: row {n}", values) for n, values in enumerate(table.to_pylist(), 1)]
+    return [Row(f"{path}: row {n}", values) for n, values in enumerate(rows, 1)]
 
 
 def _read_hub(name: str, part: str, data: DataConfig, key: str) -> list[Row]:

@@ -15,10 +15,11 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from plait.run.config import DataConfig, did_you_mean
-from plait.run.data.reader import Columns
+from plait.run.data.reader import Columns, whole_text
 from plait.run.data.rows import Row
 
 IGNORED = -100  # the label of a token that is not trained
+_CHARACTERS = 128  # of a token, no more than which a row has on average
 _COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -36,7 +37,7 @@ def tokenize(
         if causal:
             encoded = _encode_causal(values, rows, data, tokenizer)
         else:
-            encoded = _encode_texts(values, data, tokenizer)
+            encoded = _encode_texts(values, rows, data, tokenizer)
             for row, item in zip(rows, encoded, strict=True):
                 if not item["input_ids"]:
                     raise ValueError(f"{row.where}: the text has no tokens. Remove the row.")
@@ -86,7 +87,8 @@ def _label(label: Any, labels: list[str] | None, where: str) -> Any:
         return label
     if label not in labels:
         raise ValueError(
-            f"{where}: the label {label!r} is not in the training set, which has {len(labels)}. "
+            f"{where}: the label {label!r:.60} is not in the training set, which has "
+            f"{len(labels)}. "
             f"{did_you_mean(label, labels)}"
         )
     return labels.index(label)
@@ -104,10 +106,20 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any
 
 
 def _encode_texts(
-    values: list[dict[str, Any]], data: DataConfig, tokenizer: PreTrainedTokenizerBase
+    values: list[dict[str, Any]],
+    rows: list[Row],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
-    texts = [of_row["text"] for of_row in values]
-    pairs = [of_row["text_pair"] for of_row in values] if "text_pair" in values[0] else None
+    parts = [name for name in ("text", "text_pair") if name in values[0]]
+    texts, *more = zip(
+        *(
+            _within([of_row[name] for name in parts], data, row.where)
+            for of_row, row in zip(values, rows, strict=True)
+        ),
+        strict=True,
+    )
+    texts, pairs = list(texts), list(more[0]) if more else None
     # The tokenizer cuts before it adds its closing special tokens.
     columns = tokenizer(
         texts,
@@ -133,7 +145,8 @@ def _encode_causal(
             of_row["completion"] = segments[-1][0]
         else:
             segments = [(of_row["prompt"], False), (of_row["completion"], True)]
-        cut.append(segments)
+        texts = _within([text for text, _ in segments], data, row.where)
+        cut.append([(text, trained) for text, (_, trained) in zip(texts, segments, strict=True)])
     tokens = _encode_segments([[text for text, _ in segments] for segments in cut], tokenizer)
     start = _start_ids(tokenizer) if "messages" not in values[0] else []
     encoded = []
@@ -155,6 +168,26 @@ def _encode_causal(
             }
         )
     return encoded
+
+
+def _within(texts: list[str], data: DataConfig, where: str) -> list[str]:
+    """Cut the texts of a row where data.max_length tokens surely end, before they are tokenized.
+
+    Raises ValueError if such a row is not to be cut.
+    """
+    left, length = _CHARACTERS * data.max_length, sum(map(len, texts))
+    if length <= left:
+        return texts
+    if not data.truncate:
+        raise ValueError(
+            f"{where}: has {length:,} characters, more than data.max_length = {data.max_length} "
+            "tokens hold. Raise data.max_length, or cut rows with data.truncate: true."
+        )
+    cut = []
+    for text in texts:
+        cut.append(text[:left])
+        left -= len(cut[-1])
+    return cut
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -211,7 +244,7 @@ def _chat_segments(
     def rendered(count: int, open_turn: bool) -> str:
         return _rendered(tokenizer, messages[:count], open_turn, where, tools)
 
-    whole = rendered(len(messages), False)
+    whole = whole_text(rendered(len(messages), False), where, "messages")
     if tools and whole == _rendered(tokenizer, messages, False, where):
         raise ValueError(
             f"{where}: the row has tools, and the chat template of this tokenizer shows none to "

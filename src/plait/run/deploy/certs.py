@@ -37,9 +37,9 @@ def make_certs(
 ) -> list[Path]:
     """Make certificates for a server and key pairs for clients; return the files.
 
-    folder: made with mode 0700; private keys get mode 0600. hosts: names and addresses at which
-    clients reach the server; those of this machine are added; none: key pairs only. days: how long
-    the certificates are valid; key pairs do not expire.
+    folder: made with mode 0700; an existing one keeps its mode; private keys get mode 0600.
+    hosts: names and addresses at which clients reach the server; those of this machine are added;
+    none: key pairs only. days: how long the certificates are valid; key pairs do not expire.
 
     Raises:
         ImportError: cryptography is not installed.
@@ -59,8 +59,7 @@ def make_certs(
     contents = _certificates(hosts, days) if hosts else {}
     for name in clients:
         contents |= _key_pair(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name in names:
         public = name.endswith((".crt", ".pub"))
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL

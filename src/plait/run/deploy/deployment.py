@@ -113,9 +113,12 @@ class Deployment:
         return variables | {"PATH": os.pathsep.join(folders)}
 
     def prepare(self) -> None:
-        """Make the home folder, accessible to its user alone, with flwr's config file in it."""
-        (self.home / "logs").mkdir(parents=True, exist_ok=True)
-        self.home.chmod(0o700)
+        """Make the home folder, accessible to its user alone, with flwr's config file in it.
+
+        A home that exists keeps its mode; what plait and flwr add to it is private.
+        """
+        for folder in (self.home, self.home / "logs", self.home / "clients"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         text = (
             "# Written by plait federate.\n"
             f'[superlink]\ndefault = "{LINK}"\n\n[superlink.{LINK}]\n'
@@ -138,6 +141,7 @@ class Deployment:
                 text=True,
                 timeout=_CALL,
                 start_new_session=True,
+                umask=0o077,
             )
         except subprocess.TimeoutExpired:
             raise DeployError(f"flwr {words[0]}: no answer in {_CALL:g} seconds.") from None

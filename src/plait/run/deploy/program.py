@@ -40,6 +40,7 @@ class Program:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches us alone; we end the program
+                umask=0o077,  # its state and its logs are its user's alone
             )
         self._known: set[psutil.Process] = set()
         self._rest = b""

@@ -57,7 +57,9 @@ class PartitionConfig:
         "How the rows are divided. files: each of data.train is a client. own: each client's "
         "machine has its own data.train.",
     )
-    clients: int | list[str] | None = option(None, "Number of clients, or their names.")
+    clients: int | list[str] | None = option(
+        None, "Number of clients, or their names.", most=100_000
+    )
     by: str | None = option(None, "dirichlet, by_column, shards: a column, task or label.")
     alpha: float | None = option(
         None, "dirichlet: concentration; the smaller, the more unequal.", above=0
@@ -88,12 +90,13 @@ class SamplingConfig:
 class LocalConfig(LocalOptions):
     """Rounds, and a client's training with AdamW in each of them."""
 
-    rounds: int = option(10, "Rounds of the whole run.", least=1)
+    rounds: int = option(10, "Rounds of the whole run.", least=1, most=1_000_000)
     schedule_rounds: int | None = option(
         None,
         "Rounds that the schedule of the method spans; null: rounds. A run that is resumed with "
         "more rounds keeps those that it began with.",
         least=1,
+        most=1_000_000,
     )
     dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "Number format of the uploads.")
 
@@ -167,7 +170,7 @@ class EngineConfig:
     kind: Literal["local", "flower"] = option(
         "local", "local: processes of plait. flower: Flower's simulation on Ray."
     )
-    workers: int = option(0, "Processes; 0: in this one.", least=0)
+    workers: int = option(0, "Processes; 0: in this one.", least=0, most=1024)
     threads: int | None = option(
         None, "torch's threads in each process; null: torch's choice.", least=1
     )

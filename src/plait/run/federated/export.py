@@ -16,7 +16,7 @@ them; copy the client's folder to RUN/clients first.
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from plait.federated.client import Site
 from plait.federated.methods import Algorithm
 from plait.federated.protocol import Order
 from plait.federated.state import Checkpoint, Checkpoints, ClientStore
-from plait.run.config import did_you_mean
+from plait.run.config import REMOTE_CODE, check_remote_code, did_you_mean
 from plait.run.export import TOLERANCE, lock_for, name_base
 from plait.run.federated.config import FederateConfig, load_federate_config
 from plait.run.federated.folder import FederatedFolder
@@ -67,12 +67,14 @@ def export_clients(
     out: str | Path,
     client: str | None = None,
     *,
+    overrides: Sequence[str] = (),
     done: Callable[[ClientExport], None] = lambda entry: None,
 ) -> list[ClientExport]:
     """Export the adapters of a run into a new folder.
 
     Args:
         run: the run folder. out: the folder to write. client: one client's name; None: all.
+        overrides: `model.trust_remote_code=true`, which the folder's own config cannot say.
         done: called after each client.
 
     Returns:
@@ -88,7 +90,11 @@ def export_clients(
     """
     out, folder = Path(out), FederatedFolder.open(run)
     _check_new(out)
-    config = load_federate_config(folder.config)
+    for text in overrides:
+        if not text.startswith(f"{REMOTE_CODE}="):
+            raise ValueError(f"command line: {text} cannot be changed after training. Remove it.")
+    config = load_federate_config(folder.config, overrides)
+    check_remote_code(config.model, folder.config, overrides)
     checkpoint = Checkpoints(folder.server).newest()
     if checkpoint is None or not checkpoint.state.round:
         raise ValueError(f"{folder.path}: no round is complete, so there is nothing to export.")

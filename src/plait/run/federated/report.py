@@ -12,6 +12,7 @@ and partition whose last measurement has the same clients, or one model for all 
 or if `central` is no better than `local`, the cell is "-".
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -387,7 +388,7 @@ def write_comparison(out: str | Path, summaries: Sequence[Summary]) -> Path:
     )
     text += _list("What differs from the first", differences(summaries)) if len(names) > 1 else ""
     text += _list("Privacy", private) if private else ""
-    text += _list("Rejected and failed", faults)
+    text += _list("Rejected and failed", list(map(_escaped, faults)))
     picture = pictures.comparison(
         [
             (n, (s.losses, s.trained_losses), (s.scores, s.trained_scores))
@@ -423,7 +424,7 @@ def write_report(folder: FederatedFolder, method: Algorithm, name: str) -> None:
     )
     text += _sections([*tables([s]), *_round_tables(s, lines), *_client_tables(s, lines)])
     text += _sections(_row_tables(folder.read_row_counts()))
-    text += _list("Rejected and failed", fault_lines(s))
+    text += _list("Rejected and failed", list(map(_escaped, fault_lines(s))))
     losses, scores = (
         {"held out": x, f"held out,{_TRAINED}": trained}
         for x, trained in ((s.losses, s.trained_losses), (s.scores, s.trained_scores))
@@ -587,6 +588,11 @@ def _sections(tables: Iterable[Table]) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in x)} |\n" for x in lines)
+
+
+def _escaped(line: str) -> str:
+    """Return text from elsewhere so that Markdown shows it as it is: no links, tags, code."""
+    return re.sub(r"([\\\\`*<>\[\]])", r"\\\1", line)
 
 
 def _list(title: str, lines: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from plait.federated.engines.flower.switches import OFF
 from plait.federated.engines.workers import Deadlines
 from plait.federated.guard import TooFewUpdates
-from plait.federated.payload import CorruptFrame
+from plait.federated.payload import CorruptFrame, plain
 from plait.federated.protocol import Order, Reply, failure
 
 for _name, _value in OFF.items():  # Flower reads some of them when it is imported
@@ -299,7 +299,8 @@ class GridExchange:
                 continue
             nodes.mute.pop(one.node, None)
             listed = reply.metrics.get("clients", [reply.client])
-            names = tuple(map(str, listed)) if isinstance(listed, list) else (reply.client,)
+            listed = listed if isinstance(listed, list) else [reply.client]
+            names = tuple(plain(str(name)) for name in listed)
             fault = self._fault(names)
             if fault is None:
                 nodes.of.update(dict.fromkeys(names, one.node))
