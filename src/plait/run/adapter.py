@@ -25,7 +25,7 @@ from plait.run.config import PEFT_INTERNAL, ModelConfig
 from plait.run.folder import replace_dir, write_atomic
 from plait.run.model import base_name
 from plait.upstream.adalora import upstream_noise
-from plait.upstream.table import start_kind
+from plait.upstream.table import of_residual, start_kind
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -178,8 +178,7 @@ def _check_options(saved: Mapping[str, Any], expected: PeftConfig, file: Path) -
     """
     own = expected.to_dict()
     if start_kind(expected) == "residual":
-        own["r"] *= 2
-        own["lora_alpha"] *= math.sqrt(2) if own.get("use_rslora") else 2
+        own = of_residual(own)
     for name, value in saved.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{file}: {name} is {value}. {_REMEDY}")

@@ -84,6 +84,9 @@ def drive_adalora(model: nn.Module, start: int = 0) -> None:
         listen(schedule)
 
 
+ADALORA = "adalora"  # its name in a run file
+
+
 def adalora_tuners(model: nn.Module) -> list[Any]:
     """The AdaLoRA tuners of a model that have an adapter to train."""
     tuners = [m for m in model.modules() if isinstance(m, AdaLoraModel)]

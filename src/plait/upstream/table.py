@@ -7,6 +7,7 @@ works with: a field `no_...` is None where it works, else the reason that errors
 of peft's, add a row here and nothing else; this module imports neither torch nor peft.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -257,6 +258,15 @@ def baseline_of(config: Any) -> Baseline | None:
         if rows:
             return rows[-1]
     return None
+
+
+def of_residual(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the LoRA that stands for a start of the kind "residual" in a file.
+
+    It has twice the rank and the same scaling, on the whole base weight.
+    """
+    alpha = options["lora_alpha"] * (math.sqrt(2) if options.get("use_rslora") else 2)
+    return options | {"r": 2 * options["r"], "lora_alpha": alpha}
 
 
 def start_kind(config: Any) -> Literal["drawn", "data", "residual", "other"]:

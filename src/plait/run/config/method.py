@@ -32,9 +32,6 @@ _BOUNDS: dict[str, dict[str, float]] = {
     "lora_alpha": {"above": 0},
     "alpha_pattern": {"above": 0},
     "lora_dropout": _DROPOUT,
-    "unilora_dropout": _DROPOUT,
-    "vblora_dropout": _DROPOUT,
-    "vera_dropout": _DROPOUT,
     "num_A": _FEW,
     "num_B": _FEW,
     "num_experts": _FEW,
@@ -131,7 +128,8 @@ def check_method_section(raw: dict[str, Any], source: Source) -> MethodConfig:
             )
         if key in _IMPORTS and value is not None:
             raise ValueError(f"{source.at(at)} cannot be set: it imports a module. Remove it.")
-        limits = {**_BOUNDS.get(key, {}), **known[key].bounds}
+        common = next((ours for ours, theirs in renamed.items() if theirs == key), key)
+        limits = {**_BOUNDS.get(common, {}), **known[key].bounds}
         least = limits.pop("least", None) if key in _RANKS else None
         options[key] = check_value(bounded(known[key].type, limits), value, at, source)
         if least is not None and options[key] is not None and options[key] < least:

@@ -14,6 +14,7 @@ from peft import PeftModel
 
 from plait import DenseDelta, LowRankDelta, NotMergeable
 from plait.core.mix import TokenRouter
+from plait.core.mixed import BASE
 from plait.testing import tiny
 from plait.testing.case import Case
 from plait.testing.helpers import (
@@ -124,7 +125,7 @@ def mixed_batch_is_separate_runs(case: Case) -> None:
     """A batch with an adapter for each row equals separate runs, in evaluation and in training."""
     model = wrap(case, init_weights=False)
     model.add_adapter("other", case.config(init_weights=False, seed=3))
-    names = ["default", "__base__", "other", "default"]
+    names = ["default", BASE, "other", "default"]
     for training in (False, True):
         model.train(training)
         mixed = logits(model, adapter_names=names)
