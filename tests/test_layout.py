@@ -155,6 +155,67 @@ def forbidden(tree: ast.AST) -> list[str]:
     return found
 
 
+def module(path: Path) -> str:
+    """Dotted name of a file of src/."""
+    return ".".join(path.relative_to(SRC.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_when_run(tree: ast.AST) -> list[str]:
+    """As `imported`, without what only a type checker reads."""
+    guarded = {
+        id(node)
+        for check in ast.walk(tree)
+        if isinstance(check, ast.If) and ast.unparse(check.test) == "TYPE_CHECKING"
+        for node in ast.walk(check)
+    }
+    statements = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in guarded
+    ]
+    return [name for node in statements for name in imported(node)]
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, at any depth; imports: module -> modules."""
+    reached: dict[str, set[str]] = {}
+    for start in imports:
+        todo, seen = [start], set()
+        while todo:
+            new = imports[todo.pop()] - seen
+            seen |= new
+            todo += new
+        reached[start] = seen
+    groups = {
+        tuple(sorted(m for m in reached[name] if name in reached[m]))
+        for name in imports
+        if name in reached[name]
+    }
+    return sorted(map(list, groups))
+
+
+def project_imports() -> dict[str, set[str]]:
+    """Module -> modules of plait that it imports anywhere; a re-exported name counts as its own."""
+    modules = {module(path): path for path in FILES}
+    defined = {
+        (module(path), alias.asname or alias.name): f"{node.module}"
+        for path in FILES
+        if path.name == "__init__.py"
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    graph = {}
+    for name, path in modules.items():
+        targets = set()
+        for target in imported_when_run(TREES[path]):
+            package, _, last = target.rpartition(".")
+            targets.add(target if target in modules else package if package in modules else "")
+            targets.add(defined.get((package, last), ""))
+        graph[name] = (targets & set(modules)) - {name}
+    return graph
+
+
 def named_upstream(path: Path, tree: ast.AST) -> list[str]:
     """Strings and identifiers that name one of peft's methods, except functions of upstream/."""
     ours = {
@@ -231,6 +292,31 @@ def test_only_the_bridge_knows_the_inside_of_peft() -> None:
 @pytest.mark.parametrize("path", FILES, ids=place)
 def test_upstream_methods_are_named_in_upstream_alone(path: Path) -> None:
     assert folder(path) == "upstream" or not named_upstream(path, TREES[path])
+
+
+def test_no_import_circle() -> None:
+    assert not circles(project_imports())
+
+
+def test_core_holds_what_at_least_two_modules_use() -> None:
+    graph = project_imports()
+    for name in graph:
+        if name.startswith("plait.core."):
+            users = [m for m, targets in graph.items() if name in targets and m != "plait.core"]
+            assert len(users) > 1, f"{name} has one user: {users}"
+
+
+def test_a_folder_has_at_most_18_modules() -> None:
+    for folder_path in {path.parent for path in FILES}:
+        modules = [p for p in folder_path.glob("*.py") if p.name != "__init__.py"]
+        assert len(modules) <= 18, f"{folder_path} holds {len(modules)} modules. Split it."
+
+
+def test_nothing_below_run_imports_run() -> None:
+    above = ("plait.run", "plait.assets", "plait.__main__", "plait_cli")
+    for name, targets in project_imports().items():
+        if not name.startswith(above):
+            assert not [t for t in targets if t.startswith(("plait.run", "plait_cli"))], name
 
 
 def test_nothing_stands_twice() -> None:
@@ -327,6 +413,13 @@ def test_names_of_upstream_are_found(code: str) -> None:
     assert named_upstream(SRC / "run" / "x.py", ast.parse(code))
     doc = "'AdaLoRA and vera.'\nfrom plait.upstream.adalora import drive_adalora\ndrive_adalora()"
     assert not named_upstream(SRC / "run" / "x.py", ast.parse(doc))
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
+    assert circles(graph) == [["b", "c"]]
+    late = ast.parse("def f():\n    from plait.run import x\nif TYPE_CHECKING:\n    import y")
+    assert imported_when_run(late) == ["plait.run.x"]
 
 
 def test_copies_are_found() -> None:

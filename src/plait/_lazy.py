@@ -44,7 +44,8 @@ class _Watch:
             spec = None if finder is self else finder.find_spec(name, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Counted(spec.loader, self)
+                    counted: Any = _Counted(spec.loader, self)
+                    spec.loader = counted
                 return spec
         return None
 

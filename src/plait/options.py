@@ -114,6 +114,9 @@ def check_option(name: str, kind: Any, facts: Mapping[str, Any], value: Any) -> 
     limits = {name: facts[name] for name in BOUNDS if facts.get(name) is not None}
     if value is None or not limits:
         return
+    if isinstance(value, str) and kind in (str, str | None):
+        check_option(f"the length of {name}", int, facts, len(value))
+        return
     whole = kind is int or kind == int | None
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         noun = "whole number" if whole else "number"

@@ -1,9 +1,10 @@
 """The config: strict keys, numbers that YAML reads as text, overrides, the error texts."""
 
 import json
+import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_type_hints
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from peft import AdaLoraConfig, LoraConfig, VeraConfig
 
 import plait
+from plait.options import check_options, option
 from plait.run.config import (
     ChainConfig,
     ColumnsConfig,
@@ -299,6 +301,26 @@ def test_a_remedy_shows_five_names_at_most_and_the_nearest_first():
     assert did_you_mean("learnin_rate", ["lr", "learning_rate", "learning_rates"]) == (
         "Did you mean learning_rate or learning_rates?"
     )
+
+
+def test_bounds_hold_wherever_a_config_is_made():
+    @dataclass
+    class Options:
+        share: float = option(0.5, "A share.", above=0, most=1)
+        name: str = option("x", "A name.", least=1)
+        ratio: float = option(1.0, "A ratio.", least=1, infinite=True)
+        names: list[str] = option(list, "No bounds.")
+
+    check_options(Options(ratio=float("inf"), share=1.0), "part")
+    for values, text in (
+        ({"share": 1.5}, "part.share = 1.5 is out of range. Give more than 0 and 1 or less."),
+        ({"share": True}, "part.share = True is not a number. Give one."),
+        ({"name": ""}, "the length of part.name = 0 is out of range. Give 1 or more."),
+        ({"ratio": float("nan")}, "part.ratio = nan is out of range. Give 1 or more."),
+        ({"share": float("inf")}, "part.share = inf is out of range. Give more than 0 and 1 or"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            check_options(Options(**values), "part")
 
 
 @pytest.mark.parametrize(

@@ -91,14 +91,14 @@ class PrivacyReport:
 class Privacy:
     """Options of differential privacy.
 
-    key: secret behind the noise, 16 characters or more. A `Server` joins it with the hash of its
-        config, so runs that share a secret draw different noise. Two runs of one config draw the
-        same noise: if their data differ, give each its own secret.
+    key: a `Server` joins it with the hash of its config, so runs that share a secret draw different
+        noise. Two runs of one config draw the same noise: if their data differ, give each its own
+        secret.
     """
 
     clip: float = option(MISSING, "C, the largest norm of an update.", above=0)
     noise: float = option(MISSING, "z, the standard deviation of the noise in units of C.", above=0)
-    key: str
+    key: str = option(MISSING, "Secret behind the noise, 16 characters or more.")
     delta: float = option(1e-5, "Of (epsilon, delta); below 1 / n clients.", above=0, below=1)
 
     def __post_init__(self) -> None:

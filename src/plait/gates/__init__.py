@@ -1,9 +1,11 @@
-"""Gates: what multiplies the rank axis, one file a gate. Importing them registers their names.
+"""Gates: what multiplies the rank axis, one file a gate. Importing this registers them all.
 
 `alloc`, `droplora` and `sora` can be named in any method's `gates`. `screening` belongs to
 dual_module, and `prune` removes ranks whose gate is zero.
 """
 
-from plait.gates import alloc, drop, prune, screening, sparse
+import importlib
+import pkgutil
 
-__all__ = ["alloc", "drop", "prune", "screening", "sparse"]
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

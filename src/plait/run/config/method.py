@@ -82,7 +82,7 @@ def check_method_section(raw: dict[str, Any], source: Source) -> MethodConfig:
             )
         if key not in known:
             remedy = did_you_mean(
-                key, [*known, "lr_scale"], f"`plait methods {name}` lists its options."
+                key, ["name", *known, "lr_scale"], f"`plait methods {name}` lists its options."
             )
             raise ValueError(f"{source.at(at)} is not an option of {name}. {remedy}")
         if key in renamed and renamed[key] in raw:
@@ -119,7 +119,7 @@ def peft_config(
     options: dict[str, Any] = {"target_modules": "all-linear"}
     baseline = BASELINES.get(method.name)
     if baseline:
-        options |= baseline.defaults | baseline.fixed
+        options |= {**baseline.defaults, **baseline.fixed}
     for key, value in method.options.items():
         options[baseline.renamed.get(key, key) if baseline else key] = value
     if baseline and baseline.complete:

@@ -198,7 +198,7 @@ def bounded(hint: Any, facts: typing.Mapping[str, Any]) -> Any:
     return _limited(hint, limits) if limits else hint
 
 
-def _limited(hint: Any, limits: dict[str, float]) -> Any:
+def _limited(hint: Any, limits: dict[str, Any]) -> Any:
     from pydantic import Field
 
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -211,7 +211,7 @@ def _limited(hint: Any, limits: dict[str, float]) -> Any:
         mixed = str in inner and not {int, float}.isdisjoint(inner)
         return Annotated[union, Field(union_mode="left_to_right")] if mixed else union
     if origin in (list, dict):
-        return origin[tuple(_limited(part, limits) for part in inner)]
+        return types.GenericAlias(origin, tuple(_limited(part, limits) for part in inner))
     return hint
 
 
