@@ -17,7 +17,14 @@ from plait.core.events import (
     listen,
     needs_total_steps,
 )
-from plait.upstream.adalora import ADALORA, adalora_tuners, drive_adalora, is_driven
+from plait.upstream.adalora import (
+    METHOD,
+    SINGULAR_VALUES,
+    adalora_tuners,
+    drive_adalora,
+    is_driven,
+    total_step,
+)
 
 _BEFORE = "plait_before_run"  # attribute of a config: its values before PlaitCallback filled them
 
@@ -61,7 +68,7 @@ class PlaitCallback(TrainerCallback):
         self._first, self._skipped = state.global_step, 0
         adapters = [(deltas[0].adapter.key, deltas) for deltas in adapters_of(model)]
         counts = [_Steps(key, deltas) for key, deltas in adapters]
-        counts += [_Steps(ADALORA, [tuner], "lora_E") for tuner in tuners]
+        counts += [_Steps(METHOD, [tuner], SINGULAR_VALUES) for tuner in tuners]
         self._counts = [count for count in counts if any(True for _ in count.parameters())]
         for count in self._counts:
             listen(count)
@@ -151,9 +158,7 @@ def warn_of_other_length(model: nn.Module, total_steps: int) -> None:
         for deltas in adapters_of(model)
         if needs_total_steps(deltas[0])
     ]
-    for tuner in adalora_tuners(model):
-        config = tuner.peft_config[tuner.trainable_adapter_name]
-        planned.append((ADALORA, "total_step", config.total_step))
+    planned += [(METHOD, "total_step", total_step(tuner)) for tuner in adalora_tuners(model)]
     for key, option, steps in planned:
         if steps is not None and steps != total_steps:
             warnings.warn(

@@ -9,8 +9,9 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import plait
-from tests.support import tiny
-from tests.support.contract import Case, deltas, trained, wrap
+from plait.testing import tiny
+from plait.testing.case import Case
+from plait.testing.helpers import deltas, trained, wrap
 
 DMC = Case("dual_module", {"tinit": 1, "tfinal": 0.5, "deltaT": 1})
 

@@ -13,8 +13,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import plait
 from plait.core import events
+from plait.testing.case import Case
+from plait.testing.helpers import batch, deltas, relative, steps, trained, wrap
 from tests.support import chains
-from tests.support.contract import Case, batch, deltas, relative, steps, trained, wrap
 
 DMC = Case("dual_module", {"tinit": 1, "tfinal": 2, "deltaT": 1, "orth_reg_weight": 0.5})
 SORA = Case("sora", {"xi": 0.05, "l1_weight": 1.0, "gate_lr": 5e-2})

@@ -14,7 +14,7 @@ from plait.run import train as train_module
 from plait.run.folder import RunFolder
 from plait.run.train import train
 from plait.run.trainer import RunTrainer
-from tests.support.contract import relative
+from plait.testing.helpers import relative
 from tests.support.runs import copy_rows, film_rows, run_config, save_model, weights, write_rows
 
 TASKS = [  # task, model

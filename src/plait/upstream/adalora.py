@@ -21,6 +21,8 @@ from torch.optim.optimizer import Optimizer
 
 from plait.core.events import EventNeverFired, Listener, listen
 
+METHOD = "adalora"
+SINGULAR_VALUES = "lora_E"  # in the names of what the schedule prunes
 STATE = "adalora.safetensors"  # beside a checkpoint's adapter
 
 # Schedule ---------------------------------------------------------------------------------------
@@ -84,13 +86,15 @@ def drive_adalora(model: nn.Module, start: int = 0) -> None:
         listen(schedule)
 
 
-ADALORA = "adalora"  # its name in a run file
-
-
 def adalora_tuners(model: nn.Module) -> list[Any]:
     """The AdaLoRA tuners of a model that have an adapter to train."""
     tuners = [m for m in model.modules() if isinstance(m, AdaLoraModel)]
     return [tuner for tuner in tuners if "trainable_adapter_name" in vars(tuner)]
+
+
+def total_step(tuner: Any) -> int | None:
+    """The length of the schedule of a tuner, in optimizer steps."""
+    return tuner.peft_config[tuner.trainable_adapter_name].total_step
 
 
 def is_driven(tuner: Any) -> bool:
