@@ -24,7 +24,7 @@ from plait.options import shown
 from plait.run.config import PEFT_INTERNAL
 from plait.run.folder import replace_dir
 from plait.upstream.adalora import upstream_noise
-from plait.upstream.table import start_kind
+from plait.upstream.table import saved_options, start_kind
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -153,20 +153,14 @@ def _read_config(path: Path, expected: PeftConfig) -> PeftConfig:
 
 
 def _check_options(saved: Mapping[str, Any], expected: PeftConfig, file: Path) -> None:
-    """Raise if an adapter_config.json has other options than the run, or numbers that are none.
-
-    PiSSA and its like are saved as a LoRA of twice the rank and the same scaling.
-    """
-    own = expected.to_dict()
-    if start_kind(expected) == "residual":
-        own["r"] *= 2
-        own["lora_alpha"] *= math.sqrt(2) if own.get("use_rslora") else 2
+    """Raise if an adapter_config.json has other options than the run, or numbers that are none."""
+    options = saved_options(expected)
     for name, value in saved.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{file}: {name} is {value}. {_REMEDY}")
-        wanted = own.get(name)
+        wanted = options.get(name)
         plain = isinstance(value, int | float | str | None) and not isinstance(wanted, dict | list)
-        if name in _DECIDED or name not in own or not plain or value == wanted:
+        if name in _DECIDED or name not in options or not plain or value == wanted:
             continue
         numbers = isinstance(value, int | float) and isinstance(wanted, int | float)
         if not (numbers and math.isclose(value, wanted, rel_tol=1e-6)):

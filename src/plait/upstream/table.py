@@ -273,3 +273,16 @@ def start_kind(config: Any) -> Literal["drawn", "data", "residual", "other"]:
     if start == "eva":
         return "data"
     return "residual" if start.startswith(("pissa", "olora", "corda", "lora_ga")) else "other"
+
+
+def saved_options(config: Any) -> dict[str, Any]:
+    """Return the options of a config as those of its trained adapter are saved.
+
+    An adapter that started with a part of the base weight is saved as a LoRA of twice the rank and
+    the same scaling.
+    """
+    options = config.to_dict()
+    if start_kind(config) == "residual":
+        options["r"] *= 2
+        options["lora_alpha"] *= 2**0.5 if options.get("use_rslora") else 2
+    return options
