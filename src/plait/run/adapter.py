@@ -25,7 +25,7 @@ from plait.run.config import PEFT_INTERNAL, ModelConfig
 from plait.run.folder import replace_dir, write_atomic
 from plait.run.model import base_name
 from plait.upstream.adalora import upstream_noise
-from plait.upstream.table import of_residual, start_kind
+from plait.upstream.table import saved_options, start_kind
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -172,19 +172,14 @@ def _read_config(path: Path, expected: PeftConfig) -> PeftConfig:
 
 
 def _check_options(saved: Mapping[str, Any], expected: PeftConfig, file: Path) -> None:
-    """Raise if an adapter_config.json has other options than the run, or numbers that are none.
-
-    PiSSA and its like are saved as a LoRA of twice the rank and the same scaling.
-    """
-    own = expected.to_dict()
-    if start_kind(expected) == "residual":
-        own = of_residual(own)
+    """Raise if an adapter_config.json has other options than the run, or numbers that are none."""
+    options = saved_options(expected)
     for name, value in saved.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{file}: {name} is {value}. {_REMEDY}")
-        wanted = own.get(name)
+        wanted = options.get(name)
         plain = isinstance(value, int | float | str | None) and not isinstance(wanted, dict | list)
-        if name in _DECIDED or name not in own or not plain or value == wanted:
+        if name in _DECIDED or name not in options or not plain or value == wanted:
             continue
         numbers = isinstance(value, int | float) and isinstance(wanted, int | float)
         if not (numbers and math.isclose(value, wanted, rel_tol=1e-6)):

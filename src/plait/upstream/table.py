@@ -7,7 +7,6 @@ works with: a field `no_...` is None where it works, else the reason that errors
 of peft's, add a row here and nothing else; this module imports neither torch nor peft.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -260,15 +259,6 @@ def baseline_of(config: Any) -> Baseline | None:
     return None
 
 
-def of_residual(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of the LoRA that stands for a start of the kind "residual" in a file.
-
-    It has twice the rank and the same scaling, on the whole base weight.
-    """
-    alpha = options["lora_alpha"] * (math.sqrt(2) if options.get("use_rslora") else 2)
-    return options | {"r": 2 * options["r"], "lora_alpha": alpha}
-
-
 def start_kind(config: Any) -> Literal["drawn", "data", "residual", "other"]:
     """What `init_lora_weights` of a LoraConfig does.
 
@@ -283,3 +273,16 @@ def start_kind(config: Any) -> Literal["drawn", "data", "residual", "other"]:
     if start == "eva":
         return "data"
     return "residual" if start.startswith(("pissa", "olora", "corda", "lora_ga")) else "other"
+
+
+def saved_options(config: Any) -> dict[str, Any]:
+    """Return the options of a config as those of its trained adapter are saved.
+
+    An adapter that started with a part of the base weight is saved as a LoRA of twice the rank and
+    the same scaling.
+    """
+    options = config.to_dict()
+    if start_kind(config) == "residual":
+        options["r"] *= 2
+        options["lora_alpha"] *= 2**0.5 if options.get("use_rslora") else 2
+    return options

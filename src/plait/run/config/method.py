@@ -18,7 +18,6 @@ _RANKS = ("r", "init_r", "target_r")
 # Bounds of options by their names: peft's fields have none, plait's no largest value.
 _MOST = 65_536  # the widest layers of today's models have 53,248
 _RANK = _COUNT = {"least": 1, "most": _MOST}
-_DROPOUT = {"least": 0, "below": 1}
 _FEW = {"most": 4096}
 _BOUNDS: dict[str, dict[str, float]] = {
     "r": _RANK,
@@ -31,7 +30,7 @@ _BOUNDS: dict[str, dict[str, float]] = {
     "rank_pattern": _RANK,
     "lora_alpha": {"above": 0},
     "alpha_pattern": {"above": 0},
-    "lora_dropout": _DROPOUT,
+    "dropout": {"least": 0, "below": 1},  # whatever stands in front: the method's name
     "num_A": _FEW,
     "num_B": _FEW,
     "num_experts": _FEW,
@@ -128,8 +127,8 @@ def check_method_section(raw: dict[str, Any], source: Source) -> MethodConfig:
             )
         if key in _IMPORTS and value is not None:
             raise ValueError(f"{source.at(at)} cannot be set: it imports a module. Remove it.")
-        common = next((ours for ours, theirs in renamed.items() if theirs == key), key)
-        limits = {**_BOUNDS.get(common, {}), **known[key].bounds}
+        of_name = "dropout" if key.endswith("_dropout") else key
+        limits = {**_BOUNDS.get(of_name, {}), **known[key].bounds}
         least = limits.pop("least", None) if key in _RANKS else None
         options[key] = check_value(bounded(known[key].type, limits), value, at, source)
         if least is not None and options[key] is not None and options[key] < least:
