@@ -46,8 +46,7 @@ from plait.core.config import DeltaConfig
 from plait.core.delta import Delta, FrozenLinear, NotMergeable
 from plait.core.init import seeded
 from plait.core.mix import task_index
-from plait.core.mixed import BASE, split_bias, split_saved
-from plait.core.route import Route, Rows
+from plait.core.route import BASE, Route, Rows, split_bias, split_saved
 from plait.core.sharding import refuse_sharded
 
 

@@ -9,7 +9,6 @@ whose worker died while answering from one that was never delivered.
 
 import logging
 import os
-import secrets
 import shutil
 import signal
 import sys
@@ -36,8 +35,6 @@ from flwr.serverapp import Grid, ServerApp  # isort: skip
 
 T = TypeVar("T")
 _HELLO = 300.0  # seconds for all clients of a simulation to say their names
-# Without it in the home folder, Ray asks the metadata servers of three clouds where it runs.
-_BOOTSTRAP = "ray_bootstrap_config.yaml"
 _STOP = "stop"  # the file whose presence tells the workers to end
 
 
@@ -98,8 +95,7 @@ def simulate(
 def _ray(home: Path, workers: int) -> Iterator[Path]:
     """Run Ray on this machine, quietly; yields a private folder for the marks of its workers.
 
-    Ray opens its own folder to all users, so it gets one inside a folder that stays private. Its
-    programs take requests that carry a token alone.
+    Ray opens its own folder to all users, so it gets one inside a folder that stays private.
     """
     try:
         import ray
@@ -114,47 +110,33 @@ def _ray(home: Path, workers: int) -> Iterator[Path]:
     # flwr reads this variable when it is imported, which may have been before OFF was applied.
     telemetry.FLWR_TELEMETRY_ENABLED = os.environ["FLWR_TELEMETRY_ENABLED"]
     home.mkdir(parents=True, exist_ok=True)
-    flower = logging.getLogger("flwr")
+    flower, had_home = logging.getLogger("flwr"), os.environ.get("FLWR_HOME")
     had_level, had_signal = flower.level, signal.getsignal(signal.SIGTERM)
     folder = Path(tempfile.mkdtemp(prefix="plait-ray-"))
-    (folder / _BOOTSTRAP).write_text("{}\n", encoding="utf-8")
+    os.environ["FLWR_HOME"] = str(home.absolute())
     flower.setLevel(logging.CRITICAL)  # what fails is in the replies
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    path = os.pathsep.join(map(os.path.abspath, sys.path))
-    workers_home = os.path.expanduser("~")
     try:
-        with _environment(FLWR_HOME=str(home.absolute()), **token):
-            with _environment(HOME=str(folder)):  # of Ray's own programs
-                ray.init(
-                    num_cpus=workers,
-                    include_dashboard=False,
-                    runtime_env={"env_vars": {"PYTHONPATH": path, "HOME": workers_home}},
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _temp_dir=str(folder / "ray"),
-                )
-            yield folder
+        ray.init(
+            num_cpus=workers,
+            include_dashboard=False,
+            runtime_env={
+                "env_vars": {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+            },
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(folder / "ray"),
+        )
+        yield folder
     finally:
         ray.shutdown()
         flower.setLevel(had_level)
         if had_signal is not None:
             signal.signal(signal.SIGTERM, had_signal)
+        if had_home is None:
+            del os.environ["FLWR_HOME"]
+        else:
+            os.environ["FLWR_HOME"] = had_home
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Set environment variables within the block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager
