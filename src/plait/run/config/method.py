@@ -117,7 +117,7 @@ def check_method_section(raw: dict[str, Any], source: Source) -> MethodConfig:
             )
         if key not in known:
             remedy = did_you_mean(
-                key, ["name", *known, "lr_scale"], f"`plait methods {name}` lists its options."
+                key, [*known, "lr_scale"], f"`plait methods {name}` lists its options."
             )
             raise ValueError(f"{source.at(at)} is not an option of {name}. {remedy}")
         if key in renamed and renamed[key] in raw:
