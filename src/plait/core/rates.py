@@ -46,7 +46,7 @@ def free_from_decay(
             if base_lr is None and not decay:
                 continue
             start = group.get("initial_lr", lr)
-            if lr is None or (base_lr is not None and not start):
+            if lr is None or start is None or (base_lr is not None and not start):
                 raise ValueError(
                     f"{type(optimizer).__name__}: lr = {lr}, so a gate's step can be neither "
                     "freed from weight decay nor given its own learning rate. Give lr above 0."

@@ -181,8 +181,11 @@ def _check_options(saved: Mapping[str, Any], expected: PeftConfig, file: Path) -
         plain = isinstance(value, int | float | str | None) and not isinstance(wanted, dict | list)
         if name in _DECIDED or name not in options or not plain or value == wanted:
             continue
-        numbers = isinstance(value, int | float) and isinstance(wanted, int | float)
-        if not (numbers and math.isclose(value, wanted, rel_tol=1e-6)):
+        if not (
+            isinstance(value, int | float)
+            and isinstance(wanted, int | float)
+            and math.isclose(value, wanted, rel_tol=1e-6)
+        ):
             raise ValueError(
                 f"{file}: {name} is {shown(value)}, the run's config.yaml has {shown(wanted)}. Put "
                 f"the adapter of this run back, or correct method.{name}."

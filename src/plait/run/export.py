@@ -174,7 +174,8 @@ def _probe(run: TrainedRun) -> dict[str, Tensor]:
             f"{error} The export is measured on random tokens instead.", PlaitWarning, stacklevel=3
         )
     special = {*run.tokenizer.all_special_ids}
-    rows = min(len(run.tokenizer), run.model.get_input_embeddings().num_embeddings)
+    embedding: Any = run.model.get_input_embeddings()
+    rows = min(len(run.tokenizer), embedding.num_embeddings)
     ids = torch.tensor([i for i in range(rows) if i not in special])
     length = min(16, context_of(run.model) or 16)
     drawn = torch.randint(

@@ -385,9 +385,9 @@ def with_absolute_paths(config: Config) -> Config:
         model = replace(model, name=_absolute(base))
     sources = {key: getattr(data, key) for key in ("train", "validation", "test")}
     data = replace(data, **{key: _absolute_sources(x) for key, x in sources.items()})
-    config = copy.copy(config)
-    vars(config).update(model=model, data=data)
-    return config
+    changed: Any = copy.copy(config)
+    changed.model, changed.data = model, data
+    return changed
 
 
 def _absolute_sources(sources: Any) -> Any:

@@ -182,7 +182,7 @@ def head_labels(model: ModelConfig) -> list[str] | None:
     """
     if model.task != "classification":
         return None
-    config = _config_of(model)
+    config: Any = _config_of(model)
     if not any(
         str(name).endswith("ForSequenceClassification") for name in config.architectures or ()
     ):
@@ -242,7 +242,7 @@ def load_base_with_missing(
         "trust_remote_code": model.trust_remote_code,
     }
     try:
-        config = AutoConfig.from_pretrained(source, **common)
+        config: Any = AutoConfig.from_pretrained(source, **common)
         _check_architecture(config, model)
         if num_labels is not None:
             config.num_labels = num_labels

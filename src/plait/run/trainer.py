@@ -204,7 +204,7 @@ class RunTrainer(Trainer):
             self._divides_loss = self._measure_division(model, inputs, items)
         if self._divides_loss or (items == total and self._divides_loss is None):
             return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        loss = super().compute_loss(model, inputs)
+        loss: Any = super().compute_loss(model, inputs)
         return loss * (items / total) if items else torch.zeros_like(loss, requires_grad=True)
 
     @torch.no_grad()
@@ -213,10 +213,11 @@ class RunTrainer(Trainer):
     ) -> bool | None:
         """Whether the loss halves with twice the number of items; None if it is zero."""
         model.eval()
-        half, whole = (
-            float(super(RunTrainer, self).compute_loss(model, dict(inputs), False, number))
+        losses: list[Any] = [
+            super(RunTrainer, self).compute_loss(model, dict(inputs), False, number)
             for number in (torch.tensor(2 * items), torch.tensor(items))
-        )
+        ]
+        half, whole = map(float, losses)
         model.train()
         return math.isclose(2 * half, whole, rel_tol=1e-3) if whole else None
 

@@ -17,8 +17,9 @@ _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "classification": "SEQ_CLS", "regressio
 _RANKS = ("r", "init_r", "target_r")
 # Bounds of options by their names: peft's fields have none, plait's no largest value.
 _MOST = 65_536  # the widest layers of today's models have 53,248
-_RANK = _COUNT = {"least": 1, "most": _MOST}
-_FEW = {"most": 4096}
+_RANK: dict[str, float] = {"least": 1, "most": _MOST}
+_COUNT = _RANK
+_FEW: dict[str, float] = {"most": 4096}
 _BOUNDS: dict[str, dict[str, float]] = {
     "r": _RANK,
     "init_r": _RANK,

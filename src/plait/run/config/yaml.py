@@ -154,7 +154,7 @@ class _Loader(yaml.SafeLoader):
                 )
         return super().construct_mapping(node, deep)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+    def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
         try:
             str(value).encode()
@@ -360,8 +360,8 @@ def _limited(hint: Any, limits: dict[str, Any], infinite: bool) -> Any:
     if hint is float and not infinite:
         return Annotated[float, Field(**limits, allow_inf_nan=False)]
     if hint is int:
-        low = {} if {"ge", "gt"} & limits.keys() else {"ge": -(2**63)}
-        high = {} if {"le", "lt"} & limits.keys() else {"lt": 2**63}
+        low: dict[str, Any] = {} if {"ge", "gt"} & limits.keys() else {"ge": -(2**63)}
+        high: dict[str, Any] = {} if {"le", "lt"} & limits.keys() else {"lt": 2**63}
         return Annotated[int, Field(**limits, **low, **high)]
     if hint is float:
         return Annotated[float, Field(**limits)]

@@ -62,7 +62,7 @@ class DataBundle:
         rows = self.splits().get(split)
         if rows is None:
             return None
-        table = rows.with_format("arrow")[:]
+        table: Any = rows.with_format("arrow")[:]
         total = hashlib.sha256(json.dumps([self.labels, self.tasks]).encode())
         for name in sorted({*_TRAINED} & {*table.column_names}):
             values = table.column(name).combine_chunks()

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from plait import DenseDelta, LowRankDelta, NotMergeable
 from plait.core.mix import TokenRouter
-from plait.core.mixed import BASE
+from plait.core.route import BASE
 from plait.testing import tiny
 from plait.testing.case import Case
 from plait.testing.helpers import (
