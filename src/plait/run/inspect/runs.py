@@ -46,9 +46,7 @@ from plait.run.model import load_base, to_device
 from plait.run.prepare import TrainedRun, load_run
 
 REPORT = "inspect.json"
-_FILES = re.compile(
-    r"inspect\.json|(norm|untouched|spectrum|gates|routing|similarity_\w+)\.(png|svg)"
-)
+_FILES = re.compile(r"inspect\.json|\w+\.(png|svg)")  # of a report, of earlier versions too
 # Two bases whose weights differ by more than this, relative, are different models; what
 # quantisation to 4 bits and further training change is less.
 SAME_BASE = 0.5
