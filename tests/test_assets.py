@@ -156,12 +156,12 @@ def test_more_noise_keeps_the_wrong_answers_of_less():
         (
             "shift?n=0",
             "train",
-            "builtin:shift: n is '0'. Give a whole number of rows, 1 or more.",
+            "builtin:shift: n is '0'. Give a whole number of rows, 1 or more, at most 1,000,000.",
         ),
         (
             "shift?n=many",
             "train",
-            "builtin:shift: n is 'many'. Give a whole number of rows, 1 or more.",
+            "builtin:shift: n is 'many'. Give a whole number of rows, 1 or more, at most 1,000,000.",
         ),
         (
             "shift?label_noise=1.5",
