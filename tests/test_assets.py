@@ -161,7 +161,8 @@ def test_more_noise_keeps_the_wrong_answers_of_less():
         (
             "shift?n=many",
             "train",
-            "builtin:shift: n is 'many'. Give a whole number of rows, 1 or more, at most 1,000,000.",
+            "builtin:shift: n is 'many'. "
+            "Give a whole number of rows, 1 or more, at most 1,000,000.",
         ),
         (
             "shift?label_noise=1.5",
