@@ -391,7 +391,7 @@ def test_half_precision_payloads_are_summed_in_fp32() -> None:
 
 @pytest.mark.parametrize("key", ["fedalora", "hetlora", "flexlora", "flora", "fedex"])
 def test_a_thousand_updates_are_aggregated_quickly(key: str) -> None:
-    """8 KiB each; CPU time, for the machine may be busy."""
+    """8 KiB each; the least CPU time of three, for the machine may be busy."""
     method, r = algorithm(key), 4 if key == "fedalora" else 2
     layers = {f"l{i}": Layer(64, 64, r, 2.0) for i in range(8)}
     clients = {f"c{i}": Client.lora(f"c{i}", layers) for i in range(1000)}
@@ -403,9 +403,12 @@ def test_a_thousand_updates_are_aggregated_quickly(key: str) -> None:
     assert sum(x.nbytes for x in upload.values()) == 8 * 1024
     uploads = dict.fromkeys(clients, upload)
     weights = weights_of(dict.fromkeys(clients, 1))
-    begin = time.process_time()
-    method.aggregate(uploads, weights, start, clients)
-    assert time.process_time() - begin < 0.4
+    seconds = []
+    for _ in range(3):
+        begin = time.process_time()
+        method.aggregate(uploads, weights, start, clients)
+        seconds.append(time.process_time() - begin)
+    assert min(seconds) < 0.4
 
 
 # What travels -------------------------------------------------------------------------------------
