@@ -277,7 +277,7 @@ def test_evaluate_other_rows(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as refused:
         evaluate_run(run, overrides=["method.r=2"])
     assert str(refused.value) == (
-        "command line: method.r=2 cannot be changed after training. Override data.* or "
+        "command line: 'method.r=2' cannot be changed after training. Override data.* or "
         "evaluation.*."
     )
     with pytest.raises(ValueError) as absent:
