@@ -188,7 +188,7 @@ class Delta(nn.Module):
         raise NotImplementedError
 
     def folded(
-        self, *, task: str | None = None, approx: Literal["mean"] | None = None
+        self, task: str | None = None, approx: Literal["mean"] | None = None
     ) -> tuple[Tensor, Tensor] | None:
         """A (k, in) and B (out, k) with dW = s B A, or None if no such factors exist.
 

@@ -179,7 +179,7 @@ class LowRankDelta(Delta):
 
     @torch.no_grad()
     def folded(
-        self, *, task: str | None = None, approx: Literal["mean"] | None = None
+        self, task: str | None = None, approx: Literal["mean"] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Gate and mix folded in: dW = s B A with A (k, in), B (out, k), zero ranks left out.
 
