@@ -38,10 +38,10 @@ class WeightedSum(Delta):
         return torch.stack([w * part.weight(**choice) for w, part in parts]).sum(0)
 
     @torch.no_grad()
-    def folded(self, **choice: Any) -> tuple[Tensor, Tensor] | None:
+    def folded(self, *args: Any, **choice: Any) -> tuple[Tensor, Tensor] | None:
         """Stacked factors A (k, in), B (out, k) with dW = B A, or None with a dense part."""
         parts: Any = self.parts
-        factors = [part.folded(**choice) for part in parts]
+        factors = [part.folded(*args, **choice) for part in parts]
         if None in factors:
             return None
         scaled = zip(self.weights, parts, factors, strict=True)
