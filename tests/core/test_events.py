@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 import plait
 from plait.core import events
@@ -18,6 +18,7 @@ from plait.core.events import check_events
 from plait.testing import tiny
 from plait.testing.case import Case
 from plait.testing.helpers import adamw, batch, deltas, logits, relative, steps, trained, wrap
+from tests.support.trainer import arguments, rows
 
 DUAL = Case("dual_lora", {"gate_steps": 8})
 DMC = Case("dual_module", {"tinit": 2, "tfinal": 2, "deltaT": 1})
@@ -27,21 +28,6 @@ COLA = Case("cola", {"strategy": "random"})
 def seen(model: Any) -> set[int]:
     """The step counters of all layers."""
     return {delta.steps for delta in deltas(model)}
-
-
-def rows(count: int = 8) -> list[dict[str, Any]]:
-    """A data set for Trainer."""
-    return [{"input_ids": t, "labels": t} for t in tiny.tokens(count)]
-
-
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    """Six micro-batches of 2 rows, no logging, no files."""
-    defaults = {
-        "output_dir": str(folder), "per_device_train_batch_size": 2, "use_cpu": True,
-        "report_to": [], "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-2,
-        "logging_strategy": "no", "max_steps": 3,
-    }  # fmt: skip
-    return TrainingArguments(**{**defaults, **options})
 
 
 OPTIMIZERS = {

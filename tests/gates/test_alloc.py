@@ -12,7 +12,7 @@ from torch import Tensor
 
 import plait
 from plait.core.init import seeded
-from plait.gates.alloc import allocate, importance, shares
+from plait.gates.alloc import allocate, shares
 from plait.testing import tiny
 from plait.testing.case import Case
 from plait.testing.helpers import (
@@ -28,9 +28,7 @@ from plait.testing.helpers import (
     trained,
     wrap,
 )
-
-CASE = Case("alloc", {"first": 2, "every": 2, "rounds": 3, "n_A": 4})
-
+from tests.support.allocation import CASE, give, live, live_of, scores
 
 # The gate on the expert of dual_module, and on ranks that several A or B share.
 HOSTS = [
@@ -44,27 +42,6 @@ HOSTS = [
     Case("shared_b", {"num_A": 2, "gates": ["alloc"], "lora_dropout": 0.0}),
     Case("sora", {"gates": ["alloc"]}),
 ]
-
-
-def live_of(delta: Any) -> Tensor:
-    """The 0/1 buffer."""
-    return delta.live_ranks
-
-
-def live(model: Any) -> list[int]:
-    """Live ranks of each layer."""
-    return [int(delta.live_ranks.sum()) for delta in deltas(model)]
-
-
-def give(model: Any, key: int = 99) -> Any:
-    """Give a development batch to a model; returns the model."""
-    plait.set_development_batch(model, batch(model, key=key))
-    return model
-
-
-def scores(model: Any) -> list[Tensor]:
-    """Importance of all slots."""
-    return importance(deltas(model), live_of)
 
 
 def move(model: Any, found: list[Tensor], moved: int) -> None:

@@ -9,39 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import plait
-from plait.gates.alloc import importance
 from plait.testing import tiny
-from plait.testing.case import Case
 from plait.testing.helpers import adamw, batch, deltas, layers, logits, one_layer, steps, wrap
 from plait.upstream.export import to_lora
-
-CASE = Case("alloc", {"first": 2, "every": 2, "rounds": 3, "n_A": 4})
-
-
-def live_of(delta: Any) -> Tensor:
-    """The 0/1 buffer."""
-    return delta.live_ranks
-
-
-def live(model: Any) -> list[int]:
-    """Live ranks of each layer."""
-    return [int(delta.live_ranks.sum()) for delta in deltas(model)]
-
-
-def give(model: Any, key: int = 99) -> Any:
-    """Give a development batch to a model; returns the model."""
-    plait.set_development_batch(model, batch(model, key=key))
-    return model
-
-
-def scores(model: Any) -> list[Tensor]:
-    """Importance of all slots."""
-    return importance(deltas(model), live_of)
-
+from tests.support.allocation import CASE, give, live
 
 # Formula, start --------------------------------------------------------------------------------
 

@@ -6,28 +6,14 @@ from typing import Any
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 import plait
 from plait.core.events import check_events
 from plait.testing import tiny
 from plait.testing.helpers import adamw
 from plait.upstream.adalora import drive_adalora
-
-
-def rows(count: int = 8) -> list[dict[str, Any]]:
-    """A data set for Trainer."""
-    return [{"input_ids": t, "labels": t} for t in tiny.tokens(count)]
-
-
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    """Six micro-batches of 2 rows, no logging, no files."""
-    defaults = {
-        "output_dir": str(folder), "per_device_train_batch_size": 2, "use_cpu": True,
-        "report_to": [], "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-2,
-        "logging_strategy": "no", "max_steps": 3,
-    }  # fmt: skip
-    return TrainingArguments(**{**defaults, **options})
+from tests.support.trainer import arguments, rows
 
 
 def adalora(**options: Any) -> Any:
