@@ -1,21 +1,55 @@
 """Shared fixtures: tiny models, the real data's folder, one thread for all."""
 
+import gc
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 from transformers import PreTrainedModel
 
+from plait.run import card, export, stock_check, train
 from plait.testing import tiny
+from tests.support import warm
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
 # The same examples on every machine, however slow it is just now.
 settings.register_profile("same", deadline=None, derandomize=True, database=None)
 settings.load_profile("same")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exports_are_checked_in_warm_processes() -> Iterator[None]:
+    """The check of an export by stock peft runs in a new process that has peft loaded."""
+
+    def run(command: list[str], *, cwd: str, **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:3] == [sys.executable, "-P", stock_check.__file__]
+        return warm.python(*command[2:], peft=True, cwd=cwd)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "subprocess", SimpleNamespace(run=run))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_loss_curves() -> Iterator[None]:
+    """Drawing takes a third of a short run; `loss_curves` is for tests that look at the picture."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "write_loss_curve", lambda folder, title: None)
+        yield
+
+
+@pytest.fixture
+def loss_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw their loss curves."""
+    monkeypatch.setattr(train, "write_loss_curve", card.write_loss_curve)
 
 
 @pytest.fixture
@@ -58,3 +92,9 @@ def real_data() -> Callable[[str], Path]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run slow tests first: at the end, one process would wait for another one's."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported out of later collections of garbage; every training makes one."""
+    gc.collect()
+    gc.freeze()

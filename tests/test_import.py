@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 
 import plait
 from plait.testing import tiny
+from tests.support import warm
 
 HEAVY = "{'torch', 'peft', 'transformers'} & set(sys.modules)"
 KNOWS = """
@@ -29,6 +30,12 @@ def python(code: str, *args: str) -> str:
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def python_with_torch(code: str, *args: str) -> None:
+    """Run code in a process that has torch and transformers loaded, but neither peft nor plait."""
+    done = warm.python(*args, code=code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_importing_plait_and_reading_a_config_load_nothing_heavy(tmp_path: Path) -> None:
@@ -58,12 +65,12 @@ def test_importing_plait_and_reading_a_config_load_nothing_heavy(tmp_path: Path)
 )
 def test_methods_are_registered_in_every_order_of_imports(first: str) -> None:
     watching = "assert not any(type(f).__name__ == '_Watch' for f in sys.meta_path)"
-    python(f"import sys\n{first}\n{KNOWS}\n{watching}")
+    python_with_torch(f"import sys\n{first}\n{KNOWS}\n{watching}")
 
 
 @pytest.mark.slow
 def test_an_import_that_fails_does_not_stop_the_watch() -> None:
-    python(
+    python_with_torch(
         "import plait\n"
         "try:\n    import plait.nowhere\n"
         "except ModuleNotFoundError as error:\n    assert error.name == 'plait.nowhere'\n"
@@ -74,7 +81,7 @@ def test_an_import_that_fails_does_not_stop_the_watch() -> None:
 
 
 def test_threads_see_every_method() -> None:
-    python(
+    python_with_torch(
         "import threading, plait\n"
         "errors = []\n"
         "def use(n):\n"
@@ -95,7 +102,7 @@ def test_threads_see_every_method() -> None:
 
 @pytest.mark.slow
 def test_threads_that_use_names_at_once_get_the_same_ones() -> None:
-    python(
+    python_with_torch(
         "import threading, plait\n"
         "seen = []\n"
         "names = ['DualLoraConfig', 'find', 'PlaitCallback', 'chain'] * 3\n"

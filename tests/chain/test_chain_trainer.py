@@ -240,11 +240,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", copy_rows())
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
-
-
 def config(base: Path, rows: Path, to: Path, name: str, **chain: Any) -> Any:
     method, section = RUNS[name]
     quick = {"generate": False}

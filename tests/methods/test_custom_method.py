@@ -1,7 +1,5 @@
 """The worked example: a method outside the package, through the whole contract."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import pytest
 import plait
 from plait.core import registry
 from plait.testing import CHECKS, Case, fresh_process, processes
-from tests.support import ROOT
+from tests.support import ROOT, warm
 
 FILE = ROOT / "examples" / "custom_method.py"
 CASE = Case("gated")
@@ -45,7 +43,7 @@ def test_is_listed() -> None:
 
 def test_the_methods_are_a_package() -> None:
     code = "import plait; import plait.methods.cola; print(plait.methods.cola.ColaConfig.key)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = warm.python(code=code)
     assert done.stdout.strip() == "cola"
     assert "cola" in [method.key for method in plait.list_methods()]
 
@@ -55,7 +53,8 @@ def test_length() -> None:
 
 
 def test_runs_as_a_script() -> None:
-    done = subprocess.run([sys.executable, FILE], capture_output=True, text=True, check=True)
+    done = warm.python(FILE, peft=True)
+    assert done.returncode == 0, done.stderr
     assert "trainable params: 124" in done.stdout
 
 

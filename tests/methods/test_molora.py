@@ -746,7 +746,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_types_in_a_run(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The column sample_type reaches every micro-batch of training; without it, an error."""
-    monkeypatch.setattr("plait.run.train.write_loss_curve", lambda folder, title: None)
     seen = []
 
     def spy(w: Tensor, kept: Tensor, rows: Rows, config: Any) -> Tensor:

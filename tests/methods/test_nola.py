@@ -5,8 +5,6 @@ import gc
 import json
 import math
 import pickle
-import subprocess
-import sys
 import weakref
 import zlib
 from functools import partial
@@ -44,6 +42,7 @@ from plait.testing.helpers import (
     trained,
     wrap,
 )
+from tests.support import warm
 
 CASE = Case("nola", {"r": 2, "num_basis_A": 6, "num_basis_B": 5})
 
@@ -106,7 +105,7 @@ def test_first_values_in_a_fresh_process() -> None:
         "first = [(x.part(0, 1, torch.device('cpu'))[0, :8] * 2**23).tolist() for x in (a, b)]\n"
         "print(json.dumps(first))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = warm.python(code=script)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == list(GOLDEN.values())
 

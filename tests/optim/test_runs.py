@@ -10,7 +10,6 @@ from transformers import Trainer, TrainingArguments
 import plait
 from plait import PlaitWarning
 from plait.optim import LoraRite, LorSum
-from plait.run import train as train_module
 from plait.run.check import check
 from plait.run.config import (
     OptimizerConfig,
@@ -40,12 +39,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", copy_rows())
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes half of a short run."""
-    monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
 
 
 # Which optimizer trains what --------------------------------------------------------------------

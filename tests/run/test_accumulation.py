@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from plait.run import train as train_module
 from plait.run.folder import RunFolder
 from plait.run.train import train
 from plait.run.trainer import RunTrainer
@@ -30,12 +29,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "sora": {"name": "sora", "r": 4, "xi": 1e-3, "l1_weight": 50.0},  # a penalty
     "dual_module": {"name": "dual_module", "r": 6, "orth_reg_weight": 0.5, "deltaT": 1},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes half of a short run."""
-    monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
 
 
 def rows_of(task: str, count: int) -> list[dict[str, Any]]:

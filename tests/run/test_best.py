@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from plait.run import train as train_module
 from plait.run import trainer as trainer_module
 from plait.run.check import check
 from plait.run.folder import RunFolder
@@ -23,12 +22,6 @@ BEST = {
 }  # fmt: skip
 
 Script = Callable[..., None]
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes half of a short run."""
-    monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plait.core.events import PlaitWarning
-from plait.run import train as train_module
 from plait.run.card import metric_rows
 from plait.run.config import RunConfig
 from plait.run.data.bundle import DataBundle
@@ -32,12 +31,6 @@ CHAT = (
     "{% for m in messages %}{{ m['content'] }}"
     "{% if m['role'] == 'user' %}>{% else %}</s>{% endif %}{% endfor %}"
 )
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes half of a short run."""
-    monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,6 @@ from plait.inspect.routing import Load, entropy
 from plait.inspect.similarity import basis, chance, cosine, overlap, principal_angles
 from plait.inspect.spectrum import effective_rank, numerical_rank, stable_rank
 from plait.inspect.update import Update
-from plait.run import train as train_module
 from plait.run.data import load_data
 from plait.run.inspect import findings
 from plait.run.inspect.adapted import Adapted, FullAdapted, adapted_layers, place
@@ -472,12 +471,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_loss_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes half of a short run."""
-    monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model("llama", tmp_path_factory.mktemp("llama"))
@@ -500,9 +493,7 @@ def quick(base: Path, rows: Path, run: Path, method: dict[str, Any], **sections:
 def runs(llama: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Trained runs by name; tests write elsewhere."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
-        return {n: quick(llama, rows, folder / n, method) for n, method in METHODS.items()}
+    return {n: quick(llama, rows, folder / n, method) for n, method in METHODS.items()}
 
 
 def finite(value: Any) -> bool:

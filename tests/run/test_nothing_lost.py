@@ -27,12 +27,6 @@ ONE_STEP = {"max_steps": 1, "save_strategy": "no"}
 QUICK = {"generate": False}
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes half of a short run."""
-    monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model("llama", tmp_path_factory.mktemp("llama"))

@@ -10,7 +10,6 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from plait.federated.server import RoundRecord
-from plait.run import train as train_module
 from plait.run.export import export_run
 from plait.run.federated.engines import simulate
 from plait.run.federated.export import export_clients
@@ -26,12 +25,6 @@ from tests.support.runs import (
     save_model,
     write_rows,
 )
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes half of a short run."""
-    monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
 
 
 @pytest.fixture

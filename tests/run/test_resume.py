@@ -56,12 +56,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", copy_rows(tasks=True))
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes half of a short run."""
-    monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
-
-
 @pytest.fixture(scope="module")
 def whole(llama: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A lora run that was never stopped."""

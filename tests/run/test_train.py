@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from plait.run import train as train_module
 from plait.run.callbacks import ProgressBar
 from plait.run.check import check
 from plait.run.config import RunConfig, config_from_dict, dump_config
@@ -37,16 +36,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", copy_rows(tasks=True))
 
 
-@pytest.fixture
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes half of a short run."""
-    monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
-
-
 # --------------------------------------------------------------------------------- what is left
 
 
-def test_run_folder(llama: Path, rows: Path, tmp_path: Path) -> None:
+def test_run_folder(llama: Path, rows: Path, tmp_path: Path, loss_curves: None) -> None:
     method = {"name": "dual_lora", "r": 4, "gate_steps": 4}
     folder = train(run_config(llama, rows, tmp_path / "run", method=method))
     assert {p.name for p in folder.path.iterdir()} == {
@@ -86,9 +79,7 @@ def test_run_folder(llama: Path, rows: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["builtin:tiny", "bert", "full"])
-def test_the_code_on_the_card_runs(
-    model: str, llama: Path, rows: Path, tmp_path: Path, no_picture: None
-) -> None:
+def test_the_code_on_the_card_runs(model: str, llama: Path, rows: Path, tmp_path: Path) -> None:
     base, data, task = Path(model), rows, "causal_lm"
     if model == "bert":
         base, task = save_model("bert", tmp_path / "bert"), "classification"
@@ -127,7 +118,7 @@ def test_full_fine_tuning_leaves_a_plain_checkpoint(
 
 
 def test_pissa_is_saved_as_a_lora_of_the_whole_base(
-    llama: Path, rows: Path, tmp_path: Path, no_picture: None
+    llama: Path, rows: Path, tmp_path: Path
 ) -> None:
     method = {"name": "pissa", "r": 2}
     folder = train(run_config(llama, rows, tmp_path / "run", method=method))
@@ -135,7 +126,7 @@ def test_pissa_is_saved_as_a_lora_of_the_whole_base(
     assert (saved["r"], saved["lora_alpha"], saved["init_lora_weights"]) == (4, 32, True)
 
 
-def test_adalora_prunes(llama: Path, rows: Path, tmp_path: Path, no_picture: None) -> None:
+def test_adalora_prunes(llama: Path, rows: Path, tmp_path: Path) -> None:
     method = ADALORA
     folder = train(run_config(llama, rows, tmp_path / "run", method=method))
     pattern = json.loads((folder.adapter / "adapter_config.json").read_text())["rank_pattern"]
@@ -151,7 +142,7 @@ def test_adalora_prunes(llama: Path, rows: Path, tmp_path: Path, no_picture: Non
 
 
 def test_best_checkpoint_is_loaded_by_its_final_name(
-    llama: Path, rows: Path, tmp_path: Path, no_picture: None
+    llama: Path, rows: Path, tmp_path: Path
 ) -> None:
     options = {
         "load_best_model_at_end": True, "metric_for_best_model": "loss", "save_steps": 5,
@@ -168,7 +159,7 @@ def test_best_checkpoint_is_loaded_by_its_final_name(
     "section", [{"training": {"bf16": True}}, {"model": {"dtype": "bfloat16"}}]
 )
 def test_half_precision_is_measured_as_it_is_loaded(
-    section: dict[str, Any], llama: Path, rows: Path, tmp_path: Path, no_picture: None
+    section: dict[str, Any], llama: Path, rows: Path, tmp_path: Path
 ) -> None:
     folder = train(run_config(llama, rows, tmp_path / "run", **section))
     trained = folder.read_evaluation()["after"]
@@ -177,9 +168,7 @@ def test_half_precision_is_measured_as_it_is_loaded(
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_quantised_base(
-    bits: str, llama: Path, rows: Path, tmp_path: Path, no_picture: None
-) -> None:
+def test_quantised_base(bits: str, llama: Path, rows: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="the extra plait[quant] is not installed")
     folder = train(run_config(llama, rows, tmp_path / "run", model={"quantization": bits}))
     trained = folder.read_evaluation()
@@ -188,9 +177,7 @@ def test_quantised_base(
     assert again["loss"] == pytest.approx(trained["after"]["loss"], abs=1e-3)
 
 
-def test_old_checkpoints_are_rotated(
-    llama: Path, rows: Path, tmp_path: Path, no_picture: None
-) -> None:
+def test_old_checkpoints_are_rotated(llama: Path, rows: Path, tmp_path: Path) -> None:
     options = {"save_steps": 2, "save_total_limit": 2}
     folder = train(run_config(llama, rows, tmp_path / "run", training=options))
     names = sorted(p.name for p in folder.checkpoints.iterdir())
@@ -240,7 +227,7 @@ def _spoil_adapter(model: Any) -> None:
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(
-    llama: Path, rows: Path, tmp_path: Path
+    llama: Path, rows: Path, tmp_path: Path, loss_curves: None
 ) -> None:
     cfg = run_config(llama, rows, tmp_path / "run", training={"save_steps": 2})
     with pytest.raises(FloatingPointError) as caught:
@@ -267,9 +254,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     assert not (tmp_path / "run" / "checkpoints" / "checkpoint-4").exists()
 
 
-def test_second_interrupt_stops_at_once(
-    llama: Path, rows: Path, tmp_path: Path, no_picture: None
-) -> None:
+def test_second_interrupt_stops_at_once(llama: Path, rows: Path, tmp_path: Path) -> None:
     cfg = run_config(llama, rows, tmp_path / "run")
     before = signal.getsignal(signal.SIGINT)
     twice = At(3, lambda model: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
@@ -318,9 +303,7 @@ def _write(cfg: RunConfig, to: Path) -> Path:
     return to
 
 
-def test_progress_in_a_terminal_and_elsewhere(
-    llama: Path, rows: Path, tmp_path: Path, no_picture: None
-) -> None:
+def test_progress_in_a_terminal_and_elsewhere(llama: Path, rows: Path, tmp_path: Path) -> None:
     shown = {}
     for terminal in (True, False):
         out = io.StringIO()
@@ -396,7 +379,7 @@ def test_train_verb_says_nan_without_a_traceback(
     )
 
 
-def test_classification_trains_and_logs_metrics(tmp_path: Path, no_picture: None) -> None:
+def test_classification_trains_and_logs_metrics(tmp_path: Path) -> None:
     model = save_model("bert", tmp_path / "bert")
     data = write_rows(tmp_path / "films.jsonl", film_rows())
     cfg = run_config(
@@ -444,9 +427,7 @@ def test_the_best_checkpoint_is_that_of_the_better_metric(metric: str, higher: b
     assert training_arguments(config_from_dict({"training": raw})).greater_is_better != higher
 
 
-def test_other_rows_than_the_model_reads(
-    llama: Path, rows: Path, tmp_path: Path, no_picture: None
-) -> None:
+def test_other_rows_than_the_model_reads(llama: Path, rows: Path, tmp_path: Path) -> None:
     folder = train(run_config(llama, rows, tmp_path / "run", training={"max_steps": 1}))
     long = write_rows(
         tmp_path / "long.jsonl", [{"prompt": "a" * 600, "completion": "b", "task": "copy"}]
