@@ -46,6 +46,14 @@ def _no_loss_curves() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_waits_for_the_disk() -> Iterator[None]:
+    """A run waits for the disk forty times. Tests kill processes; none cuts the power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture
 def loss_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw their loss curves."""
