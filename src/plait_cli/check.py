@@ -46,8 +46,9 @@ def render(report: "CheckReport", console: "Console") -> None:
     console.print(table)
     console.print()
     _print_example(report, console)
+    _print_repeats(report, console)
     for overlap in report.overlaps:
-        _print_overlap(overlap, console)
+        _print_overlap(overlap, report, console)
     folder = Path(report.config.output.dir)
     taken = ", which exists: train with --resume, or elsewhere" if folder.exists() else ""
     console.print(f"\nNothing was trained. The run folder will be {folder}{taken}.", soft_wrap=True)
@@ -56,8 +57,6 @@ def render(report: "CheckReport", console: "Console") -> None:
 def _facts(report: "CheckReport") -> list[tuple[str, str]]:
     config = report.config
     percent = 100 * report.trainable / report.total
-    memory = report.memory
-    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())
     facts = [
         ("model", f"{config.model.name} ({report.model}), {config.model.task}"),
         ("method", f"{config.method.name} on {report.adapted} layers"),
@@ -70,19 +69,42 @@ def _facts(report: "CheckReport") -> list[tuple[str, str]]:
     if report.new:
         facts.append(("also trained", f"{', '.join(report.new)}, saved with the adapter"))
     facts += [
-        ("rows", ", ".join(f"{name} {count:,}" for name, count in report.rows.items())),
+        ("rows", _counted(report.rows)),
         ("longest row", f"{report.longest} tokens (data.max_length {config.data.max_length})"),
     ]
-    if report.labels is not None:
-        facts.append(("labels", _some(report.labels)))
-    if report.tasks is not None:
-        facts.append(("tasks", _some(report.tasks)))
+    if any(report.cut.values()):
+        facts.append(("cut rows", f"{_counted(report.cut)}, by data.truncate"))
+    for name, counts in (("labels", report.labels), ("tasks", report.tasks)):
+        if counts is not None:
+            facts.append((name, _some([f"{key} ({rows:,})" for key, rows in counts.items()])))
     facts += [
         ("steps", f"{report.steps:,} optimizer steps"),
         *_chain(report),
-        ("memory", f"about {_bytes(sum(memory.values()))}: {parts}"),
+        *_memory(report),
     ]
     return facts
+
+
+def _memory(report: "CheckReport") -> list[tuple[str, str]]:
+    memory = report.memory
+    how = "" if memory.traced else " by a rule of thumb, as this model cannot be traced"
+    parts = ("weights", "gradients", "optimizer", "activations")
+    listed = ", ".join(f"{name} {_bytes(getattr(memory, name))}" for name in parts)
+    facts = [("memory", f"about {_bytes(memory.training)} in training{how}: {listed}")]
+    if memory.evaluating is not None:
+        size = report.config.evaluation.batch_size
+        facts.append(
+            (
+                "",
+                f"about {_bytes(memory.evaluating)} in evaluation, in batches of {size} rows "
+                "(evaluation.batch_size)",
+            )
+        )
+    return facts
+
+
+def _counted(rows: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in rows.items())
 
 
 def _chain(report: "CheckReport") -> list[tuple[str, str]]:
@@ -110,16 +132,32 @@ def _print_example(report: "CheckReport", console: "Console") -> None:
     console.print(text, soft_wrap=True)
 
 
-def _print_overlap(overlap: "Overlap", console: "Console") -> None:
+def _print_repeats(report: "CheckReport", console: "Console") -> None:
+    repeats, rows = report.repeats, report.rows["train"]
+    if repeats.rows:
+        others = repeats.rows - repeats.identical
+        answers = "all with the same answer" if not others else f"{others:,} with another answer"
+        console.print(
+            f"\n{repeats.rows:,} of {rows:,} train rows ({100 * repeats.rows / rows:.1f} %) repeat "
+            f"the input of an earlier one, {answers}; {repeats.inputs:,} inputs are different."
+        )
+
+
+def _print_overlap(overlap: "Overlap", report: "CheckReport", console: "Console") -> None:
     from rich.text import Text
 
     if not overlap.rows:
         console.print(f"\nNone of the {overlap.total:,} {overlap.split} rows occurs in train.")
         return
-    share = 100 * overlap.rows / overlap.total
+    share, data = 100 * overlap.rows / overlap.total, report.config.data
+    drawn = overlap.split == "validation" and isinstance(data.validation, int | float)
+    remedy = "Remove them from train"
+    if drawn:
+        column = "another column" if data.split_by is not None else "a column"
+        remedy = f"Keep such rows on one side with data.split_by: COLUMN ({column} that they share)"
     console.print(
         f"\n{overlap.rows:,} of {overlap.total:,} {overlap.split} rows ({share:.1f} %) also occur "
-        f"in train, {overlap.identical:,} of them with the same answer. Remove them from train "
+        f"in train, {overlap.identical:,} of them with the same answer. {remedy} "
         "for an honest metric. Among them:",
         style="bold yellow",
     )

@@ -348,7 +348,9 @@ def test_check_counts_what_is_trained(models, rows, tmp_path):
     assert report.total == expected + sum(p.numel() for p in base.parameters())
     assert report.rows == {"train": 16, "validation": 4}
     assert report.steps == 10
-    assert report.memory["optimizer"] == 2 * report.memory["gradients"] == 8 * expected
+    assert report.memory.gradients == 4 * expected
+    steps = 4 * len([p for p in build(report.config).parameters() if p.requires_grad])
+    assert report.memory.optimizer == 8 * expected + steps  # AdamW counts the steps of each
     assert not (tmp_path / "run").exists()
     full = check(run_config(models / "llama", rows, tmp_path / "run", method={"name": "full"}))
     assert (full.trainable, full.stored) == (full.total, None)
@@ -379,6 +381,7 @@ def test_check_prints_mask_overlap_and_counts(models, rows, tmp_path, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert f"lora on {LLAMA_LAYERS} layers" in out
     assert "train 20, test 5" in out
+    assert "in evaluation, in batches of 32 rows (evaluation.batch_size)" in out
     assert "First training row, tokens with loss in [[...]]: aa>[[aa</s>]]" in out
     assert (
         "5 of 5 test rows (100.0 %) also occur in train, 5 of them with the same answer. Remove "
@@ -405,7 +408,7 @@ def test_check_prints_labels_and_no_overlap(models, films, tmp_path, capsys):
     assert "MISSING" not in captured.err
     out = " ".join(captured.out.split())
     assert "also trained classifier, saved with the adapter" in out
-    assert "labels 2: no, yes" in out
+    assert "labels 2: no (8), yes (8)" in out
     assert "First training row, to predict yes: film very good" in out
     assert "None of the 1 validation rows occurs in train." in out
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from plait.core.events import PlaitWarning
 from plait.run.config import config_from_dict
 from plait.run.data.bundle import load_data
-from plait.run.data.overlap import overlap
+from plait.run.data.overlap import overlap, repeats
 from plait.run.data.rows import read_rows
-from plait.run.data.tokens import IGNORED, encode_chat, encode_prompt
+from plait.run.data.tokens import CUT, IGNORED, encode_chat, encode_prompt
 from tests.support.runs import character_tokenizer, word_tokenizer
 
 PAIRS = [{"prompt": "ab>", "completion": "ab"}, {"prompt": "cd>", "completion": "dc"}]
@@ -399,9 +399,19 @@ def test_too_long_rows_are_counted_and_cut_only_when_asked(tokenizer):
     assert bundle.longest == 6
     assert trained(bundle, 2) == "a"
     assert len(bundle.train[2]["attention_mask"]) == 6
+    assert bundle.train[CUT] == [False, False, True]
     assert error(tokenizer, train="a.jsonl", max_length=5, truncate=True) == (
         "data: 1 of 3 train rows have no token to train on within 5 tokens. Raise data.max_length."
     )
+
+
+def test_cut_rows_of_a_classifier_are_marked():
+    tokenizer = word_tokenizer()
+    texts = ["good film", "good film plot", "good film plot bad", "good " * 1000]
+    jsonl("a.jsonl", [{"text": text, "label": i % 2} for i, text in enumerate(texts)])
+    bundle = load(tokenizer, "classification", train="a.jsonl", max_length=3, truncate=True)
+    assert list(map(len, bundle.train["input_ids"])) == [2, 3, 3, 3]
+    assert bundle.train[CUT] == [False, False, True, True]
 
 
 def test_a_tokenizer_without_an_end_token(tokenizer):
@@ -627,6 +637,47 @@ def test_a_fraction_of_one_row_is_refused(tokenizer):
     )
 
 
+def test_rows_with_an_equal_value_stay_on_one_side_of_a_split(tokenizer):
+    rows = [{"prompt": f"{a}>", "completion": b} for b in "abcd" for a in "abcdefgh"]
+    jsonl("a.jsonl", rows)
+    alone = load(tokenizer, train="a.jsonl", validation=0.25, seed=3)
+    assert set(alone.train["prompt"]) & set(alone.validation["prompt"])
+    first = load(tokenizer, train="a.jsonl", validation=0.25, seed=3, split_by="prompt")
+    again = load(tokenizer, train="a.jsonl", validation=0.25, seed=3, split_by=0)
+    other = load(tokenizer, train="a.jsonl", validation=0.25, seed=4, split_by="prompt")
+    assert (len(first.train), len(first.validation)) == (24, 8)
+    assert not set(first.train["prompt"]) & set(first.validation["prompt"])
+    assert sorted(rows_of(first.train) + rows_of(first.validation)) == sorted(
+        (row["prompt"], row["completion"]) for row in rows
+    )
+    assert rows_of(first.validation) == rows_of(again.validation) != rows_of(other.validation)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.6, 0.99])
+def test_a_group_is_never_split_and_never_all(tokenizer, fraction):
+    rows = [{"prompt": "a>", "completion": c} for c in "abcde"]
+    rows += [{"prompt": "b>", "completion": f"{c}{d}"} for c in "abc" for d in "abcde"]
+    jsonl("a.jsonl", rows)
+    sizes = set()
+    for seed in range(4):
+        bundle = load(tokenizer, train="a.jsonl", validation=fraction, seed=seed, split_by="prompt")
+        sizes.add(len(bundle.validation))
+        assert len(set(bundle.validation["prompt"])) == 1
+    assert sizes == {5, 15}  # with two groups, the seed alone decides
+
+
+def test_a_split_by_a_column_that_is_missing_or_constant(tokenizer):
+    jsonl("a.jsonl", [{**row, "source": ["x"]} for row in PAIRS])
+    assert error(tokenizer, train="a.jsonl", validation=0.5, split_by="source") == (
+        "data.split_by is 'source', and all 2 rows have the same value there. Give another "
+        "column, or validation rows."
+    )
+    assert error(tokenizer, train="a.jsonl", validation=0.5, split_by=3) == (
+        "a.jsonl: line 1: data.split_by is 3, and the columns are prompt, completion, source. "
+        "Known: completion, prompt, source."
+    )
+
+
 def test_tasks_have_an_index_in_the_order_of_their_names(tokenizer):
     rows = [{**PAIRS[0], "task": t} for t in ("turn", "copy", "turn")]
     jsonl("a.jsonl", rows)
@@ -696,6 +747,17 @@ def test_overlap_of_texts_and_of_pairs():
     write("b.txt", "abd\nabe\n")
     (found,) = overlap(load(character_tokenizer(), train="a.txt", test="b.txt"))
     assert (found.rows, found.identical, found.examples) == (1, 1, ["abd"])
+
+
+def test_rows_that_repeat_in_train_are_counted(tokenizer):
+    again = [{"prompt": "AB >", "completion": "ab"}, {"prompt": "ab>", "completion": "AB"}]
+    jsonl("a.jsonl", [*PAIRS, {"prompt": "cd>", "completion": "cd"}, *again, PAIRS[1]])
+    found = repeats(load(tokenizer, train="a.jsonl"))
+    # "ab >" is an input of its own; "ab>" comes again with the same answer, "cd>" with both.
+    assert (found.rows, found.identical, found.inputs) == (3, 2, 3)
+    jsonl("b.jsonl", PAIRS)
+    found = repeats(load(tokenizer, train="b.jsonl"))
+    assert (found.rows, found.identical, found.inputs) == (0, 0, 2)
 
 
 # ------------------------------------------------------------------------- used as meant, or not

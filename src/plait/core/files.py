@@ -170,18 +170,31 @@ def abandoned(path: Path, kind: str) -> Iterator[Path]:
             os.close(handle)
 
 
+def check_place(folder: str | Path) -> Path:
+    """Return the path of a folder that can be made, or written to if it is there.
+
+    Raises NotADirectoryError if it, or a folder above it, is a file, and PermissionError if nothing
+    can be written there.
+    """
+    folder = Path(folder)
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest}: is a file. Remove it, or give another folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{nearest}: cannot be written to. Give another folder.")
+    return folder
+
+
 @contextmanager
 def lock(folder: str | Path) -> Iterator[None]:
     """Keep other processes from writing to a folder; a lock whose holder is dead is taken over.
 
     The folder is made if it is missing, and removed again if it is empty at the end.
 
-    Raises FileExistsError if a process holds the folder, and NotADirectoryError if it is a file.
+    Raises FileExistsError if a process holds the folder, and what `check_place` raises.
     """
-    folder = Path(folder)
+    folder = check_place(folder)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    if not missing and not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: is a file. Remove it, or give another folder.")
     try:
         handle = _take(folder)
         try:

@@ -137,7 +137,7 @@ def evaluate_model(
 # --------------------------------------------------------------------------------- forwards
 
 
-def _batches(rows: Dataset, lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+def batches(rows: Dataset, lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     """Yield row numbers in batches of about equal length, the longest first."""
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
     for start in range(0, len(order), size):
@@ -157,7 +157,7 @@ def _causal_rows(
 ) -> Rows:
     """Return nll (summed over a row's target tokens), tokens and correct, each (rows,)."""
     values = {name: np.zeros(len(rows)) for name in ("nll", "tokens", "correct")}
-    for batch in _batches(rows, [len(ids) for ids in rows["input_ids"]], size):
+    for batch in batches(rows, [len(ids) for ids in rows["input_ids"]], size):
         logits, labels = _forward(model, data, rows, batch)
         for i, scores, targets in zip(batch, logits[:, :-1], labels[:, 1:], strict=True):
             kept = targets != IGNORED
@@ -174,7 +174,7 @@ def _encoder_rows(
 ) -> Rows:
     """Return label and predicted, each (rows,), and nll for classes."""
     label, predicted, nll = (np.zeros(len(rows)) for _ in range(3))
-    for batch in _batches(rows, [len(ids) for ids in rows["input_ids"]], size):
+    for batch in batches(rows, [len(ids) for ids in rows["input_ids"]], size):
         logits, targets = _forward(model, data, rows, batch)
         logits = logits.float()
         if data.labels is not None:
@@ -200,7 +200,7 @@ def _exact_matches(
     """
     matches = np.zeros(len(rows))
     lengths = rows["prompt_length"]
-    for batch in _batches(rows, lengths, cfg.evaluation.batch_size):
+    for batch in batches(rows, lengths, cfg.evaluation.batch_size):
         prompts = [rows[i]["input_ids"][: lengths[i]] for i in batch]
         extra = {}
         if data.collator.task_ids:

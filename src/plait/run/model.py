@@ -114,9 +114,17 @@ def prepare_base(cfg: RunConfig, data: DataBundle | None, labels: list[str] | No
         check_ids(model, data.largest_id, data.tokenizer)
     layers = adaptable_layers(model)
     if cfg.model.quantization != "none":
-        checkpointing = bool(cfg.training.get("gradient_checkpointing"))
+        checkpointing = recomputes(cfg.training)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     return Base(model, layers, missing)
+
+
+def recomputes(training: Mapping[str, Any]) -> bool:
+    """Whether a run computes the activations of its blocks again for the gradients.
+
+    training: the section. transformers has two names for it, the later one being newer.
+    """
+    return any(training.get(f"{what}_checkpointing") for what in ("gradient", "activation"))
 
 
 def head_of(task: str, labels: list[str] | None) -> tuple[int | None, dict[int, str] | None]:

@@ -1,6 +1,6 @@
 """Turn the config of a run into tokenizer, data, base model and method, checked against each other.
 
-    prepare(cfg)                 a run that is to be trained
+    prepare(cfg)                 a run that is to be trained; see also trainer.rehearse
     load_run(path)               a run that was trained
     check_config, method_config  and model.prepare_base: the parts, for a run of many clients
 
@@ -10,7 +10,8 @@ Nothing is written here: a config that is refused leaves no run folder behind.
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.pytorch_utils import Conv1D
 
 from plait import chain
@@ -66,7 +68,7 @@ from plait.run.model import (
     source_of,
     to_device,
 )
-from plait.run.optimizers import DEFAULT, OPTIMIZERS, make_optimizer
+from plait.run.optimizers import OPTIMIZERS
 from plait.upstream.adalora import check_total_step
 from plait.upstream.layers import targeted
 from plait.upstream.table import BASELINES
@@ -194,20 +196,7 @@ def prepare(cfg: RunConfig, place: bool = True) -> Prepared:
     if allocates(config):
         batch = data.batch("validation", _SCORED_ROWS)
         set_development_batch(model, {k: v.to(model.device) for k, v in batch.items()})
-    _check_optimizer(cfg, model)
     return Prepared(cfg, arguments, tokenizer, data, model.train(), steps, plan)
-
-
-def _check_optimizer(cfg: RunConfig, model: PeftModel | PreTrainedModel) -> None:
-    """Make the optimizer once, which raises ValueError for a model that it cannot train."""
-    if cfg.optimizer.name == DEFAULT:
-        return
-    parameters = [(p, p.requires_grad) for p in model.parameters()]
-    optimizer: Any = make_optimizer(cfg.optimizer.name, cfg.optimizer.options, model, cfg.training)
-    if hasattr(optimizer, "remove"):  # its hooks on the model
-        optimizer.remove()
-    for parameter, trains in parameters:  # some are frozen by it
-        parameter.requires_grad_(trains)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
@@ -269,6 +258,7 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
             "training.push_to_hub is true, but would upload without the model card. Upload the "
             "finished adapter/ with: hf upload REPO RUN/adapter"
         )
+    _check_evaluates(cfg)
     baseline = BASELINES.get(cfg.method.name)
     if options.get("load_best_model_at_end") and baseline and baseline.no_best_checkpoint:
         raise ValueError(
@@ -291,11 +281,15 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
         options.setdefault("greater_is_better", best.higher_is_better)
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # else torch warns
     options.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
-    args = TrainingArguments(
-        output_dir=str(Path(cfg.output.dir, CHECKPOINTS)),
-        remove_unused_columns=False,  # the collator takes what the model needs, task ids included
-        **{**options, "disable_tqdm": True},
-    )
+    with upstream_refuses("training"):
+        args = TrainingArguments(
+            output_dir=str(Path(cfg.output.dir, CHECKPOINTS)),
+            remove_unused_columns=False,  # the collator takes what the model needs, task ids too
+            **{**options, "disable_tqdm": True},
+        )
+    for callback in get_reporting_integration_callbacks(args.report_to):
+        with upstream_refuses("training.report_to"):
+            callback()  # raises if its package is not installed
     if args.world_size > 1:
         raise ValueError(
             f"training: {args.world_size} processes were started, a run takes one. Start plait "
@@ -303,6 +297,36 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
         )
     args._n_gpu = min(args.n_gpu, 1)  # the Trainer would wrap the model in DataParallel
     return args
+
+
+def _check_evaluates(cfg: RunConfig) -> None:
+    """Raise ValueError for what needs validation rows where there are none."""
+    if cfg.data.validation is not None:
+        return
+    needs = {
+        "load_best_model_at_end": cfg.training.get("load_best_model_at_end"),
+        "eval_strategy": cfg.training.get("eval_strategy", "no") != "no",
+        "save_strategy": cfg.training.get("save_strategy") == "best",
+        "lr_scheduler_type": cfg.training.get("lr_scheduler_type") == "reduce_lr_on_plateau",
+    }
+    for key, needed in needs.items():
+        if needed:
+            raise ValueError(
+                f"training.{key} is {shown(cfg.training[key])}, and data.validation is not set. "
+                f"Give data.validation a source or a fraction of train, or remove training.{key}."
+            )
+
+
+@contextmanager
+def upstream_refuses(section: str) -> Iterator[None]:
+    """Raise what upstream refuses of a section as a user's error, on one line that names it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, ImportError) as error:
+        kind = ImportError if isinstance(error, ImportError) else ValueError
+        raise kind(f"{section}: {' '.join(str(error).split())}") from error
 
 
 def best_metric(cfg: RunConfig) -> str | None:
@@ -319,6 +343,12 @@ def check_config(cfg: RunConfig) -> None:
         raise ValueError(
             f"training.metric_for_best_model: {best} is not measured by a {cfg.model.task} run. "
             f"{did_you_mean(best, known)}"
+        )
+    split_by, validation = cfg.data.split_by, cfg.data.validation
+    if split_by is not None and not isinstance(validation, int | float):
+        raise ValueError(
+            f"data.split_by is {shown(split_by)}, and data.validation is no fraction of train. Set "
+            "data.validation to one, such as 0.1, or remove data.split_by."
         )
     name, quantization = cfg.method.name, cfg.model.quantization
     reason = quantised_reason(name, quantization)

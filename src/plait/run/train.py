@@ -19,8 +19,8 @@ from plait.run.card import write_card, write_loss_curve
 from plait.run.config import RunConfig, config_to_dict, dump_config
 from plait.run.evaluate import Progress, evaluate_model
 from plait.run.folder import RunFolder, with_absolute_paths, write_atomic
-from plait.run.prepare import Prepared, prepare
-from plait.run.trainer import RunTrainer, latest_checkpoint
+from plait.run.prepare import Prepared
+from plait.run.trainer import RunTrainer, latest_checkpoint, rehearse
 
 
 def train(
@@ -44,7 +44,7 @@ def train(
         FileExistsError: output.dir holds something and resume is False, or another process writes
             there.
         ValueError: a resumed config or its data differ in what decides the weights; and what
-            `prepare` raises.
+            `rehearse` raises.
         FloatingPointError: the loss or a weight is NaN or infinite.
         OSError: a file cannot be written.
         KeyboardInterrupt: after a signal, when the checkpoint is written.
@@ -53,7 +53,7 @@ def train(
     config, text = config_to_dict(absolute), dump_config(absolute)
     with lock(path):
         folder = RunFolder.unfinished(path, config) if resume else RunFolder.free(path)
-        run = prepare(cfg)
+        run, _ = rehearse(cfg)
         with _undone(folder, resume):
             return _train(run, folder, text, callbacks, progress)
 

@@ -5,12 +5,15 @@ scheduler and RNG states as torch files, which the Trainer reads with `weights_o
 pickled training arguments are left out: the run folder's config.yaml holds them.
 """
 
+import copy
 import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -34,12 +37,13 @@ from plait.run.adapter import (
     save_trained,
 )
 from plait.run.callbacks import StopOnSignal
-from plait.run.config import did_you_mean
+from plait.run.config import RunConfig, did_you_mean
 from plait.run.data.tokens import IGNORED
 from plait.run.evaluate import evaluate_model
 from plait.run.folder import RunFolder, replace_dir
+from plait.run.model import recomputes
 from plait.run.optimizers import DEFAULT, make_optimizer
-from plait.run.prepare import Prepared
+from plait.run.prepare import Prepared, prepare, upstream_refuses
 from plait.upstream.adalora import adalora_of, load_adalora, save_adalora, upstream_noise
 
 _REMEDY = "Remove that checkpoint to resume from the one before it."
@@ -72,19 +76,20 @@ class RunTrainer(Trainer):
         self.chain: ChainCallback | None = None
         if run.chain is not None:
             self.chain = ChainCallback(run.chain, checkpoint=self.checkpoint)
-        super().__init__(
-            model=run.model,
-            args=run.arguments,
-            data_collator=run.data.collator,
-            train_dataset=run.data.train,
-            eval_dataset=run.data.validation,
-            processing_class=run.tokenizer,
-            callbacks=[
-                self.stop,
-                *callbacks,
-                *([] if self.chain is None else [self.chain]),
-            ],
-        )
+        with upstream_refuses("training"):
+            super().__init__(
+                model=run.model,
+                args=run.arguments,
+                data_collator=run.data.collator,
+                train_dataset=run.data.train,
+                eval_dataset=run.data.validation,
+                processing_class=run.tokenizer,
+                callbacks=[
+                    self.stop,
+                    *callbacks,
+                    *([] if self.chain is None else [self.chain]),
+                ],
+            )
         self.remove_callback(PrinterCallback)
         # Whether the model divides its loss by the number of items that it is given; None: unknown.
         self._divides_loss: bool | None = None if self.model_accepts_loss_kwargs else False
@@ -153,7 +158,8 @@ class RunTrainer(Trainer):
             self.optimizer = make_optimizer(
                 chosen.name, chosen.options, self.trained, self.cfg.training
             )
-        optimizer = super().create_optimizer(model)
+        with upstream_refuses("training"):
+            optimizer = super().create_optimizer(model)
         if first and self.cfg.method.lr_scale:
             scale_learning_rates(optimizer, self.trained, self.cfg.method.lr_scale)
         return optimizer
@@ -168,7 +174,8 @@ class RunTrainer(Trainer):
             shape: Any = restarting_shape(self.args)
             self.lr_scheduler = chain_schedule(plan, scheduled, num_training_steps, shape)
             return self.lr_scheduler
-        return super().create_scheduler(num_training_steps, optimizer)
+        with upstream_refuses("training"):
+            return super().create_scheduler(num_training_steps, optimizer)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -356,6 +363,54 @@ class RunTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with undamaged(Path(checkpoint or "."), *_UNEXPECTED, ValueError):
             super()._load_rng_state(checkpoint)
+
+
+def rehearse(cfg: RunConfig, place: bool = True) -> tuple[Prepared, torch.optim.Optimizer]:
+    """Prepare a run, and make its Trainer, batches, optimizer and schedule once, to refuse early.
+
+    `plait train` and `plait check` both begin here, so that one refuses what the other does.
+    Nothing is written but a temporary folder. The model keeps no trace, and the optimizer is for
+    looking at: training makes its own.
+
+    place: as for `prepare`.
+
+    Raises what `prepare` raises, and ValueError or ImportError for values of `training`,
+    `optimizer` and `method.lr_scale` that upstream or the optimizer refuse.
+    """
+    run = prepare(cfg, place)
+    before = [(p, p.requires_grad, p._post_accumulate_grad_hooks) for p in run.model.parameters()]
+    with TemporaryDirectory(prefix="plait-") as folder:
+        arguments = copy.copy(run.arguments)
+        arguments.output_dir = folder
+        trainer = _Rehearsal(replace(run, arguments=arguments), RunFolder(folder))
+        with upstream_refuses("training"):
+            trainer.get_train_dataloader()
+        if recomputes(cfg.training):
+            _check_checkpointing(run.model)
+        trainer.create_optimizer_and_scheduler(run.steps)
+    optimizer: Any = trainer.optimizer
+    if hasattr(optimizer, "remove"):  # its hooks on the model
+        optimizer.remove()
+    for parameter, trains, hooks in before:  # an optimizer may freeze some, or step in hooks
+        parameter.requires_grad_(trains)
+        parameter._post_accumulate_grad_hooks = hooks
+    return run, optimizer
+
+
+class _Rehearsal(RunTrainer):
+    """Leaves the model where `prepare` placed it."""
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        pass
+
+
+def _check_checkpointing(model: Any) -> None:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not base.supports_gradient_checkpointing:
+        raise ValueError(
+            f"training.gradient_checkpointing is true, and a {base.config.model_type} cannot "
+            "recompute its blocks. Set it to false."
+        )
 
 
 @contextmanager

@@ -90,6 +90,11 @@ class DataConfig:
     validation: float | str | list[str] | None = option(
         None, "A source, or a fraction of train such as 0.1; null: none.", above=0, below=1
     )
+    split_by: str | int | None = option(
+        None,
+        "A column, by name or index: rows with an equal value there stay on one side where "
+        "validation is a fraction of train; null: rows are drawn one by one.",
+    )
     test: str | list[str] | None = option(None, "A source; null: none.")
     split: str = option(
         "train", "Split of a hub set, or key of a JSON object of lists, where train names none."

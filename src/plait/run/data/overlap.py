@@ -1,4 +1,4 @@
-"""Which held-out rows also occur among the training rows."""
+"""Which rows occur several times: in train, and in train and a held-out split."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,11 +24,22 @@ class Overlap:
     examples: list[str]
 
 
+@dataclass(frozen=True)
+class Repeats:
+    """Training rows whose input occurs in an earlier training row.
+
+    rows: their number. identical: of these, those whose answer that input had before, too. inputs:
+    different inputs of all training rows.
+    """
+
+    rows: int
+    identical: int
+    inputs: int
+
+
 def overlap(bundle: DataBundle) -> list[Overlap]:
     """Compare validation and test with train: case, Unicode form and white space are ignored."""
-    seen: dict[str, set[str]] = {}
-    for question, answer in _questions(bundle.train, bundle.kind):
-        seen.setdefault(question, set()).add(answer)
+    seen = _answers(bundle.train, bundle.kind)
     overlaps = []
     for name, split in bundle.splits().items():
         if name == "train":
@@ -38,6 +49,21 @@ def overlap(bundle: DataBundle) -> list[Overlap]:
         examples = list(dict.fromkeys(q for q, _ in shared))[:3]
         overlaps.append(Overlap(name, len(shared), identical, len(split), examples))
     return overlaps
+
+
+def repeats(bundle: DataBundle) -> Repeats:
+    """Count the rows that occur several times in train, compared as `overlap` does."""
+    seen = _answers(bundle.train, bundle.kind)
+    rows, different = len(bundle.train), sum(map(len, seen.values()))
+    return Repeats(rows - len(seen), rows - different, len(seen))
+
+
+def _answers(split: Dataset, kind: Kind) -> dict[str, set[str]]:
+    """Input -> its answers."""
+    seen: dict[str, set[str]] = {}
+    for question, answer in _questions(split, kind):
+        seen.setdefault(question, set()).add(answer)
+    return seen
 
 
 def _questions(split: Dataset, kind: Kind) -> Iterable[tuple[str, str]]:

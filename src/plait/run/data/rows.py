@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import itertools
 import json
 import random
 import zlib
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from plait.options import shown
+from plait.options import did_you_mean, shown
 from plait.run.config import DataConfig
 
 _SUFFIXES = {
@@ -50,7 +51,9 @@ def read_splits(
     if only in (None, "train") or (only == "validation" and fraction):
         source = splits["train"] = read_rows(data.train, data, "train")
     if isinstance(data.validation, int | float) and source:
-        splits["train"], splits["validation"] = _split(source, data.validation, data.seed)
+        splits["train"], splits["validation"] = _split(
+            source, data.validation, data.seed, data.split_by
+        )
     elif isinstance(data.validation, str | list) and only in (None, "validation"):
         splits["validation"] = read_rows(data.validation, data, "validation")
     if data.test is not None and only in (None, "test"):
@@ -312,15 +315,47 @@ def _columns(value: Any, where: str) -> dict[str, Any]:
     raise ValueError(f"{where}: is {value!r:.60}. A row is an object or a list of values.")
 
 
-def _split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Cut a fraction off, shuffled by the seed; at least one row stays on either side."""
+def _split(
+    rows: list[Row], fraction: float, seed: int, by: str | int | None = None
+) -> tuple[list[Row], list[Row]]:
+    """Cut a fraction off, shuffled by the seed; at least one row stays on either side.
+
+    by: a column; rows with an equal value there stay together, and the number of rows cut off is
+    the nearest that whole groups reach in their shuffled order.
+    """
     if len(rows) < 2:
         raise ValueError(
             f"data.validation is {fraction}, but there is 1 training row. Give validation rows."
         )
-    order = random.Random(seed).sample(range(len(rows)), len(rows))
-    cut = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-    return [rows[i] for i in order[cut:]], [rows[i] for i in order[:cut]]
+    target, draw = min(max(1, round(fraction * len(rows))), len(rows) - 1), random.Random(seed)
+    if by is None:
+        order = draw.sample(range(len(rows)), len(rows))
+        return [rows[i] for i in order[target:]], [rows[i] for i in order[:target]]
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_group(row, by), []).append(row)
+    if len(groups) < 2:
+        raise ValueError(
+            f"data.split_by is {by!r}, and all {len(rows)} rows have the same value there. Give "
+            "another column, or validation rows."
+        )
+    order = draw.sample(list(groups.values()), len(groups))
+    sizes = list(itertools.accumulate(map(len, order)))[:-1]
+    cut = 1 + min(range(len(sizes)), key=lambda n: abs(sizes[n] - target))
+    validation, train = order[:cut], order[cut:]
+    return list(itertools.chain(*train)), list(itertools.chain(*validation))
+
+
+def _group(row: Row, by: str | int) -> str:
+    """Return the value of a column, by name or by index, as text."""
+    names = list(row.values)
+    name = dict(enumerate(names)).get(by) if isinstance(by, int) else by
+    if name not in row.values:
+        raise ValueError(
+            f"{row.where}: data.split_by is {by!r}, and the columns are "
+            f"{', '.join(names[:20])}. {did_you_mean(str(by), names)}"
+        )
+    return json.dumps(row.values[name], sort_keys=True, default=str)
 
 
 def _limited(rows: list[Row], limit: int | None, seed: int) -> list[Row]:

@@ -19,6 +19,7 @@ from plait.run.data.reader import Columns, whole_text
 from plait.run.data.rows import Row
 
 IGNORED = -100  # the label of a token that is not trained
+CUT = "cut"  # the column that says whether data.truncate shortened a row
 _CHARACTERS = 128  # of a token, no more than which a row has on average
 _COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -112,22 +113,25 @@ def _encode_texts(
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
     parts = [name for name in ("text", "text_pair") if name in values[0]]
-    texts, *more = zip(
-        *(
-            _within([of_row[name] for name in parts], data, row.where)
-            for of_row, row in zip(values, rows, strict=True)
-        ),
-        strict=True,
-    )
-    texts, pairs = list(texts), list(more[0]) if more else None
+    whole = [[of_row[name] for name in parts] for of_row in values]
+    within = [_within(texts, data, row.where) for texts, row in zip(whole, rows, strict=True)]
+
+    def ids_of(chosen: Sequence[int], **options: Any) -> Any:
+        texts = ([within[i][n] for i in chosen] for n in range(len(parts)))
+        return tokenizer(*texts, **options)
+
     # The tokenizer cuts before it adds its closing special tokens.
-    columns = tokenizer(
-        texts,
-        pairs,
-        truncation=data.truncate,
-        max_length=data.max_length if data.truncate else None,
-    )
-    return [{k: columns[k][i] for k in _COLUMNS if k in columns} for i in range(len(texts))]
+    limit = data.max_length if data.truncate else None
+    columns = ids_of(range(len(rows)), truncation=data.truncate, max_length=limit)
+    encoded = [
+        {k: columns[k][i] for k in _COLUMNS if k in columns} | {CUT: within[i] is not whole[i]}
+        for i in range(len(rows))
+    ]
+    full = [i for i, item in enumerate(encoded) if len(item["input_ids"]) == limit]
+    if full:
+        for i, ids in zip(full, ids_of(full, verbose=False)["input_ids"], strict=True):
+            encoded[i][CUT] |= len(ids) > data.max_length
+    return encoded
 
 
 def _encode_causal(
@@ -136,7 +140,7 @@ def _encode_causal(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
-    cut = []
+    cut, shortened = [], []
     for of_row, row in zip(values, rows, strict=True):
         if "messages" in of_row:
             tools = of_row.get("tools")
@@ -145,12 +149,14 @@ def _encode_causal(
             of_row["completion"] = segments[-1][0]
         else:
             segments = [(of_row["prompt"], False), (of_row["completion"], True)]
-        texts = _within([text for text, _ in segments], data, row.where)
+        whole = [text for text, _ in segments]
+        texts = _within(whole, data, row.where)
+        shortened.append(texts is not whole)
         cut.append([(text, trained) for text, (_, trained) in zip(texts, segments, strict=True)])
     tokens = _encode_segments([[text for text, _ in segments] for segments in cut], tokenizer)
     start = _start_ids(tokenizer) if "messages" not in values[0] else []
     encoded = []
-    for of_row, segments, parts in zip(values, cut, tokens, strict=True):
+    for of_row, segments, parts, short in zip(values, cut, tokens, shortened, strict=True):
         ids, labels = list(start), [IGNORED] * len(start)
         for part, (_, trained) in zip(parts, segments, strict=True):
             ids += part
@@ -165,6 +171,7 @@ def _encode_causal(
                 "attention_mask": [1] * len(ids),
                 "labels": labels,
                 "prompt_length": len(start) + sum(len(part) for part in parts[:-1]),
+                CUT: short,
             }
         )
     return encoded
@@ -172,6 +179,8 @@ def _encode_causal(
 
 def _within(texts: list[str], data: DataConfig, where: str) -> list[str]:
     """Cut the texts of a row where data.max_length tokens surely end, before they are tokenized.
+
+    The same list is returned if nothing is cut.
 
     Raises ValueError if such a row is not to be cut.
     """
@@ -306,6 +315,7 @@ def _fit(encoded: list[dict[str, Any]], split: str, data: DataConfig, causal: bo
         )
     if long:
         for item in encoded:
+            item[CUT] |= len(item["input_ids"]) > limit
             for name in (*_COLUMNS, "labels"):
                 if name in item:
                     item[name] = item[name][:limit]

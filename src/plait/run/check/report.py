@@ -1,19 +1,20 @@
 """Look at a run before it starts: everything validated, counted and shown, nothing trained."""
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plait.core.files import check_place
+from plait.run.check.memory import Memory, estimate_memory
 from plait.run.config import RunConfig
 from plait.run.data.bundle import DataBundle
-from plait.run.data.overlap import Overlap, overlap
-from plait.run.data.tokens import IGNORED
+from plait.run.data.overlap import Overlap, Repeats, overlap, repeats
+from plait.run.data.tokens import CUT, IGNORED
 from plait.run.model import parameter_counts
-from plait.run.prepare import prepare
+from plait.run.trainer import rehearse
 from plait.upstream.layers import fully_trained, is_tuner_layer
 
 
@@ -24,9 +25,11 @@ class CheckReport:
     trainable, total: parameters, the adapter's included. stored: numbers in the adapter's file;
     None for full fine-tuning. adapted: layers with an update. new: modules trained and saved
     beside them, such as a classification head. steps: planned optimizer steps.
-    rows: per split. longest: tokens. memory: part -> bytes, see estimated_memory. example: pieces
+    rows: per split. cut: of these, the rows that data.truncate shortens. longest: tokens.
+    labels, tasks: name -> its training rows; None without. memory: see Memory. example: pieces
     of the first training row, each with whether loss is taken on it. target: its label, for
-    classification and regression.
+    classification and regression. repeats: rows that occur several times in train. overlaps: rows
+    of the other splits that occur in train.
     """
 
     config: RunConfig
@@ -38,21 +41,24 @@ class CheckReport:
     new: list[str]
     steps: int
     rows: dict[str, int]
+    cut: dict[str, int]
     longest: int
-    labels: list[str] | None
-    tasks: list[str] | None
-    memory: dict[str, int]
+    labels: dict[str, int] | None
+    tasks: dict[str, int] | None
+    memory: Memory
     example: list[tuple[str, bool]]
     target: str | None
+    repeats: Repeats
     overlaps: list[Overlap]
 
 
 def check(config: RunConfig) -> CheckReport:
     """Load data and model as training would and report on them.
 
-    Raises what loading the data and building the model raises.
+    Raises what training raises before its first step, but for a run folder that exists.
     """
-    prepared = prepare(config, place=False)
+    check_place(config.output.dir)
+    prepared, optimizer = rehearse(config, place=False)
     tokenizer, data, model = prepared.tokenizer, prepared.data, prepared.model
     trainable, total = parameter_counts(model)
     first = data.train[0]
@@ -67,12 +73,14 @@ def check(config: RunConfig) -> CheckReport:
         new=[name.removeprefix("base_model.model.") for name in fully_trained(model)],
         steps=prepared.steps,
         rows={name: len(split) for name, split in data.splits().items()},
+        cut={name: sum(split[CUT]) for name, split in data.splits().items()},
         longest=data.longest,
-        labels=data.labels,
-        tasks=data.tasks,
-        memory=estimated_memory(model, config, data),
+        labels=_counts(data, "label", data.labels),
+        tasks=_counts(data, "task", data.tasks),
+        memory=estimate_memory(prepared, optimizer),
         example=masked_pieces(first["input_ids"], first["labels"] if causal else None, tokenizer),
         target=None if causal else str(first["label"]),
+        repeats=repeats(data),
         overlaps=overlap(data),
     )
 
@@ -89,37 +97,12 @@ def masked_pieces(
     return [(str(tokenizer.decode([i for i, _ in run])), kind) for kind, run in runs]
 
 
-def estimated_memory(
-    model: PeftModel | PreTrainedModel, config: RunConfig, data: DataBundle
-) -> dict[str, int]:
-    """Estimate the peak memory of training in bytes, by part.
-
-    weights: all parameters and buffers as they are held. gradients: of what is trained.
-    optimizer: two fp32 numbers for each trained one, as AdamW keeps. activations: of one batch of
-    the longest row, 17 numbers of the hidden size per token and block (Korthikanti et al. 2022,
-    without attention scores, which fused attention does not keep), one where blocks are
-    recomputed, and for causal models the logits with their fp32 copy and gradient. Not included:
-    workspaces, fragmentation, and what a method computes besides.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    held = itertools.chain(model.parameters(), model.buffers())
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    shape = base.config
-    half = config.training.get("bf16") or config.training.get("fp16")
-    size = 2 if half else torch.finfo(base.dtype).bits // 8
-    tokens = config.training["per_device_train_batch_size"] * data.longest
-    recompute = config.training.get("gradient_checkpointing")
-    blocks = shape.num_hidden_layers
-    kept = blocks + 17 if recompute else 17 * blocks
-    activations = tokens * shape.hidden_size * kept * size
-    if config.model.task == "causal_lm":
-        activations += tokens * shape.vocab_size * (size + 4 + 4)
-    return {
-        "weights": sum(t.numel() * t.element_size() for t in held),
-        "gradients": sum(p.numel() * p.element_size() for p in trained),
-        "optimizer": sum(2 * 4 * p.numel() for p in trained),
-        "activations": activations,
-    }
+def _counts(data: DataBundle, column: str, names: list[str] | None) -> dict[str, int] | None:
+    """Count the training rows of each name; 0 for a name that none has."""
+    if names is None:
+        return None
+    rows = Counter(data.train[column])
+    return {name: rows[name] for name in names}
 
 
 def _stored(model: PeftModel | PreTrainedModel) -> int | None:
