@@ -21,6 +21,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -385,6 +386,8 @@ def rehearse(cfg: RunConfig, place: bool = True) -> tuple[Prepared, torch.optim.
         trainer = _Rehearsal(replace(run, arguments=arguments), RunFolder(folder))
         with upstream_refuses("training"):
             trainer.get_train_dataloader()
+            if arguments.use_liger_kernel:
+                apply_liger_kernel(run.model, arguments.liger_kernel_config)
         if recomputes(cfg.training):
             _check_checkpointing(run.model)
         trainer.create_optimizer_and_scheduler(run.steps)

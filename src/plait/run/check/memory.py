@@ -241,7 +241,6 @@ def _generate(
 
     like: token ids (rows, any), for number, type and device. extra: further inputs.
     """
-
     parameters = inspect.signature(type(_base(model)).forward).parameters
     name = "cache" if "cache" in parameters else "past_key_values"  # as transformers names it
 
