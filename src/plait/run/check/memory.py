@@ -146,10 +146,11 @@ def _trace(run: Prepared, optimizer: torch.optim.Optimizer) -> tuple[int, int, i
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(fake):
         model, moving = copy.deepcopy((run.model, optimizer))
-    rows = _longest(run.data, run.arguments.per_device_train_batch_size)
+    step_rows = _longest(run.data, run.arguments.per_device_train_batch_size)
+    held_out = [_first(run, split) for split in run.data.splits() if split != "train"]
     known = [*model.parameters(), *model.buffers()]
     with fake, Allocations(known) as counted:
-        _step(run, model, _fake(fake, rows, model))
+        _step(run, model, _fake(fake, step_rows, model))
         step = counted.most
         counted.restart()
         _bare_step(moving)
@@ -157,17 +158,39 @@ def _trace(run: Prepared, optimizer: torch.optim.Optimizer) -> tuple[int, int, i
         state = counted.now
         step = max(step, counted.most - state)
         counted.restart()
-        evaluation = 0
-        if run.data.held_out_split is not None:
-            _evaluate(run, model, fake, counted)
-            evaluation = counted.most - state
+        for batch, prompts in held_out:
+            _evaluate(run, model, _fake(fake, batch, model), prompts, counted)
+        evaluation = counted.most - state
     return state, step, evaluation
 
 
 def _longest(data: DataBundle, count: int) -> dict[str, Tensor]:
-    """Return a batch of `count` rows as long as the longest training row."""
+    """Return a batch of `count` rows as long as the longest training row, padded if rows differ."""
     lengths = [len(ids) for ids in data.train["input_ids"]]
-    return data.collator([data.train[lengths.index(max(lengths))]] * count)
+    rows = [data.train[lengths.index(most)] for most in (max(lengths), min(lengths))]
+    return _unmasked(data.collator([rows[0], *[rows[1]] * (count - 1)]))
+
+
+def _first(run: Prepared, split: str) -> tuple[dict[str, Tensor], list[int]]:
+    """Return an evaluation's first batch, of the longest rows, and the lengths of its prompts.
+
+    The prompts are those of the first batch of generation; [] if nothing is generated.
+    """
+    data, size = run.data, run.cfg.evaluation.batch_size
+    rows = data.splits()[split]
+    longest = next(batches(rows, [len(ids) for ids in rows["input_ids"]], size))
+    batch = _unmasked(data.collator([rows[i] for i in longest]))
+    if not run.cfg.evaluation.generate or data.kind not in ("completion", "messages"):
+        return batch, []
+    lengths = rows["prompt_length"]
+    return batch, [lengths[i] for i in next(batches(rows, lengths, size))]
+
+
+def _unmasked(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out a mask that masks nothing: models look at its numbers and ignore it."""
+    if bool(batch["attention_mask"].all()):
+        del batch["attention_mask"]
+    return batch
 
 
 def _fake(mode: FakeTensorMode, batch: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -202,31 +225,31 @@ def _bare_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 @torch.no_grad()
-def _evaluate(run: Prepared, model: Any, fake: FakeTensorMode, counted: Allocations) -> None:
-    """Pass the batches of an evaluation that take most: that of a metric, that of generation."""
-    cfg, data, split = run.cfg, run.data, run.data.held_out_split
-    assert split is not None
-    rows, size = getattr(data, split), cfg.evaluation.batch_size
+def _evaluate(
+    run: Prepared,
+    model: Any,
+    batch: dict[str, Tensor],
+    prompts: list[int],
+    counted: Allocations,
+) -> None:
+    """Do what an evaluation does with a batch, and generate from prompts of these lengths."""
     device = next(model.parameters()).device.type
     model.eval()
-    longest = next(batches(rows, [len(ids) for ids in rows["input_ids"]], size))
-    batch = _fake(fake, data.collator([rows[i] for i in longest]), model)
     labels = batch.pop("labels")
     with _autocast(run, device):
         logits = model(**batch).logits
     if run.arguments.bf16 or run.arguments.fp16:
         logits = logits.float()
-    if cfg.model.task == "causal_lm":
+    if run.cfg.model.task == "causal_lm":
         scores = logits[0, 1:].clone().float()  # one row at a time, its target tokens
         torch.nn.functional.cross_entropy(scores, labels[0, 1:], reduction="sum")
         del scores
     del logits
-    if cfg.evaluation.generate and data.kind in ("completion", "messages"):
-        prompt = max(rows["prompt_length"])
-        context = context_of(model) or prompt + cfg.evaluation.max_new_tokens
-        length = min(prompt + cfg.evaluation.max_new_tokens, context)
+    if prompts:
+        prompt, padded, new = max(prompts), len(set(prompts)) > 1, run.cfg.evaluation.max_new_tokens
+        length = min(prompt + new, context_of(model) or prompt + new)
         extra = {k: v for k, v in batch.items() if k == "task_ids"}
-        _generate(model, batch["input_ids"], prompt, length, extra, counted)
+        _generate(model, batch["input_ids"], prompt, length, padded, extra, counted)
 
 
 def _generate(
@@ -234,12 +257,14 @@ def _generate(
     like: Tensor,
     prompt: int,
     length: int,
+    padded: bool,
     extra: Mapping[str, Tensor],
     counted: Allocations,
 ) -> None:
     """Read prompts of `prompt` tokens, and then the last token of texts of `length` tokens.
 
-    like: token ids (rows, any), for number, type and device. extra: further inputs.
+    like: token ids (rows, any), for number, type and device. padded: whether prompts differ in
+    length. extra: further inputs.
     """
     parameters = inspect.signature(type(_base(model)).forward).parameters
     name = "cache" if "cache" in parameters else "past_key_values"  # as transformers names it
@@ -248,7 +273,7 @@ def _generate(
         past = 0 if cache is None else cache.get_seq_length()
         return model(
             input_ids=like.new_zeros(len(like), tokens),
-            attention_mask=like.new_ones(len(like), past + tokens),
+            attention_mask=like.new_ones(len(like), past + tokens) if padded else None,
             use_cache=True,
             logits_to_keep=1,
             **{name: cache},

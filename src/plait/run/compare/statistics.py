@@ -128,6 +128,7 @@ def paired_difference(
     groups: Sequence[object] | None = None,
     level: float = LEVEL,
     seed: int = 0,
+    draws: int = _DRAWS,
 ) -> Difference:
     """Compare an arm with the reference, measured on the same seeds and test rows.
 
@@ -142,7 +143,7 @@ def paired_difference(
         arm, reference: (seeds, rows), a number for each seed and test row whose mean is the metric,
             such as 0 or 1 for accuracy. A metric without such numbers: (seeds, 1).
         groups: of each row, such as its source text; rows of a group are drawn together.
-        level: of the interval. seed: of the draws.
+        level: of the interval. seed: of the draws. draws: of the bootstrap.
 
     Raises:
         ValueError: shapes that differ, or a single number, from which nothing follows.
@@ -166,10 +167,10 @@ def paired_difference(
         error = 0.0  # but for rounding
         p, low, high = (1.0 if mean == 0 else 0.0), mean, mean
     elif seeds == 1:
-        low, high = _over_rows(differences[0], level, seed)
+        low, high = _over_rows(differences[0], level, seed, draws)
         p = _permuted(differences[0], seed)
     else:
-        low, high = _over_both(differences, error, degrees, level, seed)
+        low, high = _over_both(differences, error, degrees, level, seed, draws)
         p = float(2 * stats.t.sf(abs(mean) / error, degrees))
     return Difference(
         mean=mean,
@@ -201,12 +202,14 @@ def _by_group(differences: NDArray[np.float64], groups: Sequence[object]) -> NDA
     return means + (differences @ member - means * sizes) * len(names) / len(groups)
 
 
-def _over_rows(differences: NDArray[np.float64], level: float, seed: int) -> tuple[float, float]:
+def _over_rows(
+    differences: NDArray[np.float64], level: float, seed: int, draws: int
+) -> tuple[float, float]:
     made = stats.bootstrap(
         (differences,),
         np.mean,
         confidence_level=level,
-        n_resamples=_DRAWS,
+        n_resamples=draws,
         batch=max(1, _CHUNK // len(differences)),
         method="BCa",
         rng=np.random.default_rng(seed),
@@ -228,9 +231,14 @@ def _permuted(differences: NDArray[np.float64], seed: int) -> float:
 
 
 def _over_both(
-    differences: NDArray[np.float64], error: float, degrees: float, level: float, seed: int
+    differences: NDArray[np.float64],
+    error: float,
+    degrees: float,
+    level: float,
+    seed: int,
+    count: int,
 ) -> tuple[float, float]:
-    draws = crossed_draws(differences, _DRAWS, np.random.default_rng(seed))
+    draws = crossed_draws(differences, count, np.random.default_rng(seed))
     mean, tail = differences.mean(), (1 - level) / 2
     widen = error / draws.std() * stats.t.isf(tail, degrees) / stats.norm.isf(tail)
     low, high = mean + (np.quantile(draws, [tail, 1 - tail]) - mean) * widen

@@ -1,0 +1,95 @@
+"""`plait report`: what published results say, with intervals."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:
+    """Describe the verb."""
+    parser = subparsers.add_parser(
+        "report",
+        help="published results with intervals and verdicts",
+        description="Compare published runs with one of them: the interval of each accuracy and "
+        "of each difference, p-values adjusted for the number of runs, a verdict, and the "
+        "difference that such a test can see.",
+    )
+    parser.add_argument(
+        "--peft-results",
+        nargs="+",
+        metavar="FILE",
+        required=True,
+        help="result files of peft's method_comparison: .json with one run, .jsonl with one a line",
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="NAME",
+        required=True,
+        help="the run to compare with: its experiment's name, or the end of it",
+    )
+    parser.add_argument(
+        "--test-rows",
+        type=int,
+        metavar="N",
+        help="rows of the test; default: the smallest number of which all accuracies are shares",
+    )
+    parser.add_argument(
+        "--correlation",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="assumed correlation of two runs' answers to a row, default 0",
+    )
+    parser.add_argument(
+        "--seed-spread",
+        type=float,
+        default=0.0,
+        metavar="POINTS",
+        help="assumed standard deviation of the accuracy over seeds, in points, default 0",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="write report.md, report.html and report.json into DIR"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare; print the report, or write it."""
+    try:
+        from plait.run.compare.published import compare_published, read_published
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("scipy", "statsmodels"):
+            raise
+        raise ImportError(
+            f'plait report needs {package}. Install it with: pip install "plait[compare]"'
+        ) from None
+    from plait.core.files import check_place, write_atomic
+    from plait.run.compare import page
+
+    if args.test_rows is not None and args.test_rows < 1:
+        raise ValueError(f"--test-rows is {args.test_rows}. Give 1 or more.")
+    study = compare_published(
+        read_published(args.peft_results),
+        args.reference,
+        test_rows=args.test_rows,
+        correlation=args.correlation,
+        seed_spread=args.seed_spread / 100,
+    )
+    if args.out is None:
+        sys.stdout.write(page.markdown(study))
+        return 0
+    folder: Path = check_place(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "report.md": page.markdown(study),
+        "report.html": page.html(study),
+        "report.json": json.dumps(page.as_json(study), indent=1) + "\n",
+    }
+    for name, text in contents.items():
+        write_atomic(folder / name, text)
+    for paragraph in page.summary(study):
+        print(paragraph)
+    print(f"report: {folder / 'report.html'}, and as .md and .json beside it")
+    return 0
