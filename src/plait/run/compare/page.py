@@ -97,16 +97,16 @@ def summary(study: PublishedStudy) -> Iterator[str]:
         f"{number} runs, compared with {study.reference.name}: {counts['wins']} better, "
         f"{counts['loses']} worse, {counts['undecided']} undecided. A run is called better or "
         f"worse if the {percent} interval of its difference is without zero and its p-value stays "
-        f"below {1 - study.level:g} after Holm's adjustment for {number - 1} comparisons. Looked at "
-        f"alone, {study.alone} would exceed the reference."
+        f"below {1 - study.level:g} after Holm's adjustment for {number - 1} comparisons. Looked "
+        f"at alone, {study.alone} would exceed the reference."
     )
     rows = f"{study.test_rows:,} test rows"
     if study.inferred:
         rows += " (the smallest number of which all accuracies are whole shares)"
     yield (
         f"With {rows}, two runs near the reference differ visibly from {points:.1f} points on, "
-        f"and a true difference has to be {100 * study.detectable:.1f} points to be seen in 80 % of "
-        "the cases."
+        f"and a true difference has to be {100 * study.detectable:.1f} points to be seen in "
+        "80 % of the cases."
     )
     assumed = [
         f"The answers of two runs to a row are taken to have the correlation {study.correlation:g}"

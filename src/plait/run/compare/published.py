@@ -216,13 +216,11 @@ def compare_published(
     differences = [
         share_difference(run.accuracy, chosen.accuracy, count, **options) for run in others
     ]
-    said = zip(
-        others, differences, holm([d.p for d in differences]),
-        verdicts(differences, level=level), strict=True,
-    )  # fmt: skip
+    adjusted = holm([d.p for d in differences])
+    said = verdicts(differences, adjusted, level=level)
     rows = [
         Row(run, *share_interval(run.accuracy, count, level), difference, p, verdict)
-        for run, difference, p, verdict in said
+        for run, difference, p, verdict in zip(others, differences, adjusted, said, strict=True)
     ]
     rows.append(Row(chosen, *share_interval(chosen.accuracy, count, level), None, None, None))
     rows.sort(key=lambda row: (-row.run.accuracy, row.run.name))

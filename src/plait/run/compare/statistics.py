@@ -7,7 +7,8 @@ alone makes the mean certain. The variance of the mean is estimated from the thr
 this crossed design, with Satterthwaite's degrees of freedom (Searle, Casella and McCulloch,
 Variance Components, 1992, section 4.3; Miller 2024, arXiv 2411.00640, has the case of one seed).
 
-scipy and statsmodels (the extra `compare`) supply distributions, resampling, Holm and power.
+scipy and statsmodels (the extra `compare`) supply distributions, resampling, Holm and
+the intervals of shares.
 """
 
 import math
@@ -17,9 +18,8 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
 Verdict = Literal["wins", "loses", "undecided"]
@@ -28,6 +28,7 @@ LEVEL = 0.95
 POWER = 0.8
 _DRAWS = 2000
 _NOTHING = 1e-12  # a spread that is rounding, relative to the largest difference
+_NORMAL = 1e4  # degrees of freedom from which Student's t is normal
 _CHUNK = 2**22  # numbers of a block of draws
 
 
@@ -272,15 +273,21 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def verdicts(
-    differences: Sequence[Difference], higher_is_better: bool = True, level: float = LEVEL
+    differences: Sequence[Difference],
+    adjusted: Sequence[float] | None = None,
+    higher_is_better: bool = True,
+    level: float = LEVEL,
 ) -> list[Verdict]:
     """Return what can be said of each arm: it wins or loses, or the study cannot tell.
 
     An arm that wins or loses has an interval without zero and a p-value that stays below 1 - level
     after Holm's adjustment for the number of arms.
+
+    adjusted: what `holm` returned for them; None: it is called here.
     """
+    adjusted = holm([d.p for d in differences]) if adjusted is None else adjusted
     made: list[Verdict] = []
-    for difference, p in zip(differences, holm([d.p for d in differences]), strict=True):
+    for difference, p in zip(differences, adjusted, strict=True):
         if p > 1 - level or difference.low <= 0 <= difference.high:
             made.append("undecided")
         else:
@@ -305,7 +312,8 @@ def detectable_difference(
     parts: Components, seeds: int, rows: int, level: float = LEVEL, power: float = POWER
 ) -> float:
     """Return the smallest difference that a study of this size detects with this power."""
-    return _detectable(*standard_error(parts, seeds, rows), level, power)
+    error, degrees = standard_error(parts, seeds, rows)
+    return _detectable(error, degrees, level, power)
 
 
 def planned_power(
@@ -315,15 +323,27 @@ def planned_power(
     error, degrees = standard_error(parts, seeds, rows)
     if error == 0:
         return 1.0 if difference else 1 - level
-    size = abs(difference) / error / math.sqrt(degrees + 1)
-    return float(TTestPower().power(size, degrees + 1, 1 - level))
+    return _power(abs(difference) / error, degrees, level)
+
+
+def _power(shift: float, degrees: float, level: float) -> float:
+    """Return the power of a two-sided t-test whose mean is `shift` standard errors from zero."""
+    if degrees > _NORMAL:
+        quantile = stats.norm.isf((1 - level) / 2)
+        return float(stats.norm.sf(quantile - shift) + stats.norm.cdf(-quantile - shift))
+    quantile = stats.t.isf((1 - level) / 2, degrees)
+    return float(stats.nct.sf(quantile, degrees, shift) + stats.nct.cdf(-quantile, degrees, shift))
 
 
 def _detectable(error: float, degrees: float, level: float, power: float = POWER) -> float:
     if error == 0:
         return 0.0
-    size = TTestPower().solve_power(nobs=degrees + 1, alpha=1 - level, power=power)
-    return float(size) * math.sqrt(degrees + 1) * error
+    most = 4.0
+    while _power(most, degrees, level) < power:
+        most *= 2
+    return error * float(
+        optimize.brentq(lambda shift: _power(shift, degrees, level) - power, 0.0, most, xtol=1e-6)
+    )
 
 
 # Shares of rows, without the rows -----------------------------------------------------------------
