@@ -202,10 +202,9 @@ def measure(shape: dict[str, Any]) -> dict[str, int]:
     small = {**small, "batch": 2, "generate": 2}
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         train(small, Path(first))
-        config = config_of(shape, Path(second))
-        estimate = check(config).memory
         baseline = resident()
         training, evaluation = train(shape, Path(second))
+        estimate = check(config_of(shape, Path(second))).memory  # last: it leaves caches behind
     assert estimate.evaluating is not None
     return {
         "training_estimated": estimate.training,

@@ -22,13 +22,7 @@ from plait.run.config import REMOTE_CODE, RunConfig
 from plait.run.data.bundle import DataBundle, Split
 from plait.run.data.tokens import IGNORED
 from plait.run.generate import decode, generate_ids
-from plait.run.metrics import (
-    Rows,
-    causal_metrics,
-    classification_metrics,
-    mean_metrics,
-    regression_metrics,
-)
+from plait.run.metrics import Rows, mean_metrics, metrics_of_rows
 from plait.run.prepare import load_run
 
 Progress = Callable[[int, int], None]  # rows done, rows in all
@@ -73,7 +67,6 @@ def evaluate_run(
     return {"split": split, **metrics}
 
 
-@torch.no_grad()
 def evaluate_model(
     model: nn.Module,
     data: DataBundle,
@@ -90,6 +83,35 @@ def evaluate_model(
     Returns `rows`, the metrics (losses in nats), and with tasks `tasks` (name -> metrics) and
     `task_mean`. A metric that is not defined on these rows is None.
     Raises ValueError when the split is not there.
+    """
+    values = measure_rows(model, data, split, cfg, generate, progress)
+    metrics: dict[str, Any] = {"rows": len(getattr(data, split))}
+    metrics |= metrics_of_rows(cfg.model.task, values)
+    if data.tasks is not None:
+        of_row = np.array(getattr(data, split)["task"])
+        metrics["tasks"] = {
+            task: {"rows": int((of_row == task).sum())}
+            | metrics_of_rows(
+                cfg.model.task, {name: v[of_row == task] for name, v in values.items()}
+            )
+            for task in sorted(set(of_row.tolist()))
+        }
+        metrics["task_mean"] = mean_metrics([*metrics["tasks"].values()])
+    return metrics
+
+
+@torch.no_grad()
+def measure_rows(
+    model: nn.Module,
+    data: DataBundle,
+    split: Split,
+    cfg: RunConfig,
+    generate: bool | None = None,
+    progress: Progress | None = None,
+) -> Rows:
+    """Return what the metrics are computed from: name -> one value for each row of a split.
+
+    Arguments and errors are those of `evaluate_model`.
     """
     rows = getattr(data, split)
     if rows is None:
@@ -111,27 +133,13 @@ def evaluate_model(
     model.eval()
     try:
         if cfg.model.task != "causal_lm":
-            values = _encoder_rows(model, data, rows, cfg.evaluation.batch_size, advance)
-            measure = (
-                classification_metrics if cfg.model.task == "classification" else regression_metrics
-            )
-        else:
-            values = _causal_rows(model, data, rows, cfg.evaluation.batch_size, advance)
-            if generates:
-                values["exact_match"] = _exact_matches(model, data, rows, cfg, advance)
-            measure = causal_metrics
+            return _encoder_rows(model, data, rows, cfg.evaluation.batch_size, advance)
+        values = _causal_rows(model, data, rows, cfg.evaluation.batch_size, advance)
+        if generates:
+            values["exact_match"] = _exact_matches(model, data, rows, cfg, advance)
+        return values
     finally:
         model.train(was_training)
-    metrics: dict[str, Any] = {"rows": len(rows), **measure(values)}
-    if data.tasks is not None:
-        of_row = np.array(rows["task"])
-        metrics["tasks"] = {
-            task: {"rows": int((of_row == task).sum())}
-            | measure({name: v[of_row == task] for name, v in values.items()})
-            for task in sorted(set(of_row.tolist()))
-        }
-        metrics["task_mean"] = mean_metrics([*metrics["tasks"].values()])
-    return metrics
 
 
 # --------------------------------------------------------------------------------- forwards

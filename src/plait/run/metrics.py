@@ -97,6 +97,13 @@ def regression_metrics(rows: Rows) -> dict[str, float | None]:
     }
 
 
+def metrics_of_rows(task: str, rows: Rows) -> dict[str, float | None]:
+    """Return the metrics of a `model.task`."""
+    if task == "classification":
+        return classification_metrics(rows)
+    return regression_metrics(rows) if task == "regression" else causal_metrics(rows)
+
+
 def mean_metrics(metrics: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Average each metric over tasks; None if a task has none."""
     names = [name for name in metrics[0] if name != "rows"]
