@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # the tests of a file stay together, so that what a module's fixtures make is made once.
 WORKERS ?= 2
 
-.PHONY: demo test test-deploy lint format docs docs-update assets clean
+.PHONY: demo test test-deploy test-simulations lint format docs docs-update assets clean
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +32,10 @@ test: $(VENV)/dev.stamp
 # Servers and clients that are killed, and whole runs of them: some minutes. Needs plait[federated].
 test-deploy: $(VENV)/dev.stamp
 	PLAIT_DEPLOY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/run/deploy/test_deploy_long.py
+
+# The statistics of comparisons on 1,000 simulated studies for each case: some minutes.
+test-simulations: $(VENV)/dev.stamp
+	PLAIT_SIMULATIONS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/run/compare/test_statistics.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check src tests examples docs benchmarks
