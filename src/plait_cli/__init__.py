@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from plait_cli._quiet import quiet
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -47,12 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.overrides += rest
     try:
-        if args.modules:
-            from plait.run.config import import_plugin
+        with quiet(args.verbose):
+            if args.modules:
+                from plait.run.config import import_plugin
 
-            for module in args.modules:
-                import_plugin(module)
-        return args.run(args)
+                for module in args.modules:
+                    import_plugin(module)
+            return args.run(args)
     except BrokenPipeError:
         # The reader of our output (`| head`) went away; nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -116,5 +119,10 @@ def _parser() -> argparse.ArgumentParser:
         module = importlib.import_module(f"{__name__}.{entry.name}")
         subparser = module.add_parser(subparsers)
         subparser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        subparser.add_argument(
+            "--verbose",
+            action="store_true",
+            help="print the resolved config, and what libraries say",
+        )
         subparser.set_defaults(run=module.run)
     return parser

@@ -59,7 +59,6 @@ def join(args: argparse.Namespace) -> int:
     from plait.run.deploy.join import PATIENCE, join
     from plait.run.deploy.resident import Resident
     from plait.run.federated.clients import client_process
-    from plait_cli._show import quiet
 
     config = config_of(args)
     deployment = Deployment(config.deploy)
@@ -68,7 +67,6 @@ def join(args: argparse.Namespace) -> int:
     private, folder = deployment.home / "clients" / args.client, Resident.folder()
     try:
         with (
-            quiet(),
             client_process(config, private, args.client) as answer,
             Resident(folder / "trainer", answer) as resident,
         ):

@@ -24,11 +24,11 @@ def run(args: argparse.Namespace) -> int:
     from plait.run.callbacks import ProgressBar
     from plait.run.demo import demo
     from plait_cli import console
-    from plait_cli._show import Status, quiet
+    from plait_cli._show import Status
 
     started = time.perf_counter()
     screen = console()
-    with quiet(), Status(screen, "rows") as status:
+    with Status(screen, "rows") as status:
         scores = demo(
             args.folder,
             args.steps,

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from plait.run.evaluate import evaluate_run
     from plait.run.harness import harness_run
     from plait_cli import console
-    from plait_cli._show import Status, quiet
+    from plait_cli._show import Status
 
     if args.harness is not None:
         if args.split or any(not text.startswith(REMOTE_CODE) for text in args.overrides):
@@ -54,16 +54,13 @@ def run(args: argparse.Namespace) -> int:
                 "--harness brings its own data; data.* and --split do not apply. Leave them out."
             )
         tasks = [task.strip() for task in args.harness.split(",") if task.strip()]
-        with quiet():
-            results = harness_run(
-                args.run_folder, tasks, args.limit, args.harness_path, args.overrides
-            )
+        results = harness_run(args.run_folder, tasks, args.limit, args.harness_path, args.overrides)
         for task, metrics in results.items():
             print(task)
             _print([(name, f"{value:.4g}") for name, value in metrics.items()])
         return 0
     screen = console()
-    with quiet(), Status(screen, "rows") as status:
+    with Status(screen, "rows") as status:
         metrics = evaluate_run(args.run_folder, args.split, args.overrides, progress=status)
     print(f"{metrics['split']}, {metrics['rows']} rows")
     _print(metric_rows(metrics))

@@ -31,7 +31,6 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 def run(args: argparse.Namespace) -> int:
     """Print what is lost, write, print what stock peft reads."""
     from plait.run.export import ExportReport, export_run
-    from plait_cli._show import quiet
 
     def announce(report: ExportReport) -> None:
         ranks = [layer.rank for layer in report.layers]
@@ -45,19 +44,18 @@ def run(args: argparse.Namespace) -> int:
         if not report.exact:
             print("not exact: raise --rank or --energy, or use --to merged where it is offered")
 
-    with quiet():
-        out, report = export_run(
-            args.run_folder,
-            args.to,
-            args.out,
-            rank=args.rank,
-            energy=args.energy,
-            task=args.task,
-            approx=args.approx,
-            force=args.force,
-            overrides=args.overrides,
-            announce=announce,
-        )
+    out, report = export_run(
+        args.run_folder,
+        args.to,
+        args.out,
+        rank=args.rank,
+        energy=args.energy,
+        task=args.task,
+        approx=args.approx,
+        force=args.force,
+        overrides=args.overrides,
+        announce=announce,
+    )
     print(f"stock check  {report.stock_error:.2e} at most, read back without plait")
     print(f"written      {out}")
     return 0

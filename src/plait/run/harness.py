@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.run.config import did_you_mean
+from plait.run.generate import plain_generation
 from plait.run.prepare import load_run
 
 
@@ -57,9 +58,10 @@ def harness_run(
         tokenizer=run.tokenizer,
         batch_size=run.cfg.evaluation.batch_size,
     )
-    measured = harness.simple_evaluate(
-        wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
-    )
+    with plain_generation(run.model):
+        measured = harness.simple_evaluate(
+            wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
+        )
     results = {
         task: {
             name: value
