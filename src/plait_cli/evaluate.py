@@ -32,6 +32,9 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         "--harness-path", metavar="FOLDER", help="a folder with more task files for --harness"
     )
     parser.add_argument(
+        "--task", metavar="NAME", help="with --harness: the task of a run with routing: task"
+    )
+    parser.add_argument(
         "--limit", type=int, metavar="ROWS", help="with --harness: only the first rows of a task"
     )
     return parser
@@ -39,8 +42,10 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Print the metrics, one a line."""
-    if args.harness is None and (args.harness_path or args.limit):
-        raise ValueError("--limit and --harness-path belong to --harness. Give --harness TASK.")
+    if args.harness is None and (args.harness_path or args.limit or args.task):
+        raise ValueError(
+            "--limit, --task and --harness-path belong to --harness. Give --harness TASK."
+        )
     from plait.run.card import metric_rows
     from plait.run.config import REMOTE_CODE
     from plait.run.evaluate import evaluate_run
@@ -54,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
                 "--harness brings its own data; data.* and --split do not apply. Leave them out."
             )
         tasks = [task.strip() for task in args.harness.split(",") if task.strip()]
-        results = harness_run(args.run_folder, tasks, args.limit, args.harness_path, args.overrides)
+        results = harness_run(
+            args.run_folder, tasks, args.limit, args.harness_path, args.overrides, args.task
+        )
         for task, metrics in results.items():
             print(task)
             _print([(name, f"{value:.4g}") for name, value in metrics.items()])

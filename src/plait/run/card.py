@@ -101,7 +101,9 @@ def early_stop(run: Mapping[str, Any]) -> str | None:
     planned = run.get("planned_steps")
     if planned is None:
         return None
-    return f"step {run['steps']} of {planned}, no better validation since"
+    best = run.get("best_step")
+    since = "" if best is None else f" since step {best}"
+    return f"step {run['steps']} of {planned}, no better validation{since}"
 
 
 def write_card(folder: RunFolder, cfg: RunConfig) -> str:

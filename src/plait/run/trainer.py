@@ -136,7 +136,9 @@ class RunTrainer(Trainer):
             stored = save_trained(
                 self.trained, self.data.tokenizer, to, self.folder.start, self.cfg.model
             )
-        early = {"planned_steps": self.steps} if self.stopped_early else {}
+        early = {}
+        if self.stopped_early:
+            early = {"planned_steps": self.steps, "best_step": self.state.best_global_step}
         self.folder.note(steps=self.state.global_step, stored=stored, **early, **self._kept())
 
     def _best_checkpoint(self) -> Path | None:
@@ -279,6 +281,8 @@ class RunTrainer(Trainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Save a checkpoint at each new best value: only what is saved can be loaded at the end."""
         improved = super()._determine_best_metric(metrics, trial)
+        if improved:  # upstream notes it only where checkpoints are saved
+            self.state.best_global_step = self.state.global_step
         if improved and self.args.load_best_model_at_end:
             self.control.should_save = True
         return improved
