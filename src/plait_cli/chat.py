@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from plait_cli._sampling import add_sampling, check_sampling
+from plait_cli._options import add_sampling, check_sampling
 
 _HELP = "/reset begins a new conversation, /exit ends it."
 

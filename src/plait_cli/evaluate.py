@@ -2,6 +2,8 @@
 
 import argparse
 
+from plait_cli._options import check_counts
+
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:
     """Describe the verb."""
@@ -42,6 +44,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Print the metrics, one a line."""
+    check_counts(args, "limit")
     if args.harness is None and (args.harness_path or args.limit or args.task):
         raise ValueError(
             "--limit, --task and --harness-path belong to --harness. Give --harness TASK."

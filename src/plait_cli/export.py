@@ -2,6 +2,8 @@
 
 import argparse
 
+from plait_cli._options import check_counts
+
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:
     """Describe the verb."""
@@ -30,6 +32,9 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Print what is lost, write, print what stock peft reads."""
+    check_counts(args, "rank")
+    if args.energy is not None and not 0 < args.energy <= 1:
+        raise ValueError(f"--energy {args.energy} is no share. Give more than 0 and up to 1.")
     from plait.run.export import ExportReport, export_run
 
     def announce(report: ExportReport) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from plait_cli._sampling import add_sampling, check_sampling
+from plait_cli._options import add_sampling, check_sampling
 
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:

@@ -2,6 +2,8 @@
 
 import argparse
 
+from plait_cli._options import check_counts
+
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:
     """Describe the verb."""
@@ -44,9 +46,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Predict, and say how many rows were written."""
-    for name, value in (("batch-size", args.batch_size), ("max-new-tokens", args.max_new_tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} is below 1. Give 1 or more.")
+    check_counts(args, "batch-size", "max-new-tokens")
     from plait.run.infer.predict import predict_run
     from plait_cli import console
     from plait_cli._show import Status

@@ -114,7 +114,8 @@ def test_a_base_without_a_template_trains_on_messages(
     trained = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label >= 0]
     assert tokenizer.eos_token_id in trained
     answer = row["completion"].strip()
-    assert tokenizer.decode(trained, skip_special_tokens=True).startswith(answer[:2].strip())
+    text = tokenizer.decode(trained, skip_special_tokens=True)
+    assert text.strip().startswith(answer[:2])
 
 
 def test_bos_comes_first_where_the_tokenizer_adds_it(place: Path, tmp_path: Path) -> None:

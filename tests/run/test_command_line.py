@@ -36,11 +36,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(place: Path, name: str, **method: Any) -> Any:
+def config(place: Path, to: str, **method: Any) -> Any:
     return run_config(
         place / "llama",
         place / "rows.jsonl",
-        place / name,
+        place / to,
         method=method,
         training={"max_steps": 1},
         evaluation={"generate": False},
@@ -101,6 +101,32 @@ def test_a_router_of_tokens_asks_for_the_option(
         assert "does not route" in said([*arguments, "--task", "copy"], capsys)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("export RUN --to lora --rank 0", "--rank 0 is below 1. Give 1 or more."),
+        (
+            "export RUN --to lora --energy 2",
+            "--energy 2.0 is no share. Give more than 0 and up to 1.",
+        ),
+        ("evaluate RUN --harness a --limit -1", "--limit -1 is below 1. Give 1 or more."),
+        ("demo RUN --steps 0", "--steps 0 is below 1. Give 1 or more."),
+        (
+            "generate RUN --prompt a --max-new-tokens 0",
+            "--max-new-tokens 0 is below 1. Give 1 or more.",
+        ),
+        ("chat RUN --max-new-tokens -3", "--max-new-tokens -3 is below 1. Give 1 or more."),
+        ("federate certs RUN --days 0", "--days 0 is below 1. Give 1 or more."),
+    ],
+)
+def test_numbers_out_of_range_name_their_option(
+    arguments: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(tmp_path / "run") if word == "RUN" else word for word in arguments.split()]
+    assert said(words, capsys) == f"plait {words[0]}: {text}\n"
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("verb", ["check", "train", "evaluate", "predict", "federate report"])
 def test_an_error_of_a_library_is_one_line(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -136,24 +162,33 @@ def noise() -> None:
     warnings.warn("ours", PlaitWarning, stacklevel=1)
 
 
-def test_only_our_warnings_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_our_warnings_are_shown(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     before = dict(os.environ)
     with quiet():
         noise()
         assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"  # for the processes that follow
     assert capsys.readouterr().err == "warning: ours\n"
+    assert not caplog.records
     assert dict(os.environ) == before
     assert transformers.utils.logging.is_progress_bar_enabled()
 
 
-def test_verbose_shows_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbose_shows_all(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *rest, **more: seen.append(str(message))
         with quiet(verbose=True):
             noise()
+    assert seen == ["soon gone", "take care"]
     err = capsys.readouterr().err
-    for text in ("soon gone", "take care", "Failed to load", "Loading weights", "warning: ours\n"):
-        assert text in err
+    assert "Loading weights" in err
+    assert "warning: ours\n" in err
+    assert "Failed to load" in caplog.text
 
 
 def test_every_verb_takes_verbose(capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,6 +199,7 @@ def test_every_verb_takes_verbose(capsys: pytest.CaptureFixture[str]) -> None:
         assert "--verbose" in capsys.readouterr().out, verb
 
 
+@pytest.mark.slow
 def test_a_fresh_process_says_nothing_of_its_libraries(place: Path, tmp_path: Path) -> None:
     """Warnings and logs of imports, too."""
     cfg = config(place, "fresh", name="lora", r=2)

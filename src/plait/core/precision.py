@@ -77,8 +77,9 @@ def _restore(module: Any, args: Any, output: Any) -> Any:
     """Hook: the parameters are visible again; what an embedding looked up is rounded."""
     for name in module._parameters:
         vars(module).pop(name, None)
+    dtype: Any = module.plait_dtype
     rounds = isinstance(module, nn.Embedding) and isinstance(output, Tensor)
-    return output.to(module.plait_dtype) if rounds else None
+    return output.to(dtype) if rounds else None
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:

@@ -171,7 +171,7 @@ def generate_ids(
         made: dict[int, list[int]] = {}
         for chosen in groups.values():
             group = [prompts[i] for i in chosen]
-            kept = {name: tensor[chosen] for name, tensor in inputs.items()}
+            kept: Any = {name: tensor[chosen] for name, tensor in inputs.items()}
             texts = generate_ids(
                 model, tokenizer, group, max_new_tokens, temperature, decoding, **kept
             )
@@ -206,7 +206,7 @@ def plain_generation(model: Any) -> Iterator[None]:
     transformers fills in every argument that is not given from generation_config.json: repetition
     penalties, n-grams that may not repeat, suppressed tokens, beams, custom keys.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     saved = base.generation_config
     base.generation_config = GenerationConfig(**{n: getattr(saved, n, None) for n in _SPECIAL})
     try:

@@ -1,4 +1,4 @@
-"""The options of verbs that generate text."""
+"""Options that several verbs have, and their bounds."""
 
 import argparse
 
@@ -19,5 +19,12 @@ def check_sampling(args: argparse.Namespace) -> None:
     """Raise ValueError for a number out of range."""
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature {args.temperature} is out of range. Give 0 or more.")
-    if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens {args.max_new_tokens} is below 1. Give 1 or more.")
+    check_counts(args, "max-new-tokens")
+
+
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError for one of these options that is less than 1; None is not given."""
+    for name in names:
+        value = getattr(args, name.replace("-", "_"))
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} is below 1. Give 1 or more.")
