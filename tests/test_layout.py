@@ -56,7 +56,7 @@ ONLY = {
         "run/inspect/pictures.py",
         "run/federated/pictures.py",
     },
-    "jinja2": {"run/card.py", "run/data/tokens.py"},
+    "jinja2": {"run/card.py", "run/data/templates.py", "run/data/tokens.py"},
     "rich": {"cli", "run/callbacks.py"},
     "yaml": {"run/config"},
     "pydantic": {"run/config"},

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from plait_cli._quiet import quiet
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -31,6 +33,7 @@ _USER_ERRORS = (
 )
 
 
+_LONGEST = 400  # characters of a library's error
 # Of an OSError that is none of these classes: a path that cannot be one.
 _USER_ERRNO = (errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ, errno.EINVAL)
 
@@ -47,12 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.overrides += rest
     try:
-        if args.modules:
-            from plait.run.config import import_plugin
+        with quiet(args.verbose):
+            if args.modules:
+                from plait.run.config import import_plugin
 
-            for module in args.modules:
-                import_plugin(module)
-        return args.run(args)
+                for module in args.modules:
+                    import_plugin(module)
+            return args.run(args)
     except BrokenPipeError:
         # The reader of our output (`| head`) went away; nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,10 +87,22 @@ def _report(args: argparse.Namespace, error: BaseException, code: int) -> int:
         traceback.print_exception(error)
         return code
     name = "" if code == 2 else f"{type(error).__name__}: "
-    print(f"plait {args.verb}: {name}{error}", file=sys.stderr)
+    print(f"plait {args.verb}: {name}{_text(error)}", file=sys.stderr)
     if code == 1:
         print("Run it with --debug to see where.", file=sys.stderr)
     return code
+
+
+def _text(error: BaseException) -> str:
+    """Return an error's text; that of a library on one line, cut off where it is long."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+    if module.partition(".")[0] in ("plait", "plait_cli"):  # a line for each mistake
+        return str(error)
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 class _Version(argparse.Action):
@@ -116,5 +132,10 @@ def _parser() -> argparse.ArgumentParser:
         module = importlib.import_module(f"{__name__}.{entry.name}")
         subparser = module.add_parser(subparsers)
         subparser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        subparser.add_argument(
+            "--verbose",
+            action="store_true",
+            help="print the resolved config, and what libraries say",
+        )
         subparser.set_defaults(run=module.run)
     return parser

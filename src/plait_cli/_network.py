@@ -9,6 +9,7 @@ from plait.core.files import write_atomic
 from plait.run.deploy.deployment import Deployment
 from plait.run.federated.config import FederateConfig, load_federate_config
 from plait.run.federated.folder import FederatedFolder
+from plait_cli._options import check_counts
 
 
 def config_of(args: argparse.Namespace) -> FederateConfig:
@@ -34,6 +35,7 @@ def say(text: str) -> None:
 
 def certs(args: argparse.Namespace) -> int:
     """Make certificates and keys."""
+    check_counts(args, "days")
     from plait.run.deploy.certs import make_certs
 
     clients = [name.strip() for name in args.clients.split(",") if name.strip()]
@@ -59,7 +61,6 @@ def join(args: argparse.Namespace) -> int:
     from plait.run.deploy.join import PATIENCE, join
     from plait.run.deploy.resident import Resident
     from plait.run.federated.clients import client_process
-    from plait_cli._show import quiet
 
     config = config_of(args)
     deployment = Deployment(config.deploy)
@@ -68,7 +69,6 @@ def join(args: argparse.Namespace) -> int:
     private, folder = deployment.home / "clients" / args.client, Resident.folder()
     try:
         with (
-            quiet(),
             client_process(config, private, args.client) as answer,
             Resident(folder / "trainer", answer) as resident,
         ):

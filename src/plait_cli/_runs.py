@@ -21,7 +21,7 @@ from plait.run.federated.report import (
 )
 from plait_cli import _network, console
 from plait_cli._network import config_of
-from plait_cli._show import Status, quiet
+from plait_cli._show import Status
 
 TOO_FEW = 3  # exit code of a round with too few updates
 
@@ -32,10 +32,11 @@ def simulate(args: argparse.Namespace) -> int:
 
     screen = console()
     config = load_federate_config(args.file, args.overrides)
-    screen.print(config.dump(), soft_wrap=True)
+    if args.verbose:
+        screen.print(config.dump(), soft_wrap=True)
     again = shlex.join(["plait", "federate", "simulate", args.file, *args.overrides, "--resume"])
     try:
-        with quiet(), Status(screen, "clients") as status:
+        with Status(screen, "clients") as status:
             folder = engines.simulate(
                 config,
                 args.resume,
@@ -79,8 +80,7 @@ def export(args: argparse.Namespace) -> int:
             f"most; read back by peft, logits off by {x.logit_error:.2e} of {x.logit_shift:.2e}"
         )
 
-    with quiet():
-        export_clients(args.run_folder, args.out, args.client, overrides=args.overrides, done=show)
+    export_clients(args.run_folder, args.out, args.client, overrides=args.overrides, done=show)
     print(f"written: {args.out}")
     return 0
 

@@ -1,18 +1,10 @@
-"""What several verbs show: tables of metrics, the state of an evaluation, warnings on one line."""
+"""What several verbs show: tables of metrics, the state of an evaluation."""
 
-import logging
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TextIO
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
-
-from plait.core.events import PlaitWarning
 
 
 class Status:
@@ -46,42 +38,6 @@ class Status:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the libraries' progress bars and deprecations; print plait's warnings plainly."""
-    shown = warnings.showwarning
-
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        if issubclass(category, PlaitWarning):
-            print(f"warning: {message}", file=file or sys.stderr)
-        else:
-            shown(message, category, filename, lineno, file, line)
-
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    had_level = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    # It logs on every call of every layer that it works in float16.
-    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            warnings.showwarning = show
-            yield
-    finally:
-        transformers_logging.set_verbosity(had_level)
-        if had_bars:
-            transformers_logging.enable_progress_bar()
 
 
 def comparison(rows: Sequence[tuple[str, str, str]]) -> Table:

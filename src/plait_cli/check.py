@@ -28,10 +28,8 @@ def run(args: argparse.Namespace) -> int:
 
     from plait.run.check import check  # loads torch: after the answer to a mistake in the file
     from plait_cli import console
-    from plait_cli._show import quiet
 
-    with quiet():
-        report = check(cfg)
+    report = check(cfg)
     render(report, console())
     return 0
 

@@ -2,6 +2,8 @@
 
 import argparse
 
+from plait_cli._options import check_counts
+
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:
     """Describe the verb."""
@@ -17,6 +19,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Print exact match by task for the base model and both adapters."""
+    check_counts(args, "steps")
     import time
 
     from rich.table import Table
@@ -24,11 +27,11 @@ def run(args: argparse.Namespace) -> int:
     from plait.run.callbacks import ProgressBar
     from plait.run.demo import demo
     from plait_cli import console
-    from plait_cli._show import Status, quiet
+    from plait_cli._show import Status
 
     started = time.perf_counter()
     screen = console()
-    with quiet(), Status(screen, "rows") as status:
+    with Status(screen, "rows") as status:
         scores = demo(
             args.folder,
             args.steps,

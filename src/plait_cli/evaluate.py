@@ -2,6 +2,8 @@
 
 import argparse
 
+from plait_cli._options import check_counts
+
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:
     """Describe the verb."""
@@ -32,6 +34,9 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         "--harness-path", metavar="FOLDER", help="a folder with more task files for --harness"
     )
     parser.add_argument(
+        "--task", metavar="NAME", help="with --harness: the task of a run with routing: task"
+    )
+    parser.add_argument(
         "--limit", type=int, metavar="ROWS", help="with --harness: only the first rows of a task"
     )
     return parser
@@ -39,14 +44,17 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Print the metrics, one a line."""
-    if args.harness is None and (args.harness_path or args.limit):
-        raise ValueError("--limit and --harness-path belong to --harness. Give --harness TASK.")
+    check_counts(args, "limit")
+    if args.harness is None and (args.harness_path or args.limit or args.task):
+        raise ValueError(
+            "--limit, --task and --harness-path belong to --harness. Give --harness TASK."
+        )
     from plait.run.card import metric_rows
     from plait.run.config import REMOTE_CODE
     from plait.run.evaluate import evaluate_run
     from plait.run.harness import harness_run
     from plait_cli import console
-    from plait_cli._show import Status, quiet
+    from plait_cli._show import Status
 
     if args.harness is not None:
         if args.split or any(not text.startswith(REMOTE_CODE) for text in args.overrides):
@@ -54,16 +62,15 @@ def run(args: argparse.Namespace) -> int:
                 "--harness brings its own data; data.* and --split do not apply. Leave them out."
             )
         tasks = [task.strip() for task in args.harness.split(",") if task.strip()]
-        with quiet():
-            results = harness_run(
-                args.run_folder, tasks, args.limit, args.harness_path, args.overrides
-            )
+        results = harness_run(
+            args.run_folder, tasks, args.limit, args.harness_path, args.overrides, args.task
+        )
         for task, metrics in results.items():
             print(task)
             _print([(name, f"{value:.4g}") for name, value in metrics.items()])
         return 0
     screen = console()
-    with quiet(), Status(screen, "rows") as status:
+    with Status(screen, "rows") as status:
         metrics = evaluate_run(args.run_folder, args.split, args.overrides, progress=status)
     print(f"{metrics['split']}, {metrics['rows']} rows")
     _print(metric_rows(metrics))

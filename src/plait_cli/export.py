@@ -2,6 +2,8 @@
 
 import argparse
 
+from plait_cli._options import check_counts
+
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:
     """Describe the verb."""
@@ -30,8 +32,10 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Print what is lost, write, print what stock peft reads."""
+    check_counts(args, "rank")
+    if args.energy is not None and not 0 < args.energy <= 1:
+        raise ValueError(f"--energy {args.energy} is no share. Give more than 0 and up to 1.")
     from plait.run.export import ExportReport, export_run
-    from plait_cli._show import quiet
 
     def announce(report: ExportReport) -> None:
         ranks = [layer.rank for layer in report.layers]
@@ -45,19 +49,18 @@ def run(args: argparse.Namespace) -> int:
         if not report.exact:
             print("not exact: raise --rank or --energy, or use --to merged where it is offered")
 
-    with quiet():
-        out, report = export_run(
-            args.run_folder,
-            args.to,
-            args.out,
-            rank=args.rank,
-            energy=args.energy,
-            task=args.task,
-            approx=args.approx,
-            force=args.force,
-            overrides=args.overrides,
-            announce=announce,
-        )
+    out, report = export_run(
+        args.run_folder,
+        args.to,
+        args.out,
+        rank=args.rank,
+        energy=args.energy,
+        task=args.task,
+        approx=args.approx,
+        force=args.force,
+        overrides=args.overrides,
+        announce=announce,
+    )
     print(f"stock check  {report.stock_error:.2e} at most, read back without plait")
     print(f"written      {out}")
     return 0

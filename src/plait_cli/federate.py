@@ -34,6 +34,12 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
             default=argparse.SUPPRESS,  # keeps one that stands before the action
             help="show tracebacks of errors",
         )
+        action.add_argument(
+            "--verbose",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="print the resolved config, and what libraries say",
+        )
     return parser
 
 

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write, print the means."""
     from plait.run.inspect.runs import inspect_runs
     from plait_cli import console
-    from plait_cli._show import Status, quiet
+    from plait_cli._show import Status
 
     words = [*args.run_folders, *args.overrides]  # argparse gives the first list all of them
     overrides = [
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if not runs:
         raise ValueError("there is no run folder. Give the output.dir of a finished run.")
     screen = console()
-    with quiet(), Status(screen, "layers") as status:
+    with Status(screen, "layers") as status:
         out, report = inspect_runs(
             runs,
             args.out,

@@ -77,10 +77,8 @@ def _print_matrix(console: "Console") -> None:
     from rich.table import Table
 
     from plait.run.support import tables
-    from plait_cli._show import quiet
 
-    with quiet():
-        groups, notes = tables()
+    groups, notes = tables()
     for group, (head, *rows) in groups.items():
         table = Table(*head, box=None, pad_edge=False, title=group, title_justify="left")
         for row in rows:

@@ -27,17 +27,18 @@ def run(args: argparse.Namespace) -> int:
     cfg = load_config(args.file, args.overrides, import_plugins=True)
 
     from plait.run.callbacks import ProgressBar  # loads torch: after the answer to a mistake
-    from plait.run.card import comparison_rows, kept_step
+    from plait.run.card import comparison_rows, early_stop, kept_step
     from plait.run.train import train
     from plait_cli import console
-    from plait_cli._show import Status, comparison, quiet
+    from plait_cli._show import Status, comparison
 
     screen = console()
     bar = ProgressBar(screen)
-    screen.print(dump_config(cfg), soft_wrap=True)
+    if args.verbose:
+        screen.print(dump_config(cfg), soft_wrap=True)
     again = shlex.join(["plait", "train", args.file, *args.overrides, "--resume"])
     try:
-        with quiet(), Status(screen, "held-out metric") as status:
+        with Status(screen, "held-out metric") as status:
             folder = train(cfg, resume=args.resume, callbacks=[bar], progress=status)
     except KeyboardInterrupt as stopped:
         bar.close()
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         f"{run['trainable']:,} trainable parameters ({percent:.3g} %), {run['steps']} steps in "
         f"{run['seconds']:.1f} s"
     )
+    if early_stop(run) is not None:
+        print(f"stopped early: {early_stop(run)}")
     if kept_step(run) is not None:
         print(f"weights kept: {kept_step(run)}")
     rows = comparison_rows(folder.read_evaluation())

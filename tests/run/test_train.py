@@ -327,11 +327,14 @@ def test_train_verb(
     file = _write(run_config(llama, rows, tmp_path / "run"), tmp_path / "run.yaml")
     assert main(["train", str(file), "training.max_steps=3", "method.r=2"]) == 0
     out = capsys.readouterr().out
-    assert "max_steps: 3" in out  # the resolved config
+    assert out.splitlines()[0].startswith("step 1/3")  # not the 50 lines of the config
     assert "step 3/3" in out
     assert "before" in out
     assert "exact match" in out
     assert out.splitlines()[-1] == f"run folder: {tmp_path / 'run'}"
+    shown = ["--verbose", "training.max_steps=1", f"output.dir={tmp_path / 'other'}"]
+    assert main(["train", str(file), *shown]) == 0
+    assert "max_steps: 1" in capsys.readouterr().out  # the resolved config
     assert main(["train", str(file)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
 

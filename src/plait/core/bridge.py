@@ -46,6 +46,7 @@ from plait.core.config import DeltaConfig
 from plait.core.delta import Delta, FrozenLinear, NotMergeable
 from plait.core.init import seeded
 from plait.core.mix import task_index
+from plait.core.precision import keep_wide
 from plait.core.route import BASE, Route, Rows, split_bias, split_saved
 from plait.core.sharding import refuse_sharded
 
@@ -526,10 +527,16 @@ class PlaitModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cast to fp32, or with `autocast_adapter_dtype=False` to the base's dtype."""
+        """Cast to fp32, or with `autocast_adapter_dtype=False` to the base's dtype.
+
+        Trained tokens, and in fp32 saved modules and biases, too, which upstream leaves in half.
+        """
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in self.plait_layers():
             if adapter_name in layer.plait_delta:
                 layer.cast(adapter_name, keep_wide=autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            keep_masters(self)
 
     def plait_layers(self) -> Iterator[PlaitLayer]:
         """The adapted layers, in the order of the model."""
@@ -726,6 +733,36 @@ class PlaitModel(BaseTuner):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether dW does not depend on the input."""
         return all(layer.supports_lora_conversion(adapter_name) for layer in self.plait_layers())
+
+
+def keep_masters(model: Any) -> list[str]:
+    """Hold in fp32 what adapters train outside their layers: saved modules and biases.
+
+    Upstream casts factors and trained tokens to fp32, and leaves these in the base's half
+    precision, where small updates are lost in rounding. Their forwards compute as before.
+
+    Args:
+        model: a PeftModel, or its tuner.
+
+    Returns:
+        Names of the parameters that were in half precision.
+    """
+    named, memo = dict(model.named_modules()), {}
+    trained: dict[str, list[str]] = {}
+    for name, module in named.items():
+        if isinstance(module, ModulesToSaveWrapper):
+            inside = module.modules_to_save.named_modules(prefix=f"{name}.modules_to_save")
+            trained |= {part: list(m._parameters) for part, m in inside}
+    biases = {str(getattr(config, "bias", "none")) for config in model.peft_config.values()}
+    bases = {m.get_base_layer() for m in named.values() if isinstance(m, BaseTunerLayer)}
+    for name, module in named.items():
+        if "all" in biases or (module in bases and any(b.endswith("_only") for b in biases)):
+            trained.setdefault(name, []).append("bias")
+    return [
+        f"{name}.{parameter}"
+        for name, parameters in trained.items()
+        for parameter in keep_wide(named[name], parameters, memo)
+    ]
 
 
 def keep_trainable_on_cpu(model: nn.Module) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plait.core.precision import narrowed
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -268,14 +270,17 @@ def split_bias(
     names = _names(layer.route, inputs)
 
     def run(adapter: str, *inputs: Any) -> Any:
-        if adapter == owner:
-            return module.forward(*inputs)
-        trained: Any = module._parameters["bias"]
-        module._parameters["bias"] = nn.Parameter(bias.to(trained), requires_grad=False)
-        try:
-            return module.forward(*inputs)
-        finally:
-            module._parameters["bias"] = trained
+        with narrowed(module, inputs):
+            if adapter == owner:
+                return module.forward(*inputs)
+            trained: Any = module._parameters["bias"]
+            before = bias.to(module.bias)  # type: ignore[arg-type]
+            vars(module).pop("bias", None)  # it hides the parameter
+            module._parameters["bias"] = nn.Parameter(before, requires_grad=False)
+            try:
+                return module.forward(*inputs)
+            finally:
+                module._parameters["bias"] = trained
 
     if layer.disable_adapters or (names is None and owner not in layer.active_adapters):
         return run(BASE, *inputs)

@@ -25,6 +25,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 
+from plait.core.bridge import keep_masters
 from plait.core.init import seeded
 from plait.federated import adapter as adapters
 from plait.federated.adapter import StateDict
@@ -104,6 +105,7 @@ class Roster:
                 "federated: the adapter trains a weight of the base model (bias), and clients "
                 "share it. Set bias = 'none', or name its module in modules_to_save."
             )
+        keep_masters(model)
         self.method.check_model(model)
         adapters.freeze(model, self.method.frozen)
         first = adapters.read(model)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plait.chain import chain_of
+from plait.core.bridge import keep_masters
 from plait.options import shown
 from plait.run.config import PEFT_INTERNAL, ModelConfig
 from plait.run.folder import replace_dir, write_atomic
@@ -110,8 +111,20 @@ def load_adapter(base: PreTrainedModel, path: Path, expected: PeftConfig) -> Pef
     config = _read_config(path, expected)
     with readable(path / WEIGHTS, _REMEDY), upstream_noise():
         model = PeftModel.from_pretrained(base, str(path), config=config)
+        _refill(model, path, keep_masters(model))
         _check_complete(model, path)
     return model
+
+
+def _refill(model: PeftModel, path: Path, names: list[str]) -> None:
+    """Copy saved weights once more into parameters that were rounded when they were loaded."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad(), safe_open(path / WEIGHTS, framework="pt") as file:
+        saved = set(file.keys())
+        for name in names:
+            key = name.replace(f".modules_to_save.{model.active_adapters[0]}.", ".")
+            if key in saved:
+                parameters[name].copy_(file.get_tensor(key))
 
 
 def load_weights(model: PeftModel, path: Path, remedy: str = _REMEDY) -> None:

@@ -96,6 +96,16 @@ def kept_step(run: Mapping[str, Any]) -> str | None:
     return f"step {kept['step']}, best validation {label} {kept['value']:.4g}"
 
 
+def early_stop(run: Mapping[str, Any]) -> str | None:
+    """Say after which step a run stopped early, from its facts; None if it made all steps."""
+    planned = run.get("planned_steps")
+    if planned is None:
+        return None
+    best = run.get("best_step")
+    since = "" if best is None else f" since step {best}"
+    return f"step {run['steps']} of {planned}, no better validation{since}"
+
+
 def write_card(folder: RunFolder, cfg: RunConfig) -> str:
     """Write the model card README.md from the run's other files; return its text."""
     from jinja2 import Environment, StrictUndefined
@@ -128,6 +138,7 @@ def write_card(folder: RunFolder, cfg: RunConfig) -> str:
         environment=environment,
         run=run,
         kept=kept_step(run),
+        stopped=early_stop(run),
         split=evaluation.get("split"),
         rows=evaluation.get("after", {}).get("rows"),
         comparison=comparison_rows(evaluation),

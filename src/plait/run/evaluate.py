@@ -201,10 +201,11 @@ def _exact_matches(
     cfg: RunConfig,
     advance: Callable[[int], None],
 ) -> NDArray[Any]:
-    """Return 1 for each row whose completion greedy generation reproduces, else 0, (rows,).
+    """Return 1 for each row whose completion generation reproduces, else 0, (rows,).
 
-    White space at both ends is ignored. Without `data.add_eos` the model never learned to stop, so
-    the text is cut to the completion's number of tokens.
+    It is greedy unless the `evaluation` section says otherwise. White space at both ends is
+    ignored. Without `data.add_eos` the model never learned to stop, so the text is cut to the
+    completion's number of tokens.
     """
     matches = np.zeros(len(rows))
     lengths = rows["prompt_length"]
@@ -213,7 +214,8 @@ def _exact_matches(
         extra = {}
         if data.collator.task_ids:
             extra["task_ids"] = torch.tensor([rows[i]["task_id"] for i in batch])
-        made = generate_ids(model, data.tokenizer, prompts, cfg.evaluation.max_new_tokens, **extra)
+        most, decoding = cfg.evaluation.max_new_tokens, cfg.evaluation.decoding
+        made = generate_ids(model, data.tokenizer, prompts, most, decoding=decoding, **extra)
         for i, ids in zip(batch, made, strict=True):
             if not cfg.data.add_eos:
                 ids = ids[: len(rows[i]["input_ids"]) - lengths[i]]

@@ -18,9 +18,10 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from plait.core.config import DeltaConfig
+from plait.core.delta import Delta, NotMergeable
 from plait.core.events import PlaitWarning
 from plait.core.files import lock
 from plait.run import stock_check
@@ -113,8 +114,12 @@ def _export(
     cfg, model = run.cfg, run.model
     batch = _probe(run)
     inputs = {name: tensor for name, tensor in batch.items() if name in _INPUTS}
-    if task is not None and isinstance(model, PeftModel):
-        model.set_task(task)
+    run.set_task(task)
+    if approx is None and dependence(model) == "token":
+        raise NotMergeable(
+            f"{path}: {cfg.method.name} mixes its factors anew for each token, so no plain LoRA or "
+            "weight holds the update. Give --approx mean for equal weights, or keep the run."
+        )
     trained = _logits(model, inputs)
     shift = _base_shift(model, inputs, trained)
     choice: dict[str, Any] = {"task": task, "approx": approx}
@@ -162,6 +167,11 @@ def _export(
 
     replace_dir(out, write_and_check)
     return out, report
+
+
+def dependence(model: nn.Module) -> str | None:
+    """What decides the update of a model's adapter besides its weights: token or task, or None."""
+    return next((m.depends_on for m in model.modules() if isinstance(m, Delta)), None)
 
 
 def _probe(run: TrainedRun) -> dict[str, Tensor]:

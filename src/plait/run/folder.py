@@ -59,6 +59,7 @@ _FACTS: dict[str, tuple[type, ...]] = {
     "kind": (str,),
     "labels": (list, NoneType),
     "tasks": (list, NoneType),
+    "chat_template": (str, NoneType),
     **dict.fromkeys(("train_rows", "train_tokens", "trainable", "parameters"), (int,)),
     **dict.fromkeys(("steps", "stored"), (int,)),
     "seconds": (int, float),
@@ -385,6 +386,8 @@ def with_absolute_paths(config: Config) -> Config:
         model = replace(model, name=_absolute(base))
     sources = {key: getattr(data, key) for key in ("train", "validation", "test")}
     data = replace(data, **{key: _absolute_sources(x) for key, x in sources.items()})
+    if data.chat_template is not None and Path(data.chat_template).expanduser().is_file():
+        data = replace(data, chat_template=_absolute(Path(data.chat_template).expanduser()))
     changed: Any = copy.copy(config)
     changed.model, changed.data = model, data
     return changed

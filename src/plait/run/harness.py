@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from plait.run.config import did_you_mean
+from plait.run.generate import plain_generation
 from plait.run.prepare import load_run
 
 
@@ -15,11 +16,13 @@ def harness_run(
     limit: int | None = None,
     include_path: str | Path | None = None,
     overrides: Sequence[str] = (),
+    task: str | None = None,
 ) -> dict[str, Any]:
     """Run tasks of the EleutherAI evaluation harness on a causal run; write eval.json.
 
     tasks: names that lm_eval knows, or that are in include_path (a folder with task files).
     limit: only the first rows of each task, for a quick look. overrides: as in load_run.
+    task: of the run, if it routes by task.
     Returns task -> metric -> value, as lm_eval names them; they stand under `harness` in
     eval.json. Raises ImportError without lm_eval, ValueError for an unknown task.
     """
@@ -39,6 +42,7 @@ def harness_run(
             f"{run.cfg.model.task}. "
             "Evaluate it without --harness."
         )
+    run.set_task(task)
     # Indexing lm_eval's own task files takes long; tasks of include_path alone do not need it.
     where = None if include_path is None else str(include_path)
     manager = task_files.TaskManager(include_path=where, include_defaults=False)
@@ -57,9 +61,10 @@ def harness_run(
         tokenizer=run.tokenizer,
         batch_size=run.cfg.evaluation.batch_size,
     )
-    measured = harness.simple_evaluate(
-        wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
-    )
+    with plain_generation(run.model):
+        measured = harness.simple_evaluate(
+            wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False
+        )
     results = {
         task: {
             name: value

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from plait.core.bridge import keep_trainable_on_cpu
+from plait.core.precision import compute_in
 from plait.options import shown
 from plait.run.config import ModelConfig, RunConfig
 from plait.run.data.bundle import DataBundle
+from plait.run.data.templates import set_chat_template
 from plait.upstream.table import BASELINES
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -74,12 +76,15 @@ def quantised_reason(method: str, quantization: str) -> str | None:
     return BASELINES[method].no_quantised.get(quantization) if method in BASELINES else None
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelConfig, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer; without a pad token it pads with eos.
+
+    chat_template: `data.chat_template` of a run; None: the tokenizer's own.
 
     It pads on the right, and for XLNet, whose head reads the last position, on the left.
 
-    Raises FileNotFoundError for a model that is not there, ValueError when nothing can pad.
+    Raises FileNotFoundError for a model that is not there, ValueError when nothing can pad, and
+    what set_chat_template raises.
     """
     source = source_of(model)
     try:
@@ -96,6 +101,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             f"model.name: the tokenizer of {model.name} has no pad, eos or unk token to pad with. "
             "Add a pad token to its tokenizer_config.json."
         )
+    if chat_template is not None:
+        set_chat_template(tokenizer, chat_template)
     return tokenizer
 
 
@@ -108,7 +115,11 @@ def prepare_base(cfg: RunConfig, data: DataBundle | None, labels: list[str] | No
     Raises as load_base_with_missing, check_length and check_ids do.
     """
     labels = labels if data is None else data.labels
-    model, missing = load_base_with_missing(cfg.model, *head_of(cfg.model.task, labels))
+    head = head_of(cfg.model.task, labels)
+    if cfg.method.name == "full":
+        model, missing = load_full(cfg.model, *head)
+    else:
+        model, missing = load_base_with_missing(cfg.model, *head)
     if data is not None:
         check_length(model, data.longest)
         check_ids(model, data.largest_id, data.tokenizer)
@@ -135,18 +146,24 @@ def head_of(task: str, labels: list[str] | None) -> tuple[int | None, dict[int, 
 
 def check_length(model: PeftModel | PreTrainedModel, longest: int) -> None:
     """Raise ValueError if the longest row has more tokens than the model has positions."""
-    limit = context_of(model)
-    if limit is None:
-        return
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa's first positions are taken by padding.
-            limit -= 0 if module.padding_idx is None else module.padding_idx + 1
-    if longest > limit:
+    limit = positions_of(model)
+    if limit is not None and longest > limit:
         raise ValueError(
             f"data: the longest row has {longest} tokens, the model reads {limit}. "
             f"Set data.max_length: {limit} and data.truncate: true."
         )
+
+
+def positions_of(model: PeftModel | PreTrainedModel) -> int | None:
+    """Return how many tokens of a row a model reads; None for one without a limit."""
+    limit = context_of(model)
+    if limit is None:
+        return None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa's first positions are taken by padding.
+            limit -= 0 if module.padding_idx is None else module.padding_idx + 1
+    return limit
 
 
 def context_of(model: Any) -> int | None:
@@ -222,6 +239,32 @@ def load_base(
 ) -> PreTrainedModel:
     """Load a base model alone; arguments and errors as in load_base_with_missing."""
     return load_base_with_missing(model, num_labels, id2label)[0]
+
+
+def load_full(
+    model: ModelConfig,
+    num_labels: int | None = None,
+    id2label: dict[int, str] | None = None,
+    trained: Path | None = None,
+) -> tuple[PreTrainedModel, list[str]]:
+    """Load a model of which every weight is trained: in fp32, and it computes in `model.dtype`.
+
+    trained: the folder of weights that were trained so; None: those of the base model. The other
+    arguments, results and errors are those of load_base_with_missing.
+    """
+    weights = replace(model, dtype="float32")
+    if trained is not None:
+        weights = replace(weights, name=str(trained.resolve()), revision=None)
+    loaded, missing = load_base_with_missing(weights, num_labels, id2label)
+    compute_in(loaded, _compute_dtype(model))
+    return loaded, missing
+
+
+def _compute_dtype(model: ModelConfig) -> torch.dtype:
+    if model.dtype != "auto":
+        return getattr(torch, model.dtype)
+    dtype: Any = _config_of(model).dtype  # None, a name or a dtype
+    return getattr(torch, str(dtype).removeprefix("torch."), torch.float32)
 
 
 def load_base_with_missing(

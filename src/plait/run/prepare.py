@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from plait import chain
 from plait.chain import ChainPlan
-from plait.core.bridge import warn_left_out
+from plait.core.bridge import keep_masters, warn_left_out
 from plait.core.config import DeltaConfig
 from plait.core.delta import Delta
 from plait.core.events import PlaitWarning
@@ -38,6 +38,7 @@ from plait.gates.alloc import set_development_batch
 from plait.options import shown
 from plait.run.adapter import check_finite, load_adapter
 from plait.run.config import (
+    PATIENCE,
     REMOTE_CODE,
     RunConfig,
     allocates,
@@ -60,6 +61,7 @@ from plait.run.model import (
     head_of,
     ignored_layers,
     load_base,
+    load_full,
     load_tokenizer,
     parameter_counts,
     prepare_base,
@@ -114,6 +116,7 @@ class Prepared:
             "train_digest": self.data.digest("train"),
             "validation_digest": self.data.digest("validation"),
             "text_pair": "text_pair" in self.data.train.column_names,
+            "chat_template": self.cfg.data.chat_template and self.tokenizer.chat_template,
             "trainable": trainable,
             "parameters": total,
         }
@@ -140,6 +143,38 @@ class TrainedRun:
         if self.cfg.data.test is not None:
             return "test"
         return None if self.cfg.data.validation is None else "validation"
+
+    @property
+    def routed(self) -> bool:
+        """Whether the method routes rows by task."""
+        return self.cfg.method.options.get("routing") == "task"
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that the method routes by, in the order of their indices."""
+        return list(self.cfg.method.options.get("tasks") or self.facts["tasks"] or ())
+
+    def set_task(self, task: str | None) -> None:
+        """Choose the task of a run that routes by task, for rows that do not name one.
+
+        Raises ValueError, which names --task, for a task that is missing, unknown or of no use.
+        """
+        path = self.folder.path
+        if not self.routed:
+            if task is not None:
+                raise ValueError(
+                    f"{path}: --task {task}: this run does not route. Leave --task out."
+                )
+            return
+        known = ", ".join(self.tasks)
+        if task is None:
+            raise ValueError(f"{path}: this run routes by task. Give --task, one of {known}.")
+        if task not in self.tasks:
+            raise ValueError(
+                f"{path}: --task {shown(task)} is no task of this run. Give one of {known}."
+            )
+        choose: Any = self.model.set_task  # a method of the adapter's tuner
+        choose(task)
 
     def load_data(self, split: Split) -> DataBundle:
         """Load one split of the config, with the labels and tasks of the run.
@@ -168,7 +203,7 @@ def prepare(cfg: RunConfig, place: bool = True) -> Prepared:
     arguments = training_arguments(cfg)
     check_config(cfg)
     plan = None if cfg.chain is None else cfg.chain.build()
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer = load_tokenizer(cfg.model, cfg.data.chat_template)
     data = load_data(cfg, tokenizer, head=head_labels(cfg.model))
     if best_metric(cfg) == "exact_match" and data.kind not in ("completion", "messages"):
         raise ValueError(
@@ -185,6 +220,8 @@ def prepare(cfg: RunConfig, place: bool = True) -> Prepared:
             "rows. Give a source or a fraction of train."
         )
     model = base.model if config is None else get_peft_model(base.model, config)
+    if isinstance(model, PeftModel):
+        keep_masters(model)
     check_total_step(model, steps)
     everywhere = cfg.method.options.get("target_modules", "all-linear") == "all-linear"
     if everywhere and config is not None and not isinstance(config, DeltaConfig):
@@ -233,9 +270,13 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
                 "train again."
             )
     expected = peft_config(cfg.method, cfg.model.task, tasks=facts.get("tasks"))
-    weights = replace(cfg.model, name=str(trained.resolve()), revision=None) if full else cfg.model
-    tokenizer, source = load_tokenizer(cfg.model), source_of(cfg.model)
-    model: Any = load_base(weights, *head_of(cfg.model.task, facts.get("labels")))
+    asked = any(text.startswith("data.chat_template=") for text in overrides)
+    tokenizer = load_tokenizer(cfg.model, cfg.data.chat_template if asked else None)
+    if not asked and facts.get("chat_template") is not None:
+        tokenizer.chat_template = facts["chat_template"]
+    source = source_of(cfg.model)
+    head = head_of(cfg.model.task, facts.get("labels"))
+    model: Any = load_full(cfg.model, *head, trained)[0] if full else load_base(cfg.model, *head)
     if cfg.model.task != "causal_lm":
         set_padding(model, tokenizer)
     model = to_device(model, cfg)
@@ -265,6 +306,9 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
             f"training.load_best_model_at_end does not work with {baseline.key}: "
             f"{baseline.no_best_checkpoint}. Set it to false."
         )
+    if options.pop(PATIENCE, None) is not None:
+        _check_early_stopping(cfg)
+        options.setdefault("metric_for_best_model", "loss")
     optimizer = OPTIMIZERS.get(cfg.optimizer.name)
     if optimizer is not None and not optimizer.clips:
         norm = options.get("max_grad_norm", TrainingArguments.max_grad_norm)
@@ -329,9 +373,37 @@ def upstream_refuses(section: str) -> Iterator[None]:
         raise kind(f"{section}: {' '.join(str(error).split())}") from error
 
 
+def _check_early_stopping(cfg: RunConfig) -> None:
+    """Raise ValueError if a run cannot stop early: without validation, or amid its schedule."""
+    key, baseline = f"training.{PATIENCE}", BASELINES.get(cfg.method.name)
+    if cfg.data.validation is None:
+        raise ValueError(
+            f"{key} is {cfg.training[PATIENCE]}, and data.validation is not set. Give a source "
+            "or a fraction of train."
+        )
+    if str(cfg.training.get("eval_strategy")) == "no":
+        raise ValueError(
+            f"{key} is {cfg.training[PATIENCE]}, and training.eval_strategy is no, so nothing is "
+            "measured. Set it to epoch or steps."
+        )
+    if cfg.chain is not None:
+        raise ValueError(
+            f"{key} does not work with a chain, whose later links would not be trained. Leave it "
+            "out, or lower chain.links."
+        )
+    if baseline is not None and baseline.no_early_stopping:
+        raise ValueError(
+            f"{key} does not work with {baseline.key}: {baseline.no_early_stopping}. Leave it out."
+        )
+
+
 def best_metric(cfg: RunConfig) -> str | None:
-    """Return training.metric_for_best_model by its name in METRICS; None if it is not set."""
-    name = cfg.training.get("metric_for_best_model")
+    """Return the metric that decides which step is best, by its name in METRICS; None without one.
+
+    It is training.metric_for_best_model, and for early stopping the loss if that is not set.
+    """
+    early = cfg.training.get(PATIENCE) is not None
+    name = cfg.training.get("metric_for_best_model") or ("loss" if early else None)
     return None if name is None else str(name).removeprefix("eval_")
 
 

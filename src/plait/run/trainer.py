@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from plait.chain import ChainCallback, chain_schedule, load
@@ -38,7 +38,7 @@ from plait.run.adapter import (
     save_trained,
 )
 from plait.run.callbacks import StopOnSignal
-from plait.run.config import RunConfig, did_you_mean
+from plait.run.config import PATIENCE, RunConfig, did_you_mean
 from plait.run.data.tokens import IGNORED
 from plait.run.evaluate import evaluate_model
 from plait.run.folder import RunFolder, replace_dir
@@ -73,6 +73,7 @@ class RunTrainer(Trainer):
         if self.checkpoint is not None:
             check_state(self.checkpoint)
         self.stop = StopOnSignal()
+        self.patience = early_stopping(run.cfg.training.get(PATIENCE), self.checkpoint)
         self._staging: Path | None = None
         self.chain: ChainCallback | None = None
         if run.chain is not None:
@@ -89,6 +90,7 @@ class RunTrainer(Trainer):
                     self.stop,
                     *callbacks,
                     *([] if self.chain is None else [self.chain]),
+                    *([] if self.patience is None else [self.patience]),
                 ],
             )
         self.remove_callback(PrinterCallback)
@@ -105,7 +107,7 @@ class RunTrainer(Trainer):
         is NaN or infinite.
         """
         start = 0 if self.checkpoint is None else int(self.checkpoint.name.rpartition("-")[2])
-        if self.checkpoint is not None and start >= self.steps:
+        if self.checkpoint is not None and (start >= self.steps or self.stopped_early):
             # The Trainer would make one step too many from its last checkpoint.
             self.state = TrainerState.load_from_json(str(self.checkpoint / TRAINER_STATE_NAME))
             self.load_weights(self._best_checkpoint() or self.checkpoint)
@@ -114,12 +116,21 @@ class RunTrainer(Trainer):
             with self.stop:
                 self.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
             self.folder.note(seconds=earlier + time.monotonic() - began)
-            if self.stop.requested and self.state.global_step < self.steps:
+            done = self.state.global_step >= self.steps or self.stopped_early
+            if self.stop.requested and not done:
                 raise KeyboardInterrupt(
                     f"training: stopped after step {self.state.global_step} of {self.steps}; "
                     f"{latest_checkpoint(self.checkpoints)} is complete."
                 )
         self.check_finite()
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether no validation was better than the best one for as long as the config allows."""
+        stop = self.patience
+        return stop is not None and (
+            stop.early_stopping_patience_counter >= stop.early_stopping_patience
+        )
 
     def save(self) -> None:
         """Save the trained adapter, or the whole model, and note its size and the steps."""
@@ -131,7 +142,10 @@ class RunTrainer(Trainer):
             stored = save_trained(
                 self.trained, self.data.tokenizer, to, self.folder.start, self.cfg.model
             )
-        self.folder.note(steps=self.steps, stored=stored, **self._kept())
+        early = {}
+        if self.stopped_early:
+            early = {"planned_steps": self.steps, "best_step": self.state.best_global_step}
+        self.folder.note(steps=self.state.global_step, stored=stored, **early, **self._kept())
 
     def _best_checkpoint(self) -> Path | None:
         """The checkpoint of the best validation metric, if its weights are to be kept."""
@@ -263,18 +277,20 @@ class RunTrainer(Trainer):
         if f"{metric_key_prefix}_mse" in metrics:  # the Trainer's own name for what it minimises
             metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_mse"]
         self.log(metrics)
+        best = self.args.metric_for_best_model
+        if best is not None:
+            undefined = -math.inf if self.args.greater_is_better else math.inf  # the worst value
+            metrics = {f"{metric_key_prefix}_{best.removeprefix('eval_')}": undefined, **metrics}
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
-        best = self.args.metric_for_best_model
-        if best is None:
-            return metrics
-        undefined = -math.inf if self.args.greater_is_better else math.inf  # worse than any value
-        return {f"{metric_key_prefix}_{best.removeprefix('eval_')}": undefined, **metrics}
+        return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Save a checkpoint at each new best value: only what is saved can be loaded at the end."""
         improved = super()._determine_best_metric(metrics, trial)
+        if improved:  # upstream notes it only where checkpoints are saved
+            self.state.best_global_step = self.state.global_step
         if improved and self.args.load_best_model_at_end:
             self.control.should_save = True
         return improved
@@ -427,6 +443,22 @@ def undamaged(checkpoint: Path, *errors: type[Exception]) -> Iterator[None]:
             raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{checkpoint}: damaged or cut off ({reason}). {_REMEDY}") from error
+
+
+def early_stopping(patience: int | None, checkpoint: Path | None) -> EarlyStoppingCallback | None:
+    """Return upstream's callback, which goes on counting from a checkpoint; None without patience.
+
+    Upstream restores it only together with its whole control, which says to stop after a signal.
+    """
+    if patience is None:
+        return None
+    stop = EarlyStoppingCallback(patience)
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        saved: Any = state.stateful_callbacks or {}
+        attributes = saved.get(EarlyStoppingCallback.__name__, {}).get("attributes", {})
+        vars(stop).update(attributes)
+    return stop
 
 
 def check_state(checkpoint: Path) -> None:

@@ -39,7 +39,8 @@ class Baseline:
     clients. no_pairs: optimizers of free pairs (A, B). lora_names: whether its factors are
     parameters named lora_A and lora_B. no_export: an exact plain LoRA. no_quantised: reasons
     against the values "8bit" and "4bit" of `model.quantization`. no_best_checkpoint:
-    `training.load_best_model_at_end`. mergeable: whether dW can go into the base weight.
+    `training.load_best_model_at_end`. no_early_stopping: `training.early_stopping_patience`.
+    mergeable: whether dW can go into the base weight.
     """
 
     key: str
@@ -56,6 +57,7 @@ class Baseline:
     lora_names: bool = False
     no_quantised: Mapping[str, str] = field(default_factory=dict)
     no_best_checkpoint: str | None = None
+    no_early_stopping: str | None = None
     mergeable: bool = True
     fixed: Mapping[str, Any] = field(default_factory=dict)
     start: str = ""
@@ -173,6 +175,7 @@ BASELINES: dict[str, Baseline] = {
             no_pairs="its gate E belongs to single ranks",
             no_best_checkpoint="peft 0.21.2 cannot load an adapter of other ranks into the one in "
             "training",
+            no_early_stopping="its ranks reach target_r only near the planned last step",
             defaults={"lora_alpha": 16, "target_r": 8},
             renamed={"r": "target_r"},
             complete=fill_adalora,

@@ -38,9 +38,10 @@ from plait.run.config.sections import (
     OutputConfig,
 )
 from plait.run.config.starter import starter_config
-from plait.run.config.training import TRAINING_DEFAULTS
+from plait.run.config.training import PATIENCE, TRAINING_DEFAULTS
 
 __all__ = [
+    "PATIENCE",
     "PEFT_INTERNAL",
     "REMOTE_CODE",
     "TRAINING_DEFAULTS",

@@ -117,6 +117,10 @@ class DataConfig:
         None, r'Over the columns, such as "Question: {question}\nAnswer: ".'
     )
     completion_template: str | None = option(None, 'Over the columns, such as "{answer}".')
+    chat_template: str | None = option(
+        None,
+        "For messages: alpaca, chatml, llama, zephyr, or a Jinja file; null: the tokenizer's own.",
+    )
     max_length: int = option(512, "Tokens of a row; a longer row is an error.", least=1)
     truncate: bool = option(False, "True cuts longer rows to max_length.")
     train_on_prompt: bool = option(False, "False: the loss is taken on the completion alone.")
@@ -136,6 +140,40 @@ class EvaluationConfig:
     )
     max_new_tokens: int = option(64, "Tokens that generation may add.", least=1)
     batch_size: int = option(32, "Rows at a time.", least=1)
+    repetition_penalty: float | None = option(
+        None, "Generation: divides the scores of tokens that are there already; null: 1.", above=0
+    )
+    no_repeat_ngram_size: int | None = option(
+        None, "Generation: no n-gram of this size occurs twice; null: any may.", least=1
+    )
+    min_new_tokens: int | None = option(
+        None, "Generation: tokens before a text may end; null: 0.", least=1
+    )
+    num_beams: int | None = option(
+        None,
+        "Generation: beams of beam search; null: 1, the likeliest token each time.",
+        least=1,
+        most=1024,
+    )
+    length_penalty: float | None = option(
+        None, "Generation: exponent on the length in the score of a beam; null: 1."
+    )
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """What this section changes of greedy generation, as GenerationConfig names it."""
+        values = {name: getattr(self, name) for name in DECODING}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+# Keys of EvaluationConfig that change which tokens are generated.
+DECODING = (
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "num_beams",
+    "length_penalty",
+)
 
 
 @dataclass(kw_only=True)

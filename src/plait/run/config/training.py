@@ -47,9 +47,14 @@ _BOUNDS: dict[str, dict[str, float]] = {
     "dataloader_num_workers": {"least": 0, "most": 256},
     "dataloader_prefetch_factor": {"least": 1},
     "torch_empty_cache_steps": {"least": 1},
+    "early_stopping_patience": {"least": 1, "most": 2**40},
     "seed": {"least": 0, "below": 2**32},
     "data_seed": {"least": 0, "below": 2**32},
 }
+
+# Keys of plait's own, which no field of TrainingArguments has.
+PATIENCE = "early_stopping_patience"
+_OWN: dict[str, Any] = {PATIENCE: int | None}
 
 _REFUSED = {
     "output_dir": "Set output.dir, the run folder.",
@@ -68,16 +73,17 @@ def check_training_section(raw: dict[str, Any], evaluates: bool, source: Source)
         ValueError: an unknown key, one that plait sets itself, or a value of a wrong type or range.
     """
     types = schema.training_types()
-    known = [name for name in types if name not in _REFUSED]
+    known = [*(name for name in types if name not in _REFUSED), *_OWN]
     values = {}
     for key, value in raw.items():
         at = f"training.{key}"
         if key in _REFUSED:
             raise ValueError(f"{source.at(at)} cannot be set. {_REFUSED[key]}")
         if key not in known:
-            where = "The keys are the fields of transformers.TrainingArguments."
+            where = f"The keys are {PATIENCE} and the fields of transformers.TrainingArguments."
             raise ValueError(source.unknown(at, known, where))
-        kind = bounded(schema.read_type(types[key]), _BOUNDS.get(key, {}))
+        hint = _OWN[key] if key in _OWN else schema.read_type(types[key])
+        kind = bounded(hint, _BOUNDS.get(key, {}))
         values[key] = check_value(kind, value, at, source)
         if key == "report_to" and str(values[key]).lower() in ("no", "off", "false"):
             values[key] = "none"

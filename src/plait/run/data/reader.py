@@ -96,6 +96,25 @@ def read_columns(
     return Columns(reader.kind, rows, values, labels, tasks, routed, bool(delta))
 
 
+def read_inputs(
+    data: DataConfig, task: str, rows: list[Row], facts: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Read of rows without answers what the model of a trained run reads.
+
+    Args:
+        data: the `data` section. task: `model.task`. rows: one or more. facts: of the run.
+
+    Returns:
+        For each row `text` and maybe `text_pair`; `prompt`; or `messages` up to the turn that the
+        assistant is to write, and maybe `tools`. With `task` if the run knows tasks and the row
+        names one.
+
+    Raises ValueError for a column that is missing and a value that cannot be used.
+    """
+    reader = _Reader(data, task, rows[0], False, facts)
+    return [reader.inputs(row) for row in rows]
+
+
 class _Reader:
     """Reads a row's columns as the config maps them; the first row decides what the data is."""
 
@@ -146,6 +165,27 @@ class _Reader:
             if kind not in ("0", "1"):
                 raise ValueError(f"{row.where}: the sample_type is {kind!r:.60}. Give 0 or 1.")
             values["sample_type"] = int(kind)
+        return values
+
+    def inputs(self, row: Row) -> dict[str, Any]:
+        """Return what the model reads of a row, and `task` if the row has one; no answers."""
+        values: dict[str, Any]
+        if self.kind == "completion":
+            values = {"prompt": self._templated(row, "prompt")}
+        elif self.kind == "messages":
+            values = {"messages": _open_conversation(self._value(row, "messages"), row.where)}
+            tools = _tools(row.values.get("tools"), row.where)
+            if tools:
+                values["tools"] = tools
+        elif self.kind == "text":
+            values = {"prompt": self._text(row, "text")}
+        else:
+            values = {"text": self._text(row, "text")}
+            if self.has_pair:
+                values["text_pair"] = self._text(row, "text_pair")
+        mapped = _mapping(self.columns, "task")
+        if self.has_task and (isinstance(mapped, int) or (mapped or "task") in row.values):
+            values["task"] = _name(self._value(row, "task"), row.where, "task")
         return values
 
     def label_names(self, rows: Iterable[Row]) -> list[str] | None:
@@ -329,14 +369,7 @@ def _conversation(messages: Any, where: str) -> list[dict[str, Any]]:
 
     Contents that are lists of text parts become strings.
     """
-    ok = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
-    )
-    if not ok:
-        raise ValueError(
-            f"{where}: messages is {messages!r:.60}. "
-            'Give a list of {"role": ..., "content": ...} objects.'
-        )
+    _check_messages(messages, where)
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
         raise ValueError(
@@ -359,6 +392,30 @@ def _conversation(messages: Any, where: str) -> list[dict[str, Any]]:
             "row."
         )
     return kept
+
+
+def _open_conversation(messages: Any, where: str) -> list[dict[str, Any]]:
+    """Check a list of messages; return it without the assistant's turns at its end."""
+    _check_messages(messages, where)
+    kept = list(messages)
+    while kept and kept[-1]["role"] == "assistant":
+        kept.pop()
+    if not kept:
+        raise ValueError(f"{where}: there is no message to answer. Remove the row.")
+    return [
+        {**m, "content": _content(m["content"], f"{where}: message {n}", bool(m.get("tool_calls")))}
+        for n, m in enumerate(kept, 1)
+    ]
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
+    ):
+        raise ValueError(
+            f"{where}: messages is {messages!r:.60}. "
+            'Give a list of {"role": ..., "content": ...} objects.'
+        )
 
 
 def _content(content: Any, where: str, calls: bool) -> str | None:

@@ -88,6 +88,24 @@ def read_rows(sources: str | list[str], data: DataConfig, split: str) -> list[Ro
     return rows
 
 
+def read_file(path: Path, data: DataConfig) -> list[Row]:
+    """Read the rows of one file by the ending of its name; one of another ending is JSON lines.
+
+    data: of the run, for delimiter, header and quotes.
+
+    Raises FileNotFoundError if there is no such file, and ValueError for one without rows or with a
+    malformed line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file. Correct the path.")
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    kind = _SUFFIXES.get(suffixes[-1] if suffixes else "", "jsonl")
+    rows = list(_read_file(path, kind, data.split, data))
+    if not rows:
+        raise ValueError(f"{path}: no rows are here. Give a file with rows.")
+    return rows
+
+
 def _read_source(source: str, data: DataConfig, split: str, key: str) -> list[Row]:
     if source.startswith("builtin:"):
         from plait.assets import builtin_rows

@@ -38,10 +38,7 @@ def tokenize(
         if causal:
             encoded = _encode_causal(values, rows, data, tokenizer)
         else:
-            encoded = _encode_texts(values, rows, data, tokenizer)
-            for row, item in zip(rows, encoded, strict=True):
-                if not item["input_ids"]:
-                    raise ValueError(f"{row.where}: the text has no tokens. Remove the row.")
+            encoded = encode_texts(values, rows, data, tokenizer)
             for of_row, row, item in zip(values, rows, encoded, strict=True):
                 item["labels"] = _label(of_row["label"], columns.labels, row.where)
         for of_row, item in zip(values, encoded, strict=True):
@@ -97,21 +94,34 @@ def _label(label: Any, labels: list[str] | None, where: str) -> Any:
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Return the ids that generation starts from: what training saw as the prompt."""
-    return _start_ids(tokenizer) + _encode_segments([[prompt]], tokenizer)[0][0]
+    return start_ids(tokenizer) + _encode_segments([[prompt]], tokenizer)[0][0]
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
-    """Return the ids of a conversation with the assistant's turn opened."""
-    text = _rendered(tokenizer, messages, open_turn=True, where="messages")
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    where: str = "messages",
+    tools: list[Any] | None = None,
+) -> list[int]:
+    """Return the ids of a conversation with the assistant's turn opened.
+
+    where: named in errors. tools: what the template describes to the model.
+    """
+    text = _rendered(tokenizer, messages, True, where, tools)
     return _encode_segments([[text]], tokenizer)[0][0]
 
 
-def _encode_texts(
+def encode_texts(
     values: list[dict[str, Any]],
     rows: list[Row],
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
+    """Return the token ids and masks of rows with `text`, and with `text_pair` if they have it.
+
+    Raises ValueError for a row without a token, and for one that surely exceeds data.max_length
+    and is not to be cut.
+    """
     parts = [name for name in ("text", "text_pair") if name in values[0]]
     whole = [[of_row[name] for name in parts] for of_row in values]
     within = [_within(texts, data, row.where) for texts, row in zip(whole, rows, strict=True)]
@@ -131,6 +141,9 @@ def _encode_texts(
     if full:
         for i, ids in zip(full, ids_of(full, verbose=False)["input_ids"], strict=True):
             encoded[i][CUT] |= len(ids) > data.max_length
+    for row, item in zip(rows, encoded, strict=True):
+        if not item["input_ids"]:
+            raise ValueError(f"{row.where}: the text has no tokens. Remove the row.")
     return encoded
 
 
@@ -154,7 +167,7 @@ def _encode_causal(
         shortened.append(texts is not whole)
         cut.append([(text, trained) for text, (_, trained) in zip(texts, segments, strict=True)])
     tokens = _encode_segments([[text for text, _ in segments] for segments in cut], tokenizer)
-    start = _start_ids(tokenizer) if "messages" not in values[0] else []
+    start = start_ids(tokenizer) if "messages" not in values[0] else []
     encoded = []
     for of_row, segments, parts, short in zip(values, cut, tokens, shortened, strict=True):
         ids, labels = list(start), [IGNORED] * len(start)
@@ -199,7 +212,7 @@ def _within(texts: list[str], data: DataConfig, where: str) -> list[str]:
     return cut
 
 
-def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return [bos] if the tokenizer puts one in front of a text, else []."""
     ids = tokenizer("a")["input_ids"]
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
@@ -289,7 +302,7 @@ def _rendered(
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{where}: the rows are messages, but the model's tokenizer has no chat template. "
-            "Use a chat model, or rows with prompt and completion."
+            "Give one, such as data.chat_template: chatml, or rows with prompt and completion."
         )
     try:
         text = tokenizer.apply_chat_template(

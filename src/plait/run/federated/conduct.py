@@ -183,11 +183,15 @@ def _with_paths_of(config: FederateConfig, folder: FederatedFolder) -> FederateC
     return config
 
 
+# Keys that plait 0.1 did not have: unset, they must not change the digest of its checkpoints.
+_LATER = ("chat_template",)
+
+
 def _facts(config: FederateConfig, setup: Setup) -> dict[str, Any]:
     """What decides the result besides the method and the server's options."""
     return {
         "sections": {
-            name: asdict(section)
+            name: {k: v for k, v in asdict(section).items() if v is not None or k not in _LATER}
             for name, section in config.sections().items()
             if name in ("model", "data", "partition")
         },

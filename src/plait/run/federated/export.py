@@ -31,7 +31,7 @@ from plait.federated.methods import Algorithm
 from plait.federated.protocol import Order
 from plait.federated.state import Checkpoint, Checkpoints, ClientStore
 from plait.run.config import REMOTE_CODE, check_remote_code, did_you_mean
-from plait.run.export import TOLERANCE, lock_for, name_base
+from plait.run.export import TOLERANCE, dependence, lock_for, name_base
 from plait.run.federated.config import FederateConfig, load_federate_config
 from plait.run.federated.folder import FederatedFolder
 from plait.run.federated.setup import prepare_federation
@@ -163,6 +163,10 @@ def _model_of(site: Site, checkpoint: Checkpoint, states: Path, client: str) -> 
 
 
 def _export(model: PeftModel, client: str, place: Path, check: "_Check") -> ClientExport:
+    what = dependence(model)
+    if what is not None:
+        reason = f"its update depends on the {what}, so no plain LoRA holds it"
+        return ClientExport(client, refused=reason)
     try:
         lora = to_lora(model)
     except ValueError as error:  # NotMergeable is one

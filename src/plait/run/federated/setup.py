@@ -55,7 +55,7 @@ def prepare_federation(config: FederateConfig, client: str | None = None) -> Set
     """
     run, method = config.run_config(), config.algorithm()
     check_config(run)
-    tokenizer, part = load_tokenizer(config.model), config.partition
+    tokenizer, part = load_tokenizer(config.model, config.data.chat_template), config.partition
     here = part.kind != "own" or client in (part.clients or ())  # type: ignore[operator]
     head = head_labels(config.model)
     data = load_data(run, tokenizer, part.labels, head=head) if here else None

@@ -1,0 +1,30 @@
+"""Options that several verbs have, and their bounds."""
+
+import argparse
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the task, the length, and how tokens are chosen."""
+    parser.add_argument("--task", help="the task, for a run with routing: task")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="without it evaluation.max_new_tokens"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default): the likeliest token each time"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling, with --temperature")
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """Raise ValueError for a number out of range."""
+    if not 0 <= args.temperature < float("inf"):
+        raise ValueError(f"--temperature {args.temperature} is out of range. Give 0 or more.")
+    check_counts(args, "max-new-tokens")
+
+
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError for one of these options that is less than 1; None is not given."""
+    for name in names:
+        value = getattr(args, name.replace("-", "_"))
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} is below 1. Give 1 or more.")
