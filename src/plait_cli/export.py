@@ -1,6 +1,12 @@
 """`plait export RUN --to lora|merged`: take a run to stock peft, to a server, to transformers."""
 
 import argparse
+from typing import TYPE_CHECKING
+
+from plait_cli._form import add_form
+
+if TYPE_CHECKING:
+    from plait.run.export import ExportReport
 
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:
@@ -9,7 +15,9 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         "export",
         help="write a run as a plain LoRA or merged",
         description="Write a run as a plain LoRA that stock peft and servers load, or merged into "
-        "its base model. Errors are measured and printed before anything is written.",
+        "its base model. Errors are measured and printed before anything is written; an export "
+        "that leaves out more than 1 % of a layer's update, or moves a held-out metric by more "
+        "than its noise, is refused.",
     )
     parser.add_argument("run_folder", metavar="RUN", help="the run folder")
     parser.add_argument("--to", choices=("lora", "merged"), required=True, help="what to write")
@@ -19,7 +27,10 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--rank", type=int, metavar="K", help="largest rank of a layer")
     size.add_argument("--energy", type=float, metavar="E", help="share of ||dW||^2 to keep, 0 to 1")
-    parser.add_argument("--task", metavar="NAME", help='which task, with routing="task"')
+    add_form(parser, size)
+    parser.add_argument(
+        "--task", metavar="NAME", help='which task, with routing="task"; all: one folder each'
+    )
     parser.add_argument("--approx", choices=("mean",), help="take a token router as uniform")
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     parser.add_argument(
@@ -30,34 +41,75 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 def run(args: argparse.Namespace) -> int:
     """Print what is lost, write, print what stock peft reads."""
-    from plait.run.export import ExportReport, export_run
-    from plait_cli._show import quiet
+    from functools import partial
 
-    def announce(report: ExportReport) -> None:
-        ranks = [layer.rank for layer in report.layers]
-        if ranks:
-            print(f"layers       {len(ranks)}, rank {min(ranks)} to {max(ranks)}")
-            print(f"weight error {report.weight_error:.2%} of a layer's update at most")
-        print(
-            f"logit error  {report.logit_error:.2e} at most on {report.rows} rows; "
-            f"the adapter moves logits by up to {report.logit_shift:.2e}"
-        )
-        if not report.exact:
-            print("not exact: raise --rank or --energy, or use --to merged where it is offered")
+    from plait.run.export import export_run, export_tasks
+    from plait_cli import console
+    from plait_cli._show import Status, quiet
 
-    with quiet():
-        out, report = export_run(
+    screen = console()
+    export = partial(export_run, task=args.task)
+    with quiet(), Status(screen, "held-out metric") as status:
+        out, reports = (export_tasks if args.task == "all" else export)(
             args.run_folder,
             args.to,
             args.out,
             rank=args.rank,
             energy=args.energy,
-            task=args.task,
+            max_rank=args.max_rank,
             approx=args.approx,
+            server=args.server,
+            compact=args.compact,
+            dtype=args.dtype,
+            lossy=args.lossy,
             force=args.force,
             overrides=args.overrides,
-            announce=announce,
+            announce=_announce,
+            progress=status,
+            command=_command(args),
         )
-    print(f"stock check  {report.stock_error:.2e} at most, read back without plait")
+    for report in reports if isinstance(reports, list) else [reports]:
+        of_task = f" ({report.task})" if report.task else ""
+        print(f"stock check  {report.stock_error:.2e} at most, read back without plait{of_task}")
     print(f"written      {out}")
     return 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command line of these arguments, for the card."""
+    import shlex
+
+    words = ["plait", "export", args.run_folder, "--to", args.to]
+    if args.server != "all":
+        words += ["--for", args.server]
+    for name in ("rank", "energy", "max_rank", "dtype", "task", "approx"):
+        value = getattr(args, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += [f"--{name}" for name in ("compact", "lossy") if getattr(args, name)]
+    return shlex.join([*words, *args.overrides])
+
+
+def _announce(report: "ExportReport") -> None:
+    """Print the losses of an export before it is written or refused."""
+    if report.task:
+        print(f"task         {report.task}")
+    ranks = [layer.rank for layer in report.layers]
+    if ranks:
+        held = f"; {report.rank} in the file" if min(ranks) < report.rank else ""
+        print(f"layers       {len(ranks)}, rank {min(ranks)} to {max(ranks)}{held}")
+        print(f"weight error {report.weight_error:.2%} of a layer's update at most")
+    if report.rounding:
+        print(f"rounding     {report.rounding:.2e} of a layer's update at most")
+    print(
+        f"logit error  {report.logit_error:.2e} at most on {report.rows} rows; "
+        f"the adapter moves logits by up to {report.logit_shift:.2e}"
+    )
+    if report.held_out is not None:
+        print(f"held out     {report.held_out.rows} rows of {report.held_out.split}")
+        for text in report.held_out.said():
+            print(f"             {text}")
+    for title, reasons in report.readers.items():
+        print(f"{title:<12} {'; '.join(reasons) or 'reads it right'}")
+    if not report.exact:
+        print("not exact: raise --rank or --energy, or use --to merged where it is offered")

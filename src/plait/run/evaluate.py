@@ -33,6 +33,13 @@ from plait.run.prepare import load_run
 
 Progress = Callable[[int, int], None]  # rows done, rows in all
 
+# Task of the model -> metrics of its values by row.
+MEASURES: dict[str, Callable[[Rows], dict[str, float | None]]] = {
+    "causal_lm": causal_metrics,
+    "classification": classification_metrics,
+    "regression": regression_metrics,
+}
+
 
 def evaluate_run(
     path: str | Path,
@@ -91,6 +98,34 @@ def evaluate_model(
     `task_mean`. A metric that is not defined on these rows is None.
     Raises ValueError when the split is not there.
     """
+    values = row_values(model, data, split, cfg, generate, progress)
+    measure, rows = MEASURES[cfg.model.task], getattr(data, split)
+    metrics: dict[str, Any] = {"rows": len(rows), **measure(values)}
+    if data.tasks is not None:
+        of_row = np.array(rows["task"])
+        metrics["tasks"] = {
+            task: {"rows": int((of_row == task).sum())}
+            | measure({name: v[of_row == task] for name, v in values.items()})
+            for task in sorted(set(of_row.tolist()))
+        }
+        metrics["task_mean"] = mean_metrics([*metrics["tasks"].values()])
+    return metrics
+
+
+@torch.no_grad()
+def row_values(
+    model: nn.Module,
+    data: DataBundle,
+    split: Split,
+    cfg: RunConfig,
+    generate: bool | None = None,
+    progress: Progress | None = None,
+) -> Rows:
+    """What a model says of each row, from which MEASURES makes metrics; arguments as above.
+
+    Returns one value for each row under each name, (rows,).
+    Raises ValueError when the split is not there.
+    """
     rows = getattr(data, split)
     if rows is None:
         raise ValueError(
@@ -111,27 +146,13 @@ def evaluate_model(
     model.eval()
     try:
         if cfg.model.task != "causal_lm":
-            values = _encoder_rows(model, data, rows, cfg.evaluation.batch_size, advance)
-            measure = (
-                classification_metrics if cfg.model.task == "classification" else regression_metrics
-            )
-        else:
-            values = _causal_rows(model, data, rows, cfg.evaluation.batch_size, advance)
-            if generates:
-                values["exact_match"] = _exact_matches(model, data, rows, cfg, advance)
-            measure = causal_metrics
+            return _encoder_rows(model, data, rows, cfg.evaluation.batch_size, advance)
+        values = _causal_rows(model, data, rows, cfg.evaluation.batch_size, advance)
+        if generates:
+            values["exact_match"] = _exact_matches(model, data, rows, cfg, advance)
+        return values
     finally:
         model.train(was_training)
-    metrics: dict[str, Any] = {"rows": len(rows), **measure(values)}
-    if data.tasks is not None:
-        of_row = np.array(rows["task"])
-        metrics["tasks"] = {
-            task: {"rows": int((of_row == task).sum())}
-            | measure({name: v[of_row == task] for name, v in values.items()})
-            for task in sorted(set(of_row.tolist()))
-        }
-        metrics["task_mean"] = mean_metrics([*metrics["tasks"].values()])
-    return metrics
 
 
 # --------------------------------------------------------------------------------- forwards

@@ -32,6 +32,7 @@ from plait.core.bridge import warn_left_out
 from plait.core.config import DeltaConfig
 from plait.core.delta import Delta
 from plait.core.events import PlaitWarning
+from plait.core.registry import find
 from plait.gates.alloc import set_development_batch
 from plait.options import shown
 from plait.run.adapter import check_finite, load_adapter
@@ -68,6 +69,7 @@ from plait.run.model import (
 )
 from plait.run.optimizers import DEFAULT, OPTIMIZERS, make_optimizer
 from plait.upstream.adalora import check_total_step
+from plait.upstream.export import trained_beside
 from plait.upstream.layers import targeted
 from plait.upstream.table import BASELINES
 
@@ -320,6 +322,8 @@ def check_config(cfg: RunConfig) -> None:
             f"training.metric_for_best_model: {best} is not measured by a {cfg.model.task} run. "
             f"{did_you_mean(best, known)}"
         )
+    if cfg.output.also:
+        _check_also(cfg)
     name, quantization = cfg.method.name, cfg.model.quantization
     reason = quantised_reason(name, quantization)
     if reason is not None:
@@ -327,6 +331,26 @@ def check_config(cfg: RunConfig) -> None:
             f"method.name: {name} does not work on a {quantization} base: {reason}. Set "
             "model.quantization: none, or use another method."
         )
+
+
+def _check_also(cfg: RunConfig) -> None:
+    """Raise ValueError for a run whose end can have no exact plain LoRA."""
+    name, options = cfg.method.name, cfg.method.options
+    method = BASELINES.get(name) or find(name)
+    reason = None
+    if name == "full":
+        reason = "full fine-tuning has no adapter; model/ loads everywhere as it is"
+    elif not method.exact_export and options.get("routing") != "task":
+        reason = f"no plain LoRA holds the update of {name}"
+        reason += "; plait export RUN --to merged writes it whole" if method.mergeable else ""
+    else:
+        trained = trained_beside(options)
+        if trained:
+            reason = (
+                f"the adapter trains {' and '.join(trained)}, which no plain LoRA for servers holds"
+            )
+    if reason is not None:
+        raise ValueError(f"{cfg.source.at('output.also')}: {reason}. Set output.also: [].")
 
 
 def method_config(

@@ -123,7 +123,7 @@ def test_without_plait_in_the_process(tmp_path: Path) -> None:
         "trust_remote_code": False, "inputs": str(tmp_path / "inputs"),
         "logits": str(tmp_path / "logits"),
     }  # fmt: skip
-    (tmp_path / "job").write_text(json.dumps(job))
+    (tmp_path / "job").write_text(json.dumps([job]))
     subprocess.run([sys.executable, "-P", str(stock_check.__file__), tmp_path / "job"], check=True)
     model = PeftModel.from_pretrained(load_base(cfg), tmp_path / "out" / "client-2").eval()
     with torch.no_grad():

@@ -1,0 +1,56 @@
+"""The card of a plain LoRA: which readers it suits, what it lost, and a command for each server."""
+
+from plait.run.export.report import ExportReport
+from plait.run.prepare import TrainedRun
+from plait.upstream.servers import max_lora_rank
+
+
+def lora_card(run: TrainedRun, report: ExportReport, command: str) -> str:
+    """Text of the README.md of an exported folder."""
+    base, builtin = run.cfg.model.name, run.cfg.model.name.startswith("builtin:")
+    ready = [title for title, reasons in report.readers.items() if not reasons]
+    others = [(title, reasons) for title, reasons in report.readers.items() if reasons]
+    lines = ["---", *([] if builtin else [f"base_model: {base}"]), "library_name: peft", "---", ""]
+    lines += [f"# A plain LoRA for {base}", ""]
+    of_task = f", task {report.task}" if report.task else ""
+    lines += [
+        f"It holds the update that {run.cfg.method.name} trained{of_task}, and needs no plait.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| read right by | {', '.join(ready)} |",
+        *(f"| not by {title} | {'; '.join(reasons)} |" for title, reasons in others),
+        f"| largest rank | {report.rank}, in {sum(x.rank > 0 for x in report.layers)} layers |",
+        f"| left out of a layer's update | {_share(report.weight_error)} at most |",
+        f"| rounding of a layer's update | {_share(report.rounding)} at most |",
+        f"| logits off by | {report.logit_error:.2e} at most on {report.rows} rows; the adapter "
+        f"moves them by up to {report.logit_shift:.2e} |",
+    ]
+    if report.held_out is not None:
+        rows = f"{report.held_out.rows} {report.held_out.split} rows"
+        lines += [f"| {text} | on {rows} |" for text in report.held_out.said()]
+    lines += [f"| written by | `{command}` |"] if command else []
+    if report.losses:
+        lines += ["", f"**It is not the model that was trained: {'; '.join(report.losses)}.**"]
+    return "\n".join([*lines, "", *_commands(report, base, ready), ""])
+
+
+def _share(value: float) -> str:
+    return "nothing" if value == 0 else f"{value:.2%}" if value >= 1e-4 else f"{value:.0e}"
+
+
+def _commands(report: ExportReport, base: str, ready: list[str]) -> list[str]:
+    """A command for each reader that reads the folder right; FOLDER is the folder of the card."""
+    vllm = max_lora_rank(report.rank)
+    commands: dict[str, str] = {
+        "vLLM >= 0.33": f"vllm serve {base} --enable-lora --max-lora-rank {vllm} "
+        "--lora-modules NAME=FOLDER",
+        "SGLang": f"python -m sglang.launch_server --model-path {base} --max-lora-rank "
+        f"{report.rank} --lora-paths NAME=FOLDER",
+        "llama.cpp": "python convert_lora_to_gguf.py --base BASE_FOLDER --outtype f32 FOLDER\n"
+        "llama-server -m base.gguf --lora FOLDER/*.gguf",
+    }
+    said = [text for title, text in commands.items() if title in ready]
+    loads = 'model = peft.PeftModel.from_pretrained(base, "FOLDER")'
+    lines = ["`FOLDER` is this folder.", "", "```python", loads, "```"]
+    return [*lines, "", "```text", *said, "```"] if said else lines
