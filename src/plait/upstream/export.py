@@ -169,7 +169,8 @@ def to_lora(
     }
     summed = any(isinstance(update, WeightedSum) for _, update in updates.values())
     modules = _modules_to_save(model, adapter) if summed else config.modules_to_save
-    if not compact:
+    whole = isinstance(config, DeltaConfig | LoraConfig)  # all that it trains can be carried over
+    if not compact or (not whole and getattr(config, "bias", "none") != "none"):
         _refuse_trained({**vars(config), "modules_to_save": modules})
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
     layers: list[LayerExport] = []
@@ -328,11 +329,11 @@ def _norm(A: Tensor, B: Tensor) -> float:
 
 def _other_tensors(model: PeftModel, adapter: str, summed: bool) -> dict[str, Tensor]:
     """What the adapter saves beside its update, under peft's names."""
-    if summed:  # a weighted sum has no file format
-        return saved_modules(model, adapter)
     config: Any = model.peft_config[adapter]
-    tuner: Any = model.base_model
-    key = f"plait_{config.key}_delta" if isinstance(config, DeltaConfig) else f".{tuner.prefix}"
+    own = isinstance(config, DeltaConfig)
+    if summed or not (own or isinstance(config, LoraConfig)):  # a weighted sum has no file format
+        return saved_modules(model, adapter)
+    key = f"plait_{config.key}_delta" if own else ".lora_"
     saved = get_peft_model_state_dict(model, adapter_name=adapter)
     return {name: value for name, value in saved.items() if key not in name}
 
