@@ -304,3 +304,16 @@ def test_an_update_of_zero_keeps_the_run(place: Path, tmp_path: Path) -> None:
     assert folder.adapter.is_dir()
     assert not folder.lora.exists()
     assert "To hand on" not in folder.card.read_text()
+
+
+def test_a_smaller_rank_is_one_rank_in_all_layers(runs: Any, tmp_path: Path, here: None) -> None:
+    """By the command it is refused where it loses much; in Python, asking for it is enough."""
+    words = ["export", str(runs("dual_lora")), "--to", "lora", "--out", str(tmp_path / "x")]
+    assert main([*words, "--rank", "3"]) == 2
+    with pytest.warns(plait.PlaitWarning, match="would not be the model that was trained"):
+        out, report = export_run(runs("dual_lora"), "lora", tmp_path / "lora", rank=3)
+    assert report.held_out is not None
+    config = json.loads((out / "adapter_config.json").read_text())
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert {len(t) for n, t in tensors.items() if "lora_A" in n} == {3} == {config["r"]}
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}

@@ -65,11 +65,15 @@ class LayerExport:
 
 @dataclass(frozen=True)
 class LoraExport:
-    """A plain LoRA: config and tensors as peft stores them, and what each layer lost."""
+    """A plain LoRA: config and tensors as peft stores them, and what each layer lost.
+
+    sized: whether its rank or energy was asked for, so that `error` is what the caller chose.
+    """
 
     config: LoraConfig
     tensors: dict[str, Tensor]
     layers: list[LayerExport]
+    sized: bool = False
 
     @property
     def rank(self) -> int:
@@ -91,12 +95,13 @@ class LoraExport:
 
         Args:
             folder: to write; it is made.
-            lossy: write even where more than 1 % of a layer's update is left out.
+            lossy: write even where more than 1 % of a layer's update is left out, without rank or
+                energy having been given.
 
         Raises:
-            ValueError: so much is left out, and lossy is not given.
+            ValueError: so much is left out, unasked.
         """
-        if not lossy:
+        if not (lossy or self.sized):
             refuse_lossy(self)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -214,7 +219,8 @@ def to_lora(
         revision=config.revision,
         inference_mode=True,
     )
-    return LoraExport(lora, {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, layers)
+    kept = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    return LoraExport(lora, kept, layers, sized=rank is not None or energy is not None)
 
 
 def _check(model: PeftModel, adapter: str, rank: int | None, energy: float | None) -> None:

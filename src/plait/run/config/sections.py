@@ -141,7 +141,7 @@ class OutputConfig:
     also: list[Literal["lora"]] = option(
         list,
         "What else training leaves: lora, the adapter as a plain LoRA that loads without "
-        "plait, in the folder lora.",
+        "plait, in the folder lora; []: nothing.",
     )
 
     def __post_init__(self) -> None:

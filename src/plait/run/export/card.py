@@ -21,8 +21,8 @@ def lora_card(run: TrainedRun, report: ExportReport, command: str) -> str:
         f"| read right by | {', '.join(ready)} |",
         *(f"| not by {title} | {'; '.join(reasons)} |" for title, reasons in others),
         f"| largest rank | {report.rank}, in {sum(x.rank > 0 for x in report.layers)} layers |",
-        f"| left out of a layer's update | {_share(report.weight_error)} at most |",
-        f"| rounding of a layer's update | {_share(report.rounding)} at most |",
+        f"| left out of a layer's update, at most | {_share(report.weight_error)} |",
+        f"| rounding of a layer's update, at most | {_share(report.rounding)} |",
         f"| logits off by | {report.logit_error:.2e} at most on {report.rows} rows; the adapter "
         f"moves them by up to {report.logit_shift:.2e} |",
     ]
@@ -41,16 +41,23 @@ def _share(value: float) -> str:
 
 def _commands(report: ExportReport, base: str, ready: list[str]) -> list[str]:
     """A command for each reader that reads the folder right; FOLDER is the folder of the card."""
+    base = "BASE_FOLDER" if base.startswith("builtin:") else base
     vllm = max_lora_rank(report.rank)
     commands: dict[str, str] = {
         "vLLM >= 0.33": f"vllm serve {base} --enable-lora --max-lora-rank {vllm} "
         "--lora-modules NAME=FOLDER",
         "SGLang": f"python -m sglang.launch_server --model-path {base} --max-lora-rank "
         f"{report.rank} --lora-paths NAME=FOLDER",
-        "llama.cpp": "python convert_lora_to_gguf.py --base BASE_FOLDER --outtype f32 FOLDER\n"
+        "llama.cpp": f"python convert_lora_to_gguf.py --base {base} --outtype f32 FOLDER\n"
         "llama-server -m base.gguf --lora FOLDER/*.gguf",
     }
     said = [text for title, text in commands.items() if title in ready]
     loads = 'model = peft.PeftModel.from_pretrained(base, "FOLDER")'
-    lines = ["`FOLDER` is this folder.", "", "```python", loads, "```"]
+    lines = [
+        "`FOLDER` is this folder, `BASE_FOLDER` the base model's.",
+        "",
+        "```python",
+        loads,
+        "```",
+    ]
     return [*lines, "", "```text", *said, "```"] if said else lines

@@ -8,6 +8,7 @@ once more, and moved into its place.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from plait.core.config import DeltaConfig
 from plait.core.delta import NotMergeable
+from plait.core.events import PlaitWarning
 from plait.options import did_you_mean
 from plait.run.config import ModelConfig
 from plait.run.evaluate import Progress
@@ -63,7 +65,7 @@ class _Options:
     server: str = ALL
     compact: bool = False
     dtype: str | None = None
-    lossy: bool = False
+    lossy: bool | None = None
     command: str = ""
 
 
@@ -83,7 +85,7 @@ def export_run(
     server: str = ALL,
     compact: bool = False,
     dtype: str | None = None,
-    lossy: bool = False,
+    lossy: bool | None = None,
     force: bool = False,
     overrides: Sequence[str] = (),
     announce: Announce = lambda report: None,
@@ -101,7 +103,8 @@ def export_run(
         server: "peft", "vllm", "sglang" or "llamacpp", whose rules are checked and which refuses
             what it would read wrong; "all": the report says what each of them makes of it.
         dtype: "bf16", "fp16" or "fp32"; None: that of the factors, which is fp32.
-        lossy: write what loses more than an export may.
+        lossy: write what loses more than an export may. None: warn instead of refusing it where
+            rank, energy or max_rank was given.
         force: replace an earlier export at `out`.
         overrides: other data to measure on, as in evaluate_run.
         announce: called with the measured report before anything is written or refused for a loss.
@@ -281,7 +284,10 @@ def _export(
         made[task] = one = _make(run, task, options, progress, keeps=not last)
         announce(one.report)
         refused = loss_refused(one.report, run.cfg.method.name, _remedy(options))
-        if refused is not None and not options.lossy:
+        sized = options.rank is not None or options.energy is not None
+        if refused is not None and options.lossy is None and sized:
+            warnings.warn(f"{place}: {refused}", PlaitWarning, stacklevel=3)
+        elif refused is not None and not options.lossy:
             raise ValueError(f"{place}: was not written: {refused}")
     reports: list[ExportReport] = []
 
@@ -339,7 +345,7 @@ def _make(
         exact = options.approx is None and _full_precision(model)
     split, rows = run.held_out_split, None
     # A loss by layer is refused before the metrics are measured.
-    measured = options.lossy or lora is None or lora.error <= TOLERATED
+    measured = options.lossy is not False or lora is None or lora.error <= TOLERATED
     if measured and not exact and data is not None and split is not None:
         rows = HeldOutRows(model, data, split, cfg, task, progress)
     exported = _merged(run, choice, keeps) if lora is None else _with_lora(run, lora)
@@ -383,7 +389,9 @@ def _as_lora(run: TrainedRun, options: _Options, choice: Mapping[str, Any]) -> L
 
 def _with_lora(run: TrainedRun, lora: LoraExport) -> Any:
     """A new base model with the exported LoRA on it."""
-    exported = get_peft_model(fresh_base(run), lora.config)
+    config = copy.copy(lora.config)  # peft writes into it where the base was loaded from
+    config.base_model_name_or_path = None
+    exported = get_peft_model(fresh_base(run), config)
     set_peft_model_state_dict(exported, lora.tensors)
     return exported
 
@@ -420,7 +428,7 @@ def _write(run: TrainedRun, folder: Path, made: _Made, options: _Options) -> Non
         made.model.save_pretrained(str(folder))
         run.tokenizer.save_pretrained(str(folder))
         return
-    made.lora.write(folder, lossy=options.lossy)
+    made.lora.write(folder, lossy=True)  # what is refused never comes this far
     write_atomic(folder / "README.md", lora_card(run, made.report, options.command))
 
 
