@@ -187,7 +187,8 @@ def test_methods_of_peft(name: str, tmp_path: Path) -> None:
     config = peft_config(MethodConfig(name=name, options=options), "causal_lm", total_steps=60)
     model = wrapped(config)
     truth = true_updates(model, {})
-    for arguments in ({}, {"rank": 3}, {"rank": 24}, {"dtype": torch.bfloat16}):
+    sizes: list[dict[str, Any]] = [{}, {"rank": 3}, {"rank": 24}, {"dtype": torch.bfloat16}]
+    for arguments in sizes:
         export = plait.to_lora(model, **arguments)
         assert all_read(compare(model, truth, export, tmp_path / str(arguments)))
         if arguments.get("rank") == 24:
