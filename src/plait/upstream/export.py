@@ -192,7 +192,8 @@ def to_lora(
             factors[name] = A, B, scale
             transposed |= isinstance(layer.get_base_layer(), Conv1D)  # type: ignore[operator]
     if not factors:
-        method = config.key if isinstance(config, DeltaConfig) else str(config.peft_type.value)
+        kind: Any = config.peft_type
+        method = config.key if isinstance(config, DeltaConfig) else str(kind.value)
         raise ValueError(
             f"{method.lower()}: the update is zero in every layer. Train before export."
         )
@@ -206,7 +207,7 @@ def to_lora(
     for name, (A, B) in pairs.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = A
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
-    bias = getattr(config, "bias", "none")
+    bias: Any = getattr(config, "bias", "none")
     lora = LoraConfig(
         **form,
         target_modules=_targets(model, list(pairs)),
@@ -232,9 +233,10 @@ def _check(model: PeftModel, adapter: str, rank: int | None, energy: float | Non
         raise ValueError(f"energy = {energy}. Give a share above 0 and up to 1.")
     refuse_sharded(model, "to_lora")
     config: Any = model.peft_config[adapter]
-    if start_kind(config) in ("residual", "other"):
+    start = getattr(config, "init_lora_weights", True)
+    if start_kind(config) == "residual" or start == "loftq":
         raise ValueError(
-            f"init_lora_weights = {config.init_lora_weights!r}: a part of the base weight is in "
+            f"init_lora_weights = {start!r}: a part of the base weight is in "
             "the adapter, so on the unchanged base its factors are wrong. Save it with "
             "path_initial_model_for_weight_conversion, load that, and export it; plait train does "
             "the former by itself."

@@ -143,8 +143,12 @@ def plain_update(layer: nn.Module, adapter: str) -> PlainUpdate | None:
     if factors is not None and factors.E is not None:  # E = 0 at pruned ranks
         A, B, E = (p.detach() for p in (factors.A, factors.B, factors.E))
         return PlainUpdate(A * E, B, factors.scaling)
-    linear = isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
-    if not linear or factors is None or adapter in layer.lora_variant or layer.lora_bias[adapter]:
+    if (
+        not _linear(layer)
+        or factors is None
+        or adapter in layer.lora_variant
+        or layer.lora_bias[adapter]
+    ):
         kind = type(layer.get_base_layer()).__name__
         raise ValueError(
             f"adapter {adapter!r}: its update of a {kind} is not s B A of a linear layer (DoRA and "
@@ -153,28 +157,32 @@ def plain_update(layer: nn.Module, adapter: str) -> PlainUpdate | None:
     return PlainUpdate(factors.A.detach(), factors.B.detach(), factors.scaling)
 
 
-def upstream_update(layer: Any, adapter: str, config: Any) -> PlainUpdate | DenseUpdate | None:
+def upstream_update(
+    module: nn.Module, adapter: str, config: Any
+) -> PlainUpdate | DenseUpdate | None:
     """The update of a layer of any of peft's methods, detached; None for other layers.
 
     Raises:
         ValueError: it is no constant update of a linear layer.
     """
-    if isinstance(layer, LoraLayer):
-        variant = layer.lora_variant.get(adapter) if adapter in layer.scaling else None
-        dora = variant is not None and magnitude_of(layer, adapter) is not None
-        linear = isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
-        if not (dora and linear) or layer.lora_bias[adapter]:
-            return plain_update(layer, adapter)
+    layer: Any = module
+    if isinstance(module, LoraLayer):
+        dora = adapter in layer.scaling and magnitude_of(layer, adapter) is not None
+        if not dora or not _linear(layer) or layer.lora_bias[adapter]:
+            return plain_update(module, adapter)
         return DenseUpdate(layer, adapter, config)
-    if not isinstance(layer, BaseTunerLayer) or isinstance(layer, TrainableTokensLayer):
+    if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer):
         return None
     if adapter not in layer._get_available_adapters():
         return None
-    linear = isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
-    if not linear or not layer.supports_lora_conversion(adapter):
+    if not _linear(layer) or not layer.supports_lora_conversion(adapter):
         kind = f"{type(layer).__name__} on a {type(layer.get_base_layer()).__name__}"
         raise ValueError(f"adapter {adapter!r}: {kind} has no constant dW. Merge it instead.")
     return DenseUpdate(layer, adapter, config)
+
+
+def _linear(layer: Any) -> bool:
+    return isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
 
 
 def free_pair(name: str, layer: Any, adapter: str) -> Pair | None:

@@ -74,7 +74,8 @@ class HeldOutRows:
         if task is not None and data.tasks is not None:
             rows = rows.select([i for i, name in enumerate(rows["task"]) if name == task])
         self.data: DataBundle = replace(data, collator=collator, **{split: rows})
-        self.split, self.cfg, self.progress = split, cfg, progress
+        self.cfg, self.progress = cfg, progress
+        self.split: Split = split
         self.values = self._measure(model)
 
     def _measure(self, model: Any) -> Rows:
