@@ -32,6 +32,18 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         "--task", metavar="NAME", help='which task, with routing="task"; all: one folder each'
     )
     parser.add_argument("--approx", choices=("mean",), help="take a token router as uniform")
+    parser.add_argument(
+        "--weighted",
+        action="store_true",
+        help="cut ranks by what they change of the layers' outputs on training rows",
+    )
+    parser.add_argument(
+        "--distill",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="then train the exported factors to give the run's logits on training rows",
+    )
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     parser.add_argument(
         "overrides", nargs="*", metavar="data.key=value", help="other rows to measure on"
@@ -67,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
             announce=_announce,
             progress=status,
             command=_command(args),
+            weighted=args.weighted,
+            distill=args.distill,
         )
     for report in reports if isinstance(reports, list) else [reports]:
         of_task = f" ({report.task})" if report.task else ""
@@ -86,7 +100,8 @@ def _command(args: argparse.Namespace) -> str:
         value = getattr(args, name)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
-    words += [f"--{name}" for name in ("compact", "lossy") if getattr(args, name)]
+    words += [f"--{name}" for name in ("compact", "lossy", "weighted") if getattr(args, name)]
+    words += ["--distill", str(args.distill)] if args.distill else []
     return shlex.join([*words, *args.overrides])
 
 

@@ -317,3 +317,17 @@ def test_a_smaller_rank_is_one_rank_in_all_layers(runs: Any, tmp_path: Path, her
     tensors = load_file(out / "adapter_model.safetensors")
     assert {len(t) for n, t in tensors.items() if "lora_A" in n} == {3} == {config["r"]}
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
+
+
+def test_distillation_brings_a_lossy_export_nearer(runs: Any, tmp_path: Path, here: None) -> None:
+    """On held-out rows; the training rows alone are read for it."""
+    gaps = []
+    for name, options in {"plain": {}, "better": {"weighted": True, "distill": 40}}.items():
+        place = tmp_path / name
+        _, report = export_run(runs("dual_lora"), "lora", place, rank=1, lossy=True, **options)
+        assert report.held_out is not None
+        assert not report.exact
+        gaps.append(report.logit_error)
+    assert gaps[1] < 0.7 * gaps[0]
+    words = ["export", str(runs("dual_lora")), "--to", "lora", "--out", str(tmp_path / "x")]
+    assert main([*words, "--distill", "-1"]) == 2

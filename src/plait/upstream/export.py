@@ -42,6 +42,7 @@ from plait.upstream.layers import (
     saved_modules,
     upstream_update,
 )
+from plait.upstream.moments import square_root
 from plait.upstream.servers import HEADS
 from plait.upstream.table import start_kind
 
@@ -141,6 +142,7 @@ def to_lora(
     approx: Literal["mean"] | None = None,
     compact: bool = False,
     dtype: torch.dtype | None = None,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> LoraExport:
     """An adapter as a plain LoRA, the finished links of its chain included.
 
@@ -157,6 +159,8 @@ def to_lora(
         compact: keep each layer's own rank and scale, by rank_pattern and alpha_pattern. Smaller,
             for stock peft and vLLM >= 0.33: other servers drop the patterns without a word.
         dtype: of all floating tensors of the export; None: that of the factors.
+        moments: layer -> second moment of its input (in, in), see second_moments. Where ranks are
+            cut, the part that changes the layers' outputs least is left out.
 
     Raises:
         NotMergeable: the update depends on the input and neither task nor approx settles it.
@@ -186,7 +190,9 @@ def to_lora(
         trunk = trunk_of(layer)
         if trunk is not None and trunk.adapter != adapter:
             trunk = None
-        A, B, scale, error = plain_factors(update, rank, energy, trunk, task=task, approx=approx)
+        moment = None if moments is None else moments[name]
+        choice = {"task": task, "approx": approx}
+        A, B, scale, error = plain_factors(update, rank, energy, trunk, moment, **choice)
         layers.append(LayerExport(name, len(A), error))
         if len(A):  # a LoRA of rank 0 does not exist: the layer is left out
             factors[name] = A, B, scale
@@ -370,6 +376,7 @@ def plain_factors(
     rank: int | None,
     energy: float | None,
     trunk: Trunk | None = None,
+    moment: Tensor | None = None,
     **choice: Any,
 ) -> tuple[Tensor, Tensor, float, float]:
     """A (k, in), B (out, k), scale and relative error of dW = scale B A, exact or approximate.
@@ -378,6 +385,8 @@ def plain_factors(
         delta: of one layer. rank, energy, choice: as in to_lora.
         trunk: finished links, which come first. Where the ranks then exceed min(in, out), the
             stack is compressed to that, which is exact.
+        moment: C = E[x x^T] (in, in); what is left out is then the part that changes the layer's
+            output least, see moments.py. The error stays that of dW.
     """
     factors = delta.folded(**choice)
     scale = delta.scaling
@@ -391,21 +400,57 @@ def plain_factors(
                 rank = min(rank or smaller, smaller)
         if (rank is None or rank >= len(A)) and energy is None:
             return A, B, scale, 0.0
+        if moment is not None:
+            return weighted_factors(A, scale * B, moment, rank, energy)
         U, S, Vh = product_svd(A, B, scale)
     else:
         assert not isinstance(delta, PlainUpdate)  # it always folds
-        U, S, Vh = torch.linalg.svd(delta.weight(**choice), full_matrices=False)
+        dW = delta.weight(**choice)
+        if moment is not None:
+            rank = delta.config.r if rank is None and energy is None else rank
+            eye = torch.eye(len(dW), dtype=dW.dtype, device=dW.device)
+            return weighted_factors(dW, eye, moment, rank, energy)
+        U, S, Vh = torch.linalg.svd(dW, full_matrices=False)
         rank = delta.config.r if rank is None and energy is None else rank
     total = S.square().sum()
-    if not total:
+    k = _kept(S, rank, energy)
+    if not k:
         return Vh[:0], U[:, :0], 1.0, 0.0
-    kept = S.square().cumsum(0) / total
-    k = min(rank or len(S), len(S))
-    if energy is not None:
-        k = int((kept < energy - torch.finfo(S.dtype).eps).sum()) + 1
     root = S[:k].sqrt()
     error = float(S[k:].square().sum().sqrt() / total.sqrt())
     return root[:, None] * Vh[:k], U[:, :k] * root, 1.0, error
+
+
+def weighted_factors(
+    A: Tensor, B: Tensor, moment: Tensor, rank: int | None, energy: float | None
+) -> tuple[Tensor, Tensor, float, float]:
+    """The rank-k part of dW = B A that is best for inputs of second moment C, as plain_factors.
+
+    Args:
+        A: (R, in). B: (out, R). moment: C (in, in). rank, energy: as in to_lora; energy is here the
+            share of E |dW x|^2 to keep.
+    """
+    wide = A.double(), B.double()
+    U, S, _ = product_svd(wide[0] @ square_root(moment.to(wide[0])), wide[1])
+    k = _kept(S, rank, energy)
+    if not k:
+        return A[:0], B[:, :0], 1.0, 0.0
+    down = U[:, :k].T @ wide[1] @ wide[0]
+    root = down.norm(dim=1).clamp_min(torch.finfo(down.dtype).tiny).sqrt()
+    left = 1 - (down.norm() / product_svd(*wide)[1].norm()).square()
+    error = float(left.clamp_min(0).sqrt())
+    return (down / root[:, None]).to(A), (U[:, :k] * root).to(B), 1.0, error
+
+
+def _kept(S: Tensor, rank: int | None, energy: float | None) -> int:
+    """How many singular values (descending) to keep; 0 if all are 0."""
+    total = S.square().sum()
+    if not total:
+        return 0
+    if energy is None:
+        return min(rank or len(S), len(S))
+    kept = S.square().cumsum(0) / total
+    return int((kept < energy - torch.finfo(S.dtype).eps).sum()) + 1
 
 
 def product_svd(A: Tensor, B: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 exporting   a run -> a folder: measure, refuse, write, read back
 logits      of the run, of its export, and of the folder read without plait
+fitting     better lossy exports: inputs to weigh by, distillation
 held_out    the run's held-out metrics, of the run and of its export
 report      what is kept and lost             refusals   what is not written
 card        what the folder says of itself    place      where it may be written

@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from plait.options import did_you_mean
 from plait.run.config import ModelConfig
 from plait.run.evaluate import Progress
 from plait.run.export.card import lora_card
+from plait.run.export.fitting import MOMENT_BATCHES, distilled, training_batches
 from plait.run.export.held_out import HeldOutRows
 from plait.run.export.logits import (
     base_shift,
@@ -50,6 +52,7 @@ from plait.run.folder import RunFolder, replace_dir, write_atomic
 from plait.run.model import base_name
 from plait.run.prepare import TrainedRun, load_run
 from plait.upstream.export import EXACT, TOLERATED, LoraExport, to_lora
+from plait.upstream.moments import second_moments
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -67,6 +70,8 @@ class _Options:
     dtype: str | None = None
     lossy: bool | None = None
     command: str = ""
+    weighted: bool = False
+    distill: int = 0
 
 
 Announce = Callable[[ExportReport], None]
@@ -91,6 +96,8 @@ def export_run(
     announce: Announce = lambda report: None,
     progress: Progress | None = None,
     command: str = "",
+    weighted: bool = False,
+    distill: int = 0,
 ) -> tuple[Path, ExportReport]:
     """Export a finished run to a folder.
 
@@ -110,6 +117,10 @@ def export_run(
         announce: called with the measured report before anything is written or refused for a loss.
         progress: called while a held-out metric is taken.
         command: the command line, for the card.
+        weighted: where ranks are cut, leave out what changes the layers' outputs least on training
+            rows, instead of what is smallest.
+        distill: steps in which the exported factors are trained to give the logits of the run's
+            model on training rows.
 
     Raises:
         FileExistsError: something is at `out`, and it is no export or force is not given; or
@@ -120,7 +131,9 @@ def export_run(
             its noise, without lossy; an exact export that stock peft reads differently.
     """
     rank = _rank(rank, energy, max_rank, server)
-    options = _Options(to, rank, energy, approx, server, compact, dtype, lossy, command)
+    options = _Options(
+        to, rank, energy, approx, server, compact, dtype, lossy, command, weighted, distill
+    )
     _check_options(options)
     place = _place(path, to, out, force)
     with lock_for(place, path):
@@ -218,12 +231,15 @@ def _check_options(options: _Options) -> None:
     """Raise ValueError for options that mean nothing together."""
     if options.to == "merged":
         names = {"rank": "--rank", "energy": "--energy", "compact": "--compact", "dtype": "--dtype"}
+        names |= {"weighted": "--weighted", "distill": "--distill"}
         used = [flag for name, flag in names.items() if getattr(options, name)]
         used += ["--for"] if options.server != ALL else []
         if used:
             verb = "belongs" if len(used) == 1 else "belong"
             raise ValueError(f"{' and '.join(used)} {verb} to --to lora. Leave it out.")
     check_server(options.server)
+    if options.distill < 0:
+        raise ValueError(f"--distill {options.distill}: give 0 or more steps.")
     if options.dtype is not None and options.dtype not in DTYPES:
         raise ValueError(
             f"--dtype {options.dtype} is not known. {did_you_mean(options.dtype, DTYPES)}"
@@ -337,9 +353,12 @@ def _make(
         except NotMergeable as error:
             raise _no_server(run, inputs, trained, shift, error) from None
         name_base(lora, cfg.model)
+        if options.distill:
+            lora = distilled(run, lora, _with_lora(run, lora), options.distill, task)
         readers = readers_of(model, lora)
         refuse_misread(lora, readers, options.server, options.compact)
-        exact = lora.error <= EXACT and lora.rounding <= EXACT and options.approx is None
+        exact = max(lora.error, lora.rounding) <= EXACT and options.approx is None
+        exact = exact and not options.distill
     else:
         _check_mergeable(run)
         exact = options.approx is None and _full_precision(model)
@@ -368,6 +387,10 @@ def _as_lora(run: TrainedRun, options: _Options, choice: Mapping[str, Any]) -> L
             f"{cfg.method.name} has no tasks and no router. Leave out "
             f"{', '.join(f'--{name}' for name in choice)}."
         )
+    moments = None
+    if options.weighted:
+        batches = islice(training_batches(run, choice.get("task")), MOMENT_BATCHES)
+        moments = second_moments(model, batches)
     try:
         return to_lora(
             model,
@@ -375,6 +398,7 @@ def _as_lora(run: TrainedRun, options: _Options, choice: Mapping[str, Any]) -> L
             energy=options.energy,
             compact=options.compact,
             dtype=None if options.dtype is None else DTYPES[options.dtype],
+            moments=moments,
             **choice,
         )
     except NotMergeable:

@@ -21,7 +21,7 @@ from plait.run.model import context_of, load_base, quantization_options, set_pad
 from plait.run.prepare import TrainedRun
 
 PROBE_ROWS = 8
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a stock model takes
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a stock model takes
 TOLERANCE = 1e-3  # of the largest logit: what an exact fp32 export may differ by
 
 
@@ -44,7 +44,7 @@ def probe(run: TrainedRun, task: str | None = None) -> tuple[dict[str, Tensor], 
     if task is not None and data.tasks is not None:
         chosen = [i for i, of_row in enumerate(rows["task"]) if of_row == task] or chosen
     batch = data.collator([rows[i] for i in chosen[:PROBE_ROWS]])
-    inputs = {name: tensor for name, tensor in batch.items() if name in _INPUTS}
+    inputs = {name: tensor for name, tensor in batch.items() if name in MODEL_INPUTS}
     return inputs, data if run.held_out_split is not None else None
 
 
