@@ -55,6 +55,7 @@ from plait.run.model import (
     check_ids,
     check_length,
     check_patterns,
+    dequantise,
     head_labels,
     head_of,
     ignored_layers,
@@ -230,8 +231,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
             )
     cfg = load_config(folder.config, overrides)
     check_remote_code(cfg.model, folder.config, overrides)
-    full = cfg.method.name == "full"
-    trained = folder.model if full else folder.adapter
+    trained = trained_weights(folder, cfg)
     if not trained.is_dir():
         raise FileNotFoundError(
             f"{path}: {trained.name}/ is missing, so training did not finish. Continue it: plait "
@@ -245,10 +245,31 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
                 f"{folder.environment}: run.{name} is missing. Put the run's own file back, or "
                 "train again."
             )
-    expected = peft_config(cfg.method, cfg.model.task, tasks=facts.get("tasks"))
-    weights = replace(cfg.model, name=str(trained.resolve()), revision=None) if full else cfg.model
     tokenizer, source = load_tokenizer(cfg.model), source_of(cfg.model)
+    model = load_trained(folder, cfg, tokenizer, facts)
+    return TrainedRun(folder, cfg, tokenizer, model, source, facts)
+
+
+def load_trained(
+    folder: RunFolder,
+    cfg: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Mapping[str, Any],
+    dequantised: bool = False,
+) -> PeftModel | PreTrainedModel:
+    """Load the model of a run in evaluation mode; arguments as those of TrainedRun.
+
+    dequantised: put the adapter on plain layers with the weights of the quantised ones.
+    Raises as load_run.
+    """
+    trained = trained_weights(folder, cfg)
+    expected = peft_config(cfg.method, cfg.model.task, tasks=facts.get("tasks"))
+    weights = cfg.model
+    if expected is None:
+        weights = replace(cfg.model, name=str(trained.resolve()), revision=None)
     model: Any = load_base(weights, *head_of(cfg.model.task, facts.get("labels")))
+    if dequantised:
+        model = dequantise(model)
     if cfg.model.task != "causal_lm":
         set_padding(model, tokenizer)
     model = to_device(model, cfg)
@@ -257,7 +278,12 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
         model = load_adapter(model, trained, expected)
         if cfg.chain is not None:
             chain.load(model, trained)
-    return TrainedRun(folder, cfg, tokenizer, model.eval(), source, facts)
+    return model.eval()
+
+
+def trained_weights(folder: RunFolder, cfg: RunConfig) -> Path:
+    """Return the folder of what a run trained: an adapter, or the whole model."""
+    return folder.model if cfg.method.name == "full" else folder.adapter
 
 
 # -------------------------------------------------------------------------------------- the parts
