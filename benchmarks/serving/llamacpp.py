@@ -1,4 +1,4 @@
-"""What an adapter costs in llama.cpp: size on disk, seconds to load, tokens a second against merged.
+"""What an adapter costs in llama.cpp: size on disk, time to load, tokens a second against merged.
 
     make test-servers                                   # installs llama.cpp
     OMP_NUM_THREADS=1 python -m benchmarks.serving.llamacpp [--rounds 5]
@@ -122,7 +122,7 @@ def report(sizes: dict[str, Any], values: dict[str, Any], where: str) -> str:
         )
         rows.append([
             form,
-            *(f"{size[kind] / 1e6:.2f}" if kind in size else "" for kind in ("safetensors", "GGUF")),
+            *(f"{size[k] / 1e6:.2f}" if k in size else "" for k in ("safetensors", "GGUF")),
             median_and_range([1000 * s for s in measured["load"]], ".1f"),
             *(median_and_range(measured[key], ".0f") for key in ("read", "write")),
             " / ".join(kept),

@@ -1,4 +1,4 @@
-"""`plait export RUN --to lora|merged`: take a run to stock peft, to a server, to transformers."""
+"""`plait export RUN --to lora|merged|gguf`: take a run to stock peft, servers, transformers."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -13,16 +13,19 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     """Describe the verb."""
     parser = subparsers.add_parser(
         "export",
-        help="write a run as a plain LoRA or merged",
-        description="Write a run as a plain LoRA that stock peft and servers load, or merged into "
-        "its base model. Errors are measured and printed before anything is written; an export "
+        help="write a run as a plain LoRA, for llama.cpp, or merged",
+        description="Write a run as a plain LoRA that stock peft and servers load, as GGUF for "
+        "llama.cpp, or merged into its base model. Errors are measured and printed before "
+        "anything is written; an export "
         "that leaves out more than 1 % of a layer's update, or moves a held-out metric by more "
         "than its noise, is refused.",
     )
     parser.add_argument("run_folder", metavar="RUN", help="the run folder")
-    parser.add_argument("--to", choices=("lora", "merged"), required=True, help="what to write")
     parser.add_argument(
-        "--out", metavar="DIR", help="folder to write; default RUN/lora, RUN/merged"
+        "--to", choices=("lora", "merged", "gguf"), required=True, help="what to write"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder to write; default RUN/lora, RUN/merged, RUN/gguf"
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--rank", type=int, metavar="K", help="largest rank of a layer")
@@ -43,6 +46,11 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         default=0,
         metavar="STEPS",
         help="then train the exported factors to give the run's logits on training rows",
+    )
+    parser.add_argument(
+        "--requantise",
+        action="store_true",
+        help="--to merged on a quantised base: pack the merged weights again; else 16 bits",
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     parser.add_argument(
@@ -74,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
             compact=args.compact,
             dtype=args.dtype,
             lossy=args.lossy,
+            requantise=args.requantise,
             force=args.force,
             overrides=args.overrides,
             announce=_announce,
@@ -84,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
         )
     for report in reports if isinstance(reports, list) else [reports]:
         of_task = f" ({report.task})" if report.task else ""
-        print(f"stock check  {report.stock_error:.2e} at most, read back without plait{of_task}")
+        how = "read back from the GGUF file" if args.to == "gguf" else "read back without plait"
+        print(f"stock check  {report.stock_error:.2e} at most, {how}{of_task}")
     print(f"written      {out}")
     return 0
 
@@ -100,7 +110,8 @@ def _command(args: argparse.Namespace) -> str:
         value = getattr(args, name)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
-    words += [f"--{name}" for name in ("compact", "lossy", "weighted") if getattr(args, name)]
+    flags = ("compact", "lossy", "weighted", "requantise")
+    words += [f"--{name}" for name in flags if getattr(args, name)]
     words += ["--distill", str(args.distill)] if args.distill else []
     return shlex.join([*words, *args.overrides])
 
@@ -120,11 +131,14 @@ def _announce(report: "ExportReport") -> None:
         f"logit error  {report.logit_error:.2e} at most on {report.rows} rows; "
         f"the adapter moves logits by up to {report.logit_shift:.2e}"
     )
+    for form, error in report.forms.items():
+        what = "packed again" if form.endswith("bit") else "as a plain checkpoint"
+        print(f"{form:<12} {what}: logits off by up to {error:.2e}")
     if report.held_out is not None:
         print(f"held out     {report.held_out.rows} rows of {report.held_out.split}")
         for text in report.held_out.said():
             print(f"             {text}")
     for title, reasons in report.readers.items():
         print(f"{title:<12} {'; '.join(reasons) or 'reads it right'}")
-    if not report.exact:
+    if not report.exact and ranks:
         print("not exact: raise --rank or --energy, or use --to merged where it is offered")

@@ -1,8 +1,8 @@
 """Exports in llama.cpp itself: every mergeable method as an adapter and merged, on two models.
 
-llama.cpp computes in float32 from float32 files. Logits then differ by the order of additions alone:
-1e-4 at most is measured where they range to 20. TOLERANCE is ten times that; an adapter that is read
-with another scale or another order of rows is off by 1 and more.
+llama.cpp computes in float32 from float32 files. Logits then differ by the order of additions
+alone: 1e-4 at most is measured where they range to 20. TOLERANCE is ten times that; an adapter that
+is read with another scale or another order of rows is off by 1 and more.
 """
 
 import os
@@ -18,13 +18,12 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import plait
 from plait.core.config import DeltaConfig
 from plait.core.registry import find
 from plait.run.config import MethodConfig, method_names, peft_config
 from plait.run.serving.gguf import FAMILIES, write_gguf
 from plait.testing import tiny
-from plait.upstream.export import LoraExport, to_lora, upstream_to_lora
+from plait.upstream.export import LoraExport, to_lora
 from plait.upstream.table import BASELINES
 from tests.support import llamacpp
 
@@ -59,9 +58,7 @@ def mergeable(method: str) -> bool:
     return row.mergeable and method != "full"
 
 
-CASES = {
-    name: Case(name, OPTIONS.get(name, {}), {}) for name in method_names() if mergeable(name)
-}
+CASES = {name: Case(name, OPTIONS.get(name, {}), {}) for name in method_names() if mergeable(name)}
 PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 24}}
 CASES |= {
     "lora, patterns": Case("lora", PATTERNS, {}),
@@ -159,10 +156,9 @@ def adapted(base: Any, case: Case) -> Any:
 
 def exported(model: PeftModel, case: Case) -> LoraExport:
     """The adapter as a plain LoRA, at full rank if the method is no low-rank one."""
-    if isinstance(model.peft_config["default"], DeltaConfig):
-        exact = case.choice or find(case.method).exact_export
-        return to_lora(model, rank=None if exact else FULL, **case.choice)
-    return upstream_to_lora(model, None if BASELINES[case.method].exact_export else 64)
+    row: Any = BASELINES.get(case.method) or find(case.method)
+    exact = case.choice or row.exact_export
+    return to_lora(model, rank=None if exact else FULL, **case.choice)
 
 
 def stories(to: Path, data: Path) -> list[list[int]]:
@@ -340,7 +336,9 @@ def small(architecture: str, **changes: Any) -> Any:
 
 def with_lora(base: Any, **options: Any) -> Any:
     """A model with a random stock LoRA on all linear layers."""
-    config = LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    config = LoraConfig(
+        r=4, lora_alpha=4, init_lora_weights=False, task_type="CAUSAL_LM", **options
+    )
     with tiny.seed(1):
         return get_peft_model(base, config).eval()
 
@@ -365,7 +363,8 @@ def test_architecture(architecture: str, tmp_path: Path) -> None:
     server.use(server.load(tmp_path / "ours.gguf"))
     equal, worst = live.compare(server)
     llamacpp.MEASURED.append(
-        f"{architecture:<37} greedy {equal:>3} of {len(prompts)}, logits differ by up to {worst:.1e}"
+        f"{architecture:<37} greedy {equal:>3} of {len(prompts)}, logits differ by up to "
+        f"{worst:.1e}"
     )
     assert worst <= TOLERANCE
     assert equal == len(prompts)

@@ -26,6 +26,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import plait
+from plait.run.export import mark_export
 from plait.run.serving import convert, resolve
 from plait.run.serving.resolve import AdapterError, find, plain_lora
 from plait.run.train import train
@@ -218,9 +219,7 @@ def test_the_code_of_a_folder_is_not_run(root: Path, tmp_path: Path) -> None:
         plain_lora(folder, tmp_path, str(root / "base"))
 
 
-def test_registration(
-    plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_registration(plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM calls it in each process, with or without a folder of adapters."""
     registered: dict[str, Any] = {}
     registry = types.SimpleNamespace(register_resolver=registered.__setitem__)
@@ -247,3 +246,19 @@ def test_the_interface_is_vllms(plugin: Any) -> None:
     assert list(inspect.signature(method).parameters) == ["self", "base_model_name", "lora_name"]
     assert issubclass(plugin.PlaitResolver, plugin.LoRAResolver)
     assert find(Path("/"), "/etc") is None
+
+
+def test_an_exact_export_inside_a_run_is_served(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is converted then; one that lost something is not served."""
+    folder = tmp_path / "run"
+    shutil.copytree(root / "served/run", folder)
+    live: Any = PeftModel.from_pretrained(tiny.llama(), str(folder / "adapter"))
+    plait.to_lora(live).write(folder / "lora")
+    mark_export(folder / "lora", to="lora", exact=True)
+    monkeypatch.setattr(resolve, "_convert", None)
+    assert plain_lora(folder, tmp_path, str(root / "base")) == folder / "lora"
+    mark_export(folder / "lora", to="lora", exact=False)
+    with pytest.raises(TypeError):  # it is converted
+        plain_lora(folder, tmp_path, str(root / "base"))

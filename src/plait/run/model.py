@@ -285,7 +285,7 @@ def load_base_with_missing(
 
 
 def dequantise(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a quantised model with plain linear layers, whose float32 weights are equal to its own.
+    """Return a quantised model with plain linear layers that hold the same weights, in float32.
 
     The other weights keep their type.
     """

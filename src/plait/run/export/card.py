@@ -1,12 +1,37 @@
 """The card of a plain LoRA: which readers it suits, what it lost, and a command for each server."""
 
+from dataclasses import replace
+
 from plait.run.export.report import ExportReport
 from plait.run.prepare import TrainedRun
+from plait.run.serving.gguf import FILE
 from plait.upstream.servers import max_lora_rank
+
+_LLAMACPP = "llama.cpp"
 
 
 def lora_card(run: TrainedRun, report: ExportReport, command: str) -> str:
     """Text of the README.md of an exported folder."""
+    ready = [title for title, reasons in report.readers.items() if not reasons]
+    commands = _commands(report, run.cfg.model.name, ready)
+    return "\n".join([*_facts(run, report, command), "", *commands, ""])
+
+
+def gguf_card(run: TrainedRun, report: ExportReport, command: str) -> str:
+    """Text of the README.md of a folder with a GGUF file."""
+    only = {title: reasons for title, reasons in report.readers.items() if title == _LLAMACPP}
+    commands = [
+        f"llama.cpp loads `{FILE}` beside the base model, converted by its convert_hf_to_gguf.py.",
+        "",
+        "```text",
+        f"llama-server -m base.gguf --lora {FILE}",
+        "```",
+    ]
+    return "\n".join([*_facts(run, replace(report, readers=only), command), "", *commands, ""])
+
+
+def _facts(run: TrainedRun, report: ExportReport, command: str) -> list[str]:
+    """What a folder holds, who reads it, and what it lost."""
     base, builtin = run.cfg.model.name, run.cfg.model.name.startswith("builtin:")
     ready = [title for title, reasons in report.readers.items() if not reasons]
     others = [(title, reasons) for title, reasons in report.readers.items() if reasons]
@@ -32,7 +57,7 @@ def lora_card(run: TrainedRun, report: ExportReport, command: str) -> str:
     lines += [f"| written by | `{command}` |"] if command else []
     if report.losses:
         lines += ["", f"**It is not the model that was trained: {'; '.join(report.losses)}.**"]
-    return "\n".join([*lines, "", *_commands(report, base, ready), ""])
+    return lines
 
 
 def _share(value: float) -> str:
@@ -48,7 +73,7 @@ def _commands(report: ExportReport, base: str, ready: list[str]) -> list[str]:
         "--lora-modules NAME=FOLDER",
         "SGLang": f"python -m sglang.launch_server --model-path {base} --max-lora-rank "
         f"{report.rank} --lora-paths NAME=FOLDER",
-        "llama.cpp": f"python convert_lora_to_gguf.py --base {base} --outtype f32 FOLDER\n"
+        _LLAMACPP: f"python convert_lora_to_gguf.py --base {base} --outtype f32 FOLDER\n"
         "llama-server -m base.gguf --lora FOLDER/*.gguf",
     }
     said = [text for title, text in commands.items() if title in ready]

@@ -25,7 +25,7 @@ from plait.core.events import PlaitWarning
 from plait.options import did_you_mean
 from plait.run.config import ModelConfig
 from plait.run.evaluate import Progress
-from plait.run.export.card import lora_card
+from plait.run.export.card import gguf_card, lora_card
 from plait.run.export.fitting import MOMENT_BATCHES, distilled, training_batches
 from plait.run.export.held_out import HeldOutRows
 from plait.run.export.logits import (
@@ -41,6 +41,7 @@ from plait.run.export.logits import (
 from plait.run.export.place import check_replaceable, lock_for, mark_export
 from plait.run.export.refusals import (
     ALL,
+    LLAMACPP,
     check_max_rank,
     check_server,
     loss_refused,
@@ -51,9 +52,12 @@ from plait.run.export.report import ExportReport
 from plait.run.folder import RunFolder, replace_dir, write_atomic
 from plait.run.model import base_name
 from plait.run.prepare import TrainedRun, load_run
+from plait.run.serving.gguf import FILE, check_gguf, read_gguf, write_gguf
+from plait.run.serving.quantised import merge_quantised
 from plait.upstream.export import EXACT, TOLERATED, LoraExport, to_lora
 from plait.upstream.moments import second_moments
 
+Form = Literal["lora", "merged", "gguf"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -61,7 +65,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class _Options:
     """What the callers of an export choose; see export_run."""
 
-    to: Literal["lora", "merged"]
+    to: Form
     rank: int | None = None
     energy: float | None = None
     approx: Literal["mean"] | None = None
@@ -72,6 +76,7 @@ class _Options:
     command: str = ""
     weighted: bool = False
     distill: int = 0
+    requantise: bool = False
 
 
 Announce = Callable[[ExportReport], None]
@@ -79,7 +84,7 @@ Announce = Callable[[ExportReport], None]
 
 def export_run(
     path: str | Path,
-    to: Literal["lora", "merged"],
+    to: Form,
     out: str | Path | None = None,
     *,
     rank: int | None = None,
@@ -91,6 +96,7 @@ def export_run(
     compact: bool = False,
     dtype: str | None = None,
     lossy: bool | None = None,
+    requantise: bool = False,
     force: bool = False,
     overrides: Sequence[str] = (),
     announce: Announce = lambda report: None,
@@ -103,8 +109,9 @@ def export_run(
 
     Args:
         path: the run folder.
-        to: "lora", a plain peft LoRA, or "merged", a plain transformers checkpoint.
-        out: the folder to write; None: `lora` or `merged` in the run folder.
+        to: "lora", a plain peft LoRA, "merged", a plain transformers checkpoint, or "gguf", the
+            plain LoRA as llama.cpp loads it.
+        out: the folder to write; None: the folder of this name in the run folder.
         rank, energy, task, approx, compact: as in plait.to_lora.
         max_rank: the largest rank that the server takes; as rank, and checked against its rules.
         server: "peft", "vllm", "sglang" or "llamacpp", whose rules are checked and which refuses
@@ -112,6 +119,8 @@ def export_run(
         dtype: "bf16", "fp16" or "fp32"; None: that of the factors, which is fp32.
         lossy: write what loses more than an export may. None: warn instead of refusing it where
             rank, energy or max_rank was given.
+        requantise: pack the weights merged into a quantised base as the base was; else they are
+            written with 16 bits.
         force: replace an earlier export at `out`.
         overrides: other data to measure on, as in evaluate_run.
         announce: called with the measured report before anything is written or refused for a loss.
@@ -125,6 +134,7 @@ def export_run(
     Raises:
         FileExistsError: something is at `out`, and it is no export or force is not given; or
             `out` is in the run folder, and another process writes there.
+        ImportError: the package gguf, or bitsandbytes, is needed and not installed.
         NotMergeable: the update depends on the input.
         ValueError: options that do not fit; an export that the server would read wrong; one that
             leaves out more than 1 % of a layer's update, or moves a held-out metric by more than
@@ -132,21 +142,22 @@ def export_run(
     """
     rank = _rank(rank, energy, max_rank, server)
     options = _Options(
-        to, rank, energy, approx, server, compact, dtype, lossy, command, weighted, distill
-    )
+        to, rank, energy, approx, server, compact, dtype, lossy, command, weighted, distill,
+        requantise,
+    )  # fmt: skip
     _check_options(options)
     place = _place(path, to, out, force)
     with lock_for(place, path):
         run = load_run(path, overrides)
         (report,) = _export(
-            run, {task: place}, place, options, force, announce, progress, _without_plait(run, to)
+            run, {task: place}, place, options, force, announce, progress, _reader(run, to)
         )
     return place, report
 
 
 def export_tasks(
     path: str | Path,
-    to: Literal["lora", "merged"],
+    to: Form,
     out: str | Path | None = None,
     *,
     force: bool = False,
@@ -174,9 +185,7 @@ def export_tasks(
                 f"--task all: {run.cfg.method.name} does not route by task. Leave out --task."
             )
         folders = {task: place / task for task in tasks}
-        reports = _export(
-            run, folders, place, options, force, announce, progress, _without_plait(run, to)
-        )
+        reports = _export(run, folders, place, options, force, announce, progress, _reader(run, to))
     return place, reports
 
 
@@ -237,6 +246,10 @@ def _check_options(options: _Options) -> None:
         if used:
             verb = "belongs" if len(used) == 1 else "belong"
             raise ValueError(f"{' and '.join(used)} {verb} to --to lora. Leave it out.")
+    elif options.requantise:
+        raise ValueError("--requantise belongs to --to merged. Leave it out.")
+    if options.to == "gguf" and options.server not in (ALL, LLAMACPP):
+        raise ValueError(f"--to gguf is for llama.cpp alone. Leave out --for {options.server}.")
     check_server(options.server)
     if options.distill < 0:
         raise ValueError(f"--distill {options.distill}: give 0 or more steps.")
@@ -268,8 +281,22 @@ def _tasks(run: TrainedRun) -> list[str]:
 Read = Callable[[Mapping[Any, Path], Mapping[Any, Any]], dict[Any, Tensor]]
 
 
-def _without_plait(run: TrainedRun, to: str) -> Read:
-    return lambda folders, inputs: read_without_plait(run, folders, to, inputs)
+def _reader(run: TrainedRun, to: str) -> Read:
+    """What measures the written folders: by stock peft and transformers in a process without plait.
+
+    A GGUF file is read back into peft here.
+    """
+    if to != "gguf":
+        return lambda folders, inputs: read_without_plait(run, folders, to, inputs)
+
+    def read(folders: Mapping[Any, Path], inputs: Mapping[Any, Any]) -> dict[Any, Tensor]:
+        logits = {}
+        for name, folder in folders.items():
+            lora = read_gguf(folder / FILE, fresh_base(run))
+            logits[name] = logits_of(_with_lora(run, lora), inputs[name])
+        return logits
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -346,8 +373,10 @@ def _make(
     shift = base_shift(model, inputs, trained)
     choice = {"task": task, "approx": options.approx}
     choice = {name: value for name, value in choice.items() if value is not None}
+    if options.requantise and cfg.model.quantization == "none":
+        raise ValueError("--requantise: the base of this run is not quantised. Leave it out.")
     lora, readers = None, {}
-    if options.to == "lora":
+    if options.to != "merged":
         try:
             lora = _as_lora(run, options, choice)
         except NotMergeable as error:
@@ -356,21 +385,27 @@ def _make(
         if options.distill:
             lora = distilled(run, lora, _with_lora(run, lora), options.distill, task)
         readers = readers_of(model, lora)
-        refuse_misread(lora, readers, options.server, options.compact)
+        server = LLAMACPP if options.to == "gguf" else options.server
+        refuse_misread(lora, readers, server, options.compact)
+        if options.to == "gguf":
+            check_gguf(lora, model.get_base_model())
         exact = max(lora.error, lora.rounding) <= EXACT and options.approx is None
         exact = exact and not options.distill
     else:
-        _check_mergeable(run)
-        exact = options.approx is None and _full_precision(model)
+        exact = options.approx is None and _full_precision(run)
     split, rows = run.held_out_split, None
     # A loss by layer is refused before the metrics are measured.
     measured = options.lossy is not False or lora is None or lora.error <= TOLERATED
     if measured and not exact and data is not None and split is not None:
         rows = HeldOutRows(model, data, split, cfg, task, progress)
-    exported = _merged(run, choice, keeps) if lora is None else _with_lora(run, lora)
-    error = difference(logits_of(exported, inputs), trained)
+    forms = {"lora": _with_lora(run, lora)} if lora else _merged(run, choice, keeps)
+    errors = {name: difference(logits_of(form, inputs), trained) for name, form in forms.items()}
+    form = run.cfg.model.quantization if options.requantise else next(iter(forms))
+    exported, error = forms[form], errors[form]
     held_out = rows.compare(exported) if rows is not None else None
     report = ExportReport(exact, [], error, shift, len(trained), held_out=held_out, task=task)
+    if len(errors) > 1:
+        report = replace(report, forms=errors)
     if lora is not None:
         report = replace(report, layers=lora.layers, rank=lora.rank, readers=readers)
     return _Made(exported if lora is None else None, lora, inputs, trained, report)
@@ -420,28 +455,26 @@ def _with_lora(run: TrainedRun, lora: LoraExport) -> Any:
     return exported
 
 
-def _merged(run: TrainedRun, choice: Mapping[str, Any], keeps: bool) -> Any:
-    """The model with the adapter in its weights; a fully trained one as it is."""
+def _merged(run: TrainedRun, choice: Mapping[str, Any], keeps: bool) -> dict[str, Any]:
+    """The model with the adapter in its weights; a fully trained one as it is.
+
+    Of a quantised base: the forms of merge_quantised, else one form.
+    """
     model = run.model
     if not isinstance(model, PeftModel):
-        return model
+        return {"trained": model}
+    if run.cfg.model.quantization != "none":
+        return merge_quantised(run, choice)
     model = copy.deepcopy(model) if keeps else model
     merge: Any = model.merge_and_unload
-    return merge(safe_merge=True, **choice)
+    return {"merged": merge(safe_merge=True, **choice)}
 
 
-def _check_mergeable(run: TrainedRun) -> None:
-    """Raise ValueError for a base that no update can be merged into."""
-    quantization = run.cfg.model.quantization
-    if quantization != "none":
-        raise ValueError(
-            f"model.quantization = {quantization}: merging needs a dequantised base. "
-            "Export to plain LoRA instead (--to lora)."
-        )
-
-
-def _full_precision(model: Any) -> bool:
+def _full_precision(run: TrainedRun) -> bool:
     """Whether merging into the base weights rounds no more than fp32 does."""
+    model = run.model
+    if run.cfg.model.quantization != "none":
+        return False
     if not isinstance(model, PeftModel):
         return True
     return all(p.dtype.itemsize >= 4 for p in model.parameters() if p.is_floating_point())
@@ -451,6 +484,10 @@ def _write(run: TrainedRun, folder: Path, made: _Made, options: _Options) -> Non
     if made.lora is None:
         made.model.save_pretrained(str(folder))
         run.tokenizer.save_pretrained(str(folder))
+        return
+    if options.to == "gguf":
+        write_gguf(made.lora, run.model.get_base_model(), folder / FILE)
+        write_atomic(folder / "README.md", gguf_card(run, made.report, options.command))
         return
     made.lora.write(folder, lossy=True)  # what is refused never comes this far
     write_atomic(folder / "README.md", lora_card(run, made.report, options.command))

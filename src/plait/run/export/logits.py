@@ -121,8 +121,8 @@ def read_without_plait(
                     "adapter": str(folder.resolve()) if to == "lora" else None,
                     "task": cfg.task,
                     "labels": None if cfg.task == "causal_lm" else run.model.config.num_labels,
-                    "dtype": cfg.dtype,
-                    "quantization": quantization_options(cfg),
+                    "dtype": "auto" if to == "merged" else cfg.dtype,  # as it was written
+                    "quantization": quantization_options(cfg) if to == "lora" else None,
                     "trust_remote_code": cfg.trust_remote_code,
                     "revision": cfg.revision if to == "lora" else None,
                     "pad": None if cfg.task == "causal_lm" else run.tokenizer.pad_token_id,

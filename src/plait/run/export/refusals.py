@@ -9,6 +9,7 @@ from plait.upstream.export import LoraExport
 from plait.upstream.servers import READERS, SERVERS, VLLM_RANKS, max_lora_rank
 
 ALL = "all"  # --for: no server in particular
+LLAMACPP = "llamacpp"
 
 
 def check_server(server: str) -> None:

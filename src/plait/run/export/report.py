@@ -18,7 +18,8 @@ class ExportReport:
     reader -> why it cannot read the export, [] if it reads it right. held_out: metrics of the run
     and of the export; None where it is exact or the run has no held-out rows. task: the one that
     was exported, of a run with several. stock_error: as logit_error, of the written folder as stock
-    peft and transformers read it; None before that.
+    peft and transformers read it; None before that. forms: of a quantised base that was
+    merged into, each form that can be written -> its logit_error.
     """
 
     exact: bool
@@ -31,6 +32,7 @@ class ExportReport:
     held_out: HeldOut | None = None
     task: str | None = None
     stock_error: float | None = None
+    forms: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def weight_error(self) -> float:

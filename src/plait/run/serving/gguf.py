@@ -3,9 +3,9 @@
 llama.cpp's converter comes with its source alone. This module needs only the package `gguf`, which
 knows llama.cpp's names of tensors. What that package does not know stands in FAMILIES: the
 architecture that llama.cpp has for a class of transformers, and whether it orders the rows of the
-query and key projections in another way. transformers rotates the two halves of a head against each
-other, llama.cpp's Llama neighbouring rows (`permute` of LlamaModel in its convert_hf_to_gguf.py), so
-these rows of B are interleaved. A LoRA's A is never reordered, because the inputs are not.
+query and key projections in another way. transformers rotates the two halves of a head against
+each other, llama.cpp's Llama neighbouring rows (`permute` of LlamaModel in convert_hf_to_gguf.py),
+so these rows of B are interleaved. A is never reordered, because the inputs are not.
 
 llama.cpp multiplies each update by lora_alpha / (rank of that tensor) and reads no pattern.
 """
@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from plait.upstream.export import LoraExport
+from plait.upstream.servers import READERS
 
 FILE = "adapter.gguf"
 # Class of transformers -> name in gguf.MODEL_ARCH, and whether rows of q and k are interleaved.
@@ -32,10 +34,9 @@ FAMILIES: dict[str, tuple[str, bool]] = {
     "GemmaForCausalLM": ("GEMMA", False),
     "Gemma2ForCausalLM": ("GEMMA2", False),
 }
+_READER = next(reader for reader in READERS if reader.key == "llamacpp")
 _PREFIX, _ENDS = "base_model.model.", (".lora_A.weight", ".lora_B.weight")
-_MERGE = (
-    "Merge instead: --to merged, then llama.cpp's convert_hf_to_gguf.py turns that folder into GGUF."
-)
+_MERGE = "Merge instead (--to merged); llama.cpp's convert_hf_to_gguf.py turns that into GGUF."
 
 
 def write_gguf(lora: LoraExport, base: PreTrainedModel, file: Path) -> None:
@@ -71,24 +72,32 @@ def write_gguf(lora: LoraExport, base: PreTrainedModel, file: Path) -> None:
     writer.close()
 
 
-def read_gguf(file: Path, lora: LoraExport, base: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the tensors (float32) of a file that write_gguf wrote, under peft's names.
+def read_gguf(file: Path, base: PreTrainedModel) -> LoraExport:
+    """Read a LoRA, as float32, from a file that write_gguf wrote.
 
-    lora, base: as they were written; they name the tensors.
+    Raises ValueError if a tensor belongs to no layer of this base model.
     """
     gguf = package()
-    _, paired = _family(base)
-    stored = {
-        tensor.name: torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        for tensor in gguf.GGUFReader(file).tensors
-    }
-    names = _names(lora, base)
-    tensors = {}
-    for key in lora.tensors:
-        name, heads = names[key]
-        tensor = stored[name]
-        tensors[key] = _halves(tensor, heads) if paired and heads else tensor
-    return tensors
+    known, heads = _known_names(base), _heads(base)
+    modules = {known.get_name(name): name for name, _ in base.named_modules()}
+    reader, tensors, targets = gguf.GGUFReader(file), {}, set()
+    for stored in reader.tensors:
+        name, _, factor = stored.name.rpartition(".weight.lora_")
+        if name not in modules:
+            raise ValueError(f"{file}: {stored.name} belongs to no layer of the base model.")
+        tensor = torch.tensor(gguf.quants.dequantize(stored.data, stored.tensor_type))
+        rows = heads.get(name.rpartition(".")[2], 0) if factor == "b" else 0
+        key = f"{_PREFIX}{modules[name]}.lora_{factor.upper()}.weight"
+        tensors[key] = _halves(tensor, rows) if rows else tensor
+        targets.add(modules[name])
+    factors = [t for key, t in tensors.items() if key.endswith(_ENDS[0])]
+    config = LoraConfig(
+        r=len(factors[0]),
+        lora_alpha=reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents(),
+        target_modules=sorted(targets),
+        task_type="CAUSAL_LM",
+    )
+    return LoraExport(config, tensors, [])
 
 
 def check_gguf(lora: LoraExport, base: PreTrainedModel) -> None:
@@ -103,7 +112,8 @@ def package() -> Any:
         return importlib.import_module("gguf")
     except ImportError as error:
         raise ImportError(
-            f'--to gguf needs the package gguf ({error}). Install it with: pip install "plait[gguf]"'
+            f"--to gguf needs the package gguf ({error}). Install it with: pip install "
+            '"plait[gguf]"'
         ) from error
 
 
@@ -121,41 +131,40 @@ def _family(base: PreTrainedModel) -> tuple[str, bool]:
 
 def _tensors(lora: LoraExport, base: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """llama.cpp's name and tensor of each factor: A (r, in), B (out, r)."""
-    _, paired = _family(base)
     for key, (name, heads) in _names(lora, base).items():
         tensor = lora.tensors[key].detach().cpu()
-        yield name, (_interleaved(tensor, heads) if paired and heads else tensor).contiguous()
+        yield name, (_interleaved(tensor, heads) if heads else tensor).contiguous()
+
+
+def _known_names(base: PreTrainedModel) -> Any:
+    """The package's map from names of modules to llama.cpp's names."""
+    gguf = package()
+    arch, _ = _family(base)
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], base.config.num_hidden_layers)
+
+
+def _heads(base: PreTrainedModel) -> dict[str, int]:
+    """The layers whose rows llama.cpp interleaves -> the number of heads."""
+    config, (_, interleaved) = base.config, _family(base)
+    if not interleaved:
+        return {}
+    return {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
 
 
 def _names(lora: LoraExport, base: PreTrainedModel) -> dict[str, tuple[str, int]]:
-    """peft's name of each tensor -> llama.cpp's name, and the heads of a B of q or k, else 0."""
-    config: Any = lora.config
-    if config.rank_pattern or config.alpha_pattern or config.use_rslora:
-        raise ValueError(
-            "llama.cpp reads neither rank_pattern nor alpha_pattern nor use_rslora of an adapter. "
-            "Give all layers one rank and one scale: export without --compact."
-        )
-    gguf = package()
-    arch, _ = _family(base)
-    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], base.config.num_hidden_layers)
-    heads = {"attn_q": base.config.num_attention_heads, "attn_k": base.config.num_key_value_heads}
-    names = {}
+    """peft's name of a tensor -> llama.cpp's name, and the heads of a B to interleave, else 0."""
+    tied = bool(base.config.tie_word_embeddings)
+    reasons = _READER.reasons(lora.config, lora.tensors, tied)
+    if reasons:
+        raise ValueError(f"{_READER.title}: {'; '.join(reasons)}. {_MERGE}")
+    known, heads, names = _known_names(base), _heads(base), {}
     for key in lora.tensors:
         module = key.removeprefix(_PREFIX)
-        if not module.endswith(_ENDS):
-            raise ValueError(
-                f"llama.cpp reads the factors A and B of linear layers, and this adapter also has "
-                f"{module}. {_MERGE}"
-            )
         module, _, factor = module.removesuffix(".weight").rpartition(".lora_")
         name = known.get_name(module)
         if name is None or name == "token_embd":
-            raise ValueError(f"llama.cpp takes no LoRA of {module}. {_MERGE}")
-        if name == "output" and base.config.tie_word_embeddings:
-            raise ValueError(
-                f"llama.cpp has no weight {module} of its own in a model with tied embeddings, so "
-                f"it refuses its LoRA. {_MERGE}"
-            )
+            kind = type(base).__name__
+            raise ValueError(f"llama.cpp takes no LoRA of {module} in a {kind}. {_MERGE}")
         rows = heads.get(name.rpartition(".")[2], 0) if factor == "B" else 0
         names[key] = f"{name}.weight.lora_{factor.lower()}", rows
     return names

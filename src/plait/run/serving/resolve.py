@@ -17,6 +17,7 @@ from typing import Any
 from plait._version import __version__
 
 _CONFIG, _WEIGHTS, _RUN = "adapter_config.json", "adapter_model.safetensors", "config.yaml"
+_EXPORT = "plait_export.json"
 # Keys of a LoRA's config under which some server or release reads another update.
 _UNEVEN = ("rank_pattern", "alpha_pattern", "use_rslora")
 
@@ -72,6 +73,8 @@ def plain_lora(folder: Path, cache: Path, base: str) -> Path:
             f"{folder.name}: {_WEIGHTS} is missing. Save the adapter as safetensors; a pickle can "
             "run any code when it is read."
         )
+    if _exact_export(folder / "lora"):  # that training or `plait export` wrote into the run
+        return folder / "lora"
     chained = (adapter / "chain.json").is_file()
     uneven = any(config.get(key) for key in _UNEVEN)
     if config.get("peft_type") == "LORA" and not chained and not uneven:
@@ -90,6 +93,18 @@ def _config(adapter: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AdapterError(f"{adapter.name}: {_CONFIG} is no JSON object. Save the adapter again.")
     return config
+
+
+def _exact_export(folder: Path) -> bool:
+    """Whether a folder is an export of the whole update, in the form for every server."""
+    try:
+        facts = json.loads((folder / _EXPORT).read_text(encoding="utf-8"))
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    even = isinstance(config, dict) and not any(config.get(key) for key in _UNEVEN)
+    exact = isinstance(facts, dict) and facts.get("to") == "lora" and facts.get("exact") is True
+    return even and exact and (folder / _WEIGHTS).is_file()
 
 
 def _same_model(one: Any, other: str) -> bool:

@@ -1,4 +1,4 @@
-"""A resolver for vLLM: a server that is asked for an unknown adapter finds it in a folder of plait's.
+"""A resolver for vLLM: a server that is asked for an unknown adapter finds it in a run folder.
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 PLAIT_ADAPTERS=runs vllm serve BASE --enable-lora
 
