@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import plait
@@ -217,6 +217,23 @@ def test_the_code_of_a_folder_is_not_run(root: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(AdapterError, match="runs no code"):
         plain_lora(folder, tmp_path, str(root / "base"))
+
+
+@pytest.mark.usefixtures("in_process")
+def test_no_module_that_an_adapter_names_is_imported(root: Path, tmp_path: Path) -> None:
+    """peft imports megatron_core where megatron_config is set."""
+    with tiny.seed():
+        lora = LoraConfig(r=2, target_modules=["q_proj"], use_rslora=True, task_type="CAUSAL_LM")
+        model: Any = get_peft_model(tiny.llama(), lora)
+    folder = root / "served/megatron"
+    model.save_pretrained(str(folder))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"megatron_config": {"x": 1}, "megatron_core": "antigravity"}
+    config["base_model_name_or_path"] = str(root / "base")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=r"megatron: .*a folder runs no code"):
+        plain_lora(folder, tmp_path, str(root / "base"))
+    assert "antigravity" not in sys.modules
 
 
 def test_registration(plugin: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

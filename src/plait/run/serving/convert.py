@@ -18,7 +18,7 @@ from plait.run.adapter import check_finite, load_adapter
 from plait.run.config import ModelConfig
 from plait.run.export import export_run, mark_export, name_base, readers_of, refuse_misread
 from plait.run.folder import RunFolder, replace_dir
-from plait.run.model import load_base
+from plait.run.model import check_patterns, load_base
 from plait.upstream.export import LoraExport, to_lora
 
 VLLM = "vllm"  # whose rules are checked
@@ -62,8 +62,15 @@ def adapter_as_lora(folder: Path) -> LoraExport:
         )
     if config.base_model_name_or_path is None:
         raise ValueError(f"{folder}: adapter_config.json names no base_model_name_or_path.")
+    if getattr(config, "megatron_config", None) is not None:
+        raise ValueError(
+            f"{folder}: megatron_config makes peft import a module that the folder names, and a "
+            "folder runs no code. Remove it from adapter_config.json."
+        )
     base = ModelConfig(name=config.base_model_name_or_path, revision=config.revision, dtype="auto")
-    model = load_adapter(load_base(base), folder, config).eval()
+    loaded = load_base(base)
+    check_patterns(config.to_dict(), loaded)
+    model = load_adapter(loaded, folder, config).eval()
     if (folder / TABLE).is_file():
         chain.load(model, folder)
     lora = to_lora(model)

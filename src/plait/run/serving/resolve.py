@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from plait._version import __version__
+from plait.upstream.table import UNEVEN
 
 _CONFIG, _WEIGHTS, _RUN = "adapter_config.json", "adapter_model.safetensors", "config.yaml"
 _EXPORT = "plait_export.json"
-# Keys of a LoRA's config under which some server or release reads another update.
-_UNEVEN = ("rank_pattern", "alpha_pattern", "use_rslora")
 
 
 class AdapterError(ValueError):
@@ -76,7 +75,7 @@ def plain_lora(folder: Path, cache: Path, base: str) -> Path:
     if _exact_export(folder / "lora"):  # that training or `plait export` wrote into the run
         return folder / "lora"
     chained = (adapter / "chain.json").is_file()
-    uneven = any(config.get(key) for key in _UNEVEN)
+    uneven = any(config.get(key) for key in UNEVEN)
     if config.get("peft_type") == "LORA" and not chained and not uneven:
         return adapter
     out = cache / _digest(folder, adapter)
@@ -102,7 +101,7 @@ def _exact_export(folder: Path) -> bool:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    even = isinstance(config, dict) and not any(config.get(key) for key in _UNEVEN)
+    even = isinstance(config, dict) and not any(config.get(key) for key in UNEVEN)
     exact = isinstance(facts, dict) and facts.get("to") == "lora" and facts.get("exact") is True
     return even and exact and (folder / _WEIGHTS).is_file()
 
