@@ -28,13 +28,14 @@ $(VENV)/docs.stamp: $(VENV)/core.stamp
 	$(PIP) -e ".[docs]"
 	touch $@
 
-# llama.cpp for the tests of exports: two minutes of one core. The source also holds its converters,
+# llama.cpp for the tests of exports: a minute of one core. The source also holds its converters,
 # which no package does.
 $(VENV)/servers.stamp: $(VENV)/dev.stamp
 	rm -rf $(LLAMA) && mkdir -p $(LLAMA)
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python -d $(LLAMA) \
 	  llama-cpp-python==$(LLAMA_VERSION)
 	tar -xzf $(LLAMA)/*.tar.gz -C $(LLAMA) --strip-components 1
+	sed -i 's/LLAMA_BUILD_COMMON ON/LLAMA_BUILD_COMMON OFF/' $(LLAMA)/CMakeLists.txt  # half of the build
 	CMAKE_BUILD_PARALLEL_LEVEL=2 CMAKE_ARGS="$(LLAMA_OPTIONS)" $(PIP) install --no-deps ./$(LLAMA)
 	$(PIP) -e ".[serve-test]"
 	touch $@

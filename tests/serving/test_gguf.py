@@ -13,6 +13,7 @@ from plait.run.train import train
 from plait.testing import tiny
 from plait.upstream.export import LoraExport, to_lora
 from plait_cli import main
+from tests.support import ROOT
 from tests.support.runs import copy_rows, run_config, save_model, write_rows
 
 gguf = pytest.importorskip("gguf", reason="the extra plait[gguf] is not installed")
@@ -132,3 +133,8 @@ def test_cli_writes_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "llama-server" in (folder / "gguf/README.md").read_text()
     assert main(["export", str(folder), "--to", "gguf"]) == 2
     assert "Give --force" in capsys.readouterr().err
+
+
+def test_the_page_names_every_architecture() -> None:
+    page = (ROOT / "docs/serving.md").read_text("utf-8")
+    assert not [name for name in FAMILIES if f"`{name}`" not in page]

@@ -388,7 +388,7 @@ def _make(
         server = LLAMACPP if options.to == "gguf" else options.server
         refuse_misread(lora, readers, server, options.compact)
         if options.to == "gguf":
-            check_gguf(lora, model.get_base_model())
+            check_gguf(lora, _base_of(run))
         exact = max(lora.error, lora.rounding) <= EXACT and options.approx is None
         exact = exact and not options.distill
     else:
@@ -455,6 +455,12 @@ def _with_lora(run: TrainedRun, lora: LoraExport) -> Any:
     return exported
 
 
+def _base_of(run: TrainedRun) -> Any:
+    """The base model inside the adapter."""
+    model: Any = run.model
+    return model.get_base_model()
+
+
 def _merged(run: TrainedRun, choice: Mapping[str, Any], keeps: bool) -> dict[str, Any]:
     """The model with the adapter in its weights; a fully trained one as it is.
 
@@ -486,7 +492,7 @@ def _write(run: TrainedRun, folder: Path, made: _Made, options: _Options) -> Non
         run.tokenizer.save_pretrained(str(folder))
         return
     if options.to == "gguf":
-        write_gguf(made.lora, run.model.get_base_model(), folder / FILE)
+        write_gguf(made.lora, _base_of(run), folder / FILE)
         write_atomic(folder / "README.md", gguf_card(run, made.report, options.command))
         return
     made.lora.write(folder, lossy=True)  # what is refused never comes this far
