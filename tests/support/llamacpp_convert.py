@@ -10,10 +10,12 @@ are written without one.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import runpy
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +41,19 @@ def main(source: Path, jobs: Path) -> None:
 
 
 def _leave_out_vocabularies() -> None:
-    import convert_hf_to_gguf as convert  # type: ignore[import-not-found]
+    base = importlib.import_module("conversion.base").ModelBase
+    prepare = base.__init__
 
     def set_vocab(model: Any) -> None:
         model._set_vocab_none()
-        with contextlib.suppress(ValueError):  # a second time, for a Llama
-            model.gguf_writer.add_vocab_size(model.hparams["vocab_size"])
+        model.gguf_writer.add_vocab_size(model.hparams["vocab_size"])
 
-    kinds = [convert.ModelBase]
-    for kind in kinds:
-        kinds += kind.__subclasses__()
-        if "set_vocab" in vars(kind):
-            kind.set_vocab = set_vocab
+    def init(model: Any, *args: Any, **kwargs: Any) -> None:
+        prepare(model, *args, **kwargs)
+        if type(model).__name__ != "LoraModel":  # an adapter has none in any case
+            model.set_vocab = types.MethodType(set_vocab, model)
+
+    base.__init__ = init
 
 
 if __name__ == "__main__":

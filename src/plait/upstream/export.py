@@ -349,7 +349,9 @@ def _other_tensors(model: PeftModel, adapter: str, summed: bool) -> dict[str, Te
         return saved_modules(model, adapter)
     key = f"plait_{config.key}_delta" if own else ".lora_"
     saved = get_peft_model_state_dict(model, adapter_name=adapter)
-    return {name: value for name, value in saved.items() if key not in name}
+    # peft also saves the frozen weight of an adapted lm_head or embedding.
+    parts = (key, ".base_layer.")
+    return {n: value for n, value in saved.items() if not any(part in n for part in parts)}
 
 
 def _modules_to_save(model: PeftModel, adapter: str) -> list[str] | None:
