@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # the tests of a file stay together, so that what a module's fixtures make is made once.
 WORKERS ?= 2
 LLAMA := $(VENV)/llama-cpp-python
-LLAMA_VERSION := 0.3.36
+LLAMA_VERSION := $(shell sed -n "s/.*llama-cpp-python==\([0-9.]*\).*/\1/p" pyproject.toml)
 OFF := LLAVA_BUILD LLAMA_BUILD_TESTS LLAMA_BUILD_TOOLS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_SERVER \
   LLAMA_BUILD_APP LLAMA_OPENSSL GGML_NATIVE GGML_OPENMP GGML_LLAMAFILE
 LLAMA_OPTIONS := $(foreach option,$(OFF),-D$(option)=OFF)
@@ -36,7 +36,7 @@ $(VENV)/servers.stamp: $(VENV)/dev.stamp
 	  llama-cpp-python==$(LLAMA_VERSION)
 	tar -xzf $(LLAMA)/*.tar.gz -C $(LLAMA) --strip-components 1
 	sed -i 's/LLAMA_BUILD_COMMON ON/LLAMA_BUILD_COMMON OFF/' $(LLAMA)/CMakeLists.txt  # half of the build
-	CMAKE_BUILD_PARALLEL_LEVEL=2 CMAKE_ARGS="$(LLAMA_OPTIONS)" $(PIP) install --no-deps ./$(LLAMA)
+	CMAKE_BUILD_PARALLEL_LEVEL=2 CMAKE_ARGS="$(LLAMA_OPTIONS)" $(PIP) --no-deps ./$(LLAMA)
 	$(PIP) -e ".[serve-test]"
 	touch $@
 
