@@ -7,8 +7,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # A core each for two test processes; more threads than cores slow each other down. With worksteal
 # the tests of a file stay together, so that what a module's fixtures make is made once.
 WORKERS ?= 2
+LLAMA := $(VENV)/llama-cpp-python
+LLAMA_VERSION := $(shell sed -n "s/.*llama-cpp-python==\([0-9.]*\).*/\1/p" pyproject.toml)
+OFF := LLAVA_BUILD LLAMA_BUILD_TESTS LLAMA_BUILD_TOOLS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_SERVER \
+  LLAMA_BUILD_APP LLAMA_OPENSSL GGML_NATIVE GGML_OPENMP GGML_LLAMAFILE
+LLAMA_OPTIONS := $(foreach option,$(OFF),-D$(option)=OFF)
 
-.PHONY: demo test test-deploy test-simulations lint format docs docs-update assets clean
+.PHONY: demo test test-deploy test-servers test-simulations lint format docs docs-update assets clean
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +26,18 @@ $(VENV)/dev.stamp: $(VENV)/core.stamp
 
 $(VENV)/docs.stamp: $(VENV)/core.stamp
 	$(PIP) -e ".[docs]"
+	touch $@
+
+# llama.cpp for the tests of exports: a minute of one core. The source also holds its converters,
+# which no package does.
+$(VENV)/servers.stamp: $(VENV)/dev.stamp
+	rm -rf $(LLAMA) && mkdir -p $(LLAMA)
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python -d $(LLAMA) \
+	  llama-cpp-python==$(LLAMA_VERSION)
+	tar -xzf $(LLAMA)/*.tar.gz -C $(LLAMA) --strip-components 1
+	sed -i 's/LLAMA_BUILD_COMMON ON/LLAMA_BUILD_COMMON OFF/' $(LLAMA)/CMakeLists.txt  # half of the build
+	CMAKE_BUILD_PARALLEL_LEVEL=2 CMAKE_ARGS="$(LLAMA_OPTIONS)" $(PIP) --no-deps ./$(LLAMA)
+	$(PIP) -e ".[serve-test]"
 	touch $@
 
 demo: $(VENV)/core.stamp
@@ -36,6 +53,10 @@ test-deploy: $(VENV)/dev.stamp
 # The statistics of comparisons on 1,000 simulated studies for each case: some minutes.
 test-simulations: $(VENV)/dev.stamp
 	PLAIT_SIMULATIONS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/run/compare/test_statistics.py
+
+# Exports in llama.cpp itself, on the CPU: about three minutes, and the build the first time.
+test-servers: $(VENV)/servers.stamp
+	PLAIT_SERVERS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check src tests examples docs benchmarks

@@ -63,6 +63,8 @@ ONLY = {
     "bitsandbytes": set(),
     "trl": set(),
     "lm_eval": {"run/harness.py"},
+    "gguf": {"run/serving/gguf.py"},
+    "vllm": {"run/serving/vllm.py"},
     "triton": {"kernels"},
     "flwr": {"federated/engines/flower", "run/deploy/app"},
     "ray": {"federated/engines/flower"},

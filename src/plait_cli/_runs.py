@@ -67,7 +67,7 @@ def report(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Write the clients' adapters as plain LoRAs."""
-    from plait.run.federated.export import ClientExport, export_clients
+    from plait.run.federated.export import Choices, ClientExport, export_clients
 
     def show(x: ClientExport) -> None:
         if x.refused:
@@ -79,8 +79,17 @@ def export(args: argparse.Namespace) -> int:
             f"{x.client}: {x.layers} layers, {rank}, {x.error:.2%} of a layer's update left out at "
             f"most; read back by peft, logits off by {x.logit_error:.2e} of {x.logit_shift:.2e}"
         )
+        for text in x.held_out:
+            print(f"    {text}")
+        for title, reasons in x.readers.items():
+            if reasons:
+                print(f"    {title}: {'; '.join(reasons)}")
 
-    export_clients(args.run_folder, args.out, args.client, overrides=args.overrides, done=show)
+    names = ("max_rank", "server", "compact", "dtype", "lossy")
+    choices = Choices(**{name: getattr(args, name) for name in names})
+    export_clients(
+        args.run_folder, args.out, args.client, choices, overrides=args.overrides, done=show
+    )
     print(f"written: {args.out}")
     return 0
 

@@ -7,6 +7,8 @@ import argparse
 import importlib
 import sys
 
+from plait_cli._form import add_form
+
 _FILE = "the config file; the same for the server and all clients, see examples/federated/"
 _MORE = """\
 Three steps make a federation, all with one config file:
@@ -75,6 +77,7 @@ def _add_runs(actions: "argparse._SubParsersAction") -> list[argparse.ArgumentPa
     export.add_argument("run_folder", metavar="RUN", help="the run folder")
     export.add_argument("out", metavar="OUT", help="the folder to write, with a folder per client")
     export.add_argument("--client", metavar="NAME", help="this client alone")
+    add_form(export)
     _add_overrides(export, "model.trust_remote_code=true, to run code that the base brings along")
     for action in (simulate, report, export):
         action.set_defaults(module="_runs")

@@ -447,13 +447,15 @@ def test_a_checkpoint_without_frozen_parameters() -> None:
 
 
 def test_export_materialises_the_factors(tmp_path: Path) -> None:
-    """A plain LoRA of rank r, with the scale kept, exact in stock peft."""
+    """A plain LoRA of rank r, exact in stock peft; the compact form keeps the scale."""
     model = wrap(CASE, r=3, lora_alpha=None)
     steps(model, adamw(model, 5e-2), 4, key=None)
     export = plait.to_lora(model)
     assert export.error == 0
     assert {one.rank for one in export.layers} == {3}
-    assert (export.config.r, export.config.lora_alpha) == (3, 0.75)
+    assert (export.config.r, export.config.lora_alpha) == (3, 3)
+    compact = plait.to_lora(model, compact=True).config
+    assert (compact.r, compact.lora_alpha) == (3, 0.75)
     export.write(tmp_path)
     stock = PeftModel.from_pretrained(tiny.llama(), tmp_path)
     with torch.no_grad():

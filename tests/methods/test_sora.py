@@ -370,10 +370,15 @@ def test_export_leaves_zero_ranks_out(init: str, tmp_path: Path) -> None:
     assert not [name for name in export.tensors if absent in name]
     assert absent not in export.config.target_modules  # type: ignore[operator]
     other = stock(export, tmp_path)
+    assert {len(A) for name, A in export.tensors.items() if "lora_A" in name} == {4 * ranks}
+    assert (export.config.r, export.config.lora_alpha) == (4 * ranks, 4 * ranks)
+    compact = stock(to_lora(model, compact=True), tmp_path / "compact")
     for part in export.layers:
         if part.rank:
-            module = other.get_submodule(f"base_model.model.{part.name}")
-            assert module.scaling["default"] == pytest.approx(2.0)
+            name = f"base_model.model.{part.name}"
+            assert other.get_submodule(name).scaling["default"] == pytest.approx(1.0)
+            assert compact.get_submodule(name).scaling["default"] == pytest.approx(2.0)
+            assert compact.get_submodule(name).r["default"] == part.rank
     with torch.no_grad():
         found = other(input_ids=tiny.tokens()).logits
     assert float((found - logits(model)).abs().max()) < 1e-6

@@ -115,7 +115,7 @@ def test_dump_and_load_are_inverse():
 
 def test_the_starter_config_is_a_valid_run():
     config = load(starter_config())
-    assert config.method.name == "dual_lora"
+    assert config.method.name == "dual_module"
     shown = yaml.safe_load(starter_config())
     # Every key of every fixed section is there, so that nobody has to look elsewhere.
     for section in ("model", "data", "evaluation", "output"):
@@ -126,8 +126,10 @@ def test_the_starter_config_is_a_valid_run():
     assert {k: v for k, v in shown["data"].items() if k not in differing} == {
         k: v for k, v in default["data"].items() if k not in differing
     }
-    for section in ("model", "evaluation", "output"):
+    for section in ("model", "evaluation"):
         assert shown[section] == default[section]
+    assert shown["output"] == default["output"] | {"also": ["lora"]}
+    assert plait.find(config.method.name).exact_export  # or it could leave no plain LoRA
 
 
 def test_the_starter_has_the_help_of_every_key():
@@ -668,7 +670,7 @@ def test_init_writes_a_config_and_refuses_to_overwrite(capsys):
 
     assert main(["init", "a.yaml"]) == 0
     assert capsys.readouterr().out == "a.yaml written. Look at it with: plait check a.yaml\n"
-    assert load_config("a.yaml").method.name == "dual_lora"
+    assert load_config("a.yaml").method.name == "dual_module"
     assert main(["init", "a.yaml"]) == 2
     assert capsys.readouterr().err == (
         "plait init: a.yaml: exists already. Give another name, or remove it.\n"

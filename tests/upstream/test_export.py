@@ -14,6 +14,7 @@ from plait.run.export import export_run
 from plait.run.train import train
 from plait.testing import tiny
 from plait.upstream.export import plain_factors
+from plait.upstream.moments import second_moments, square_root
 from plait_cli import main
 from tests.support.runs import copy_rows, run_config, save_model, write_rows
 
@@ -135,3 +136,45 @@ def test_cli_exports_a_run_both_ways(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert any("weight" in name for name in load_file(out / "model.safetensors"))
     assert main(["export", str(folder), "--to", "merged", "--rank", "3"]) == 2
     assert not (folder / "merged").exists()
+
+
+def test_weighted_truncation_is_the_best_for_the_inputs() -> None:
+    """E |(dW - B A) x|^2 is the tail of the weighted spectrum, below that of the plain SVD."""
+    model, _ = trained(plait.DualLoraConfig(r=8, gate_steps=4))
+    delta = next(model.base_model.plait_layers()).plait_delta["default"]
+    dW = delta.weight().double()
+    x = torch.randn(200, dW.shape[1], generator=torch.Generator().manual_seed(0)).double()
+    x *= torch.logspace(0, -2, dW.shape[1])
+    C = x.T @ x / len(x)
+
+    def cost(A: torch.Tensor, B: torch.Tensor) -> float:
+        return float((x @ (dW - (B @ A).double()).T).square().sum() / len(x))
+
+    A, B, scale, error = plain_factors(delta, 3, None, None, C)
+    assert scale == 1
+    spectrum = torch.linalg.svdvals(dW @ square_root(C))
+    assert cost(A, B) == pytest.approx(float(spectrum[3:].square().sum()), rel=1e-4)
+    plain = plain_factors(delta, 3, None)
+    assert cost(A, B) < 0.9 * cost(plain[0], plain[1])
+    left = torch.linalg.norm(dW - (B @ A).double()) / torch.linalg.norm(dW)
+    assert error == pytest.approx(float(left), rel=1e-4)
+    assert error > plain[3]
+    kept = plain_factors(delta, None, 0.99, None, C)
+    assert cost(kept[0], kept[1]) <= 0.0101 * float(spectrum.square().sum())
+
+
+def test_moments_are_those_of_attended_inputs() -> None:
+    """The first layer sees the embeddings; padding does not count; nothing is left behind."""
+    model, ids = trained(plait.ColaConfig(r=2))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    seen: list[torch.Tensor] = []
+    layer = next(model.base_model.plait_layers())
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    moments = second_moments(model, [{"input_ids": ids, "attention_mask": mask}])
+    handle.remove()
+    rows = seen[0].detach()[mask.bool()].double()
+    name = next(n for n, m in model.get_base_model().named_modules() if m is layer)
+    torch.testing.assert_close(moments[name], rows.T @ rows / len(rows))
+    assert not layer._forward_pre_hooks
+    assert set(moments) == {x.name for x in plait.to_lora(model, rank=1, moments=moments).layers}

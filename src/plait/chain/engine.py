@@ -338,7 +338,8 @@ def save_stacked(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    pad: bool = False,
+    compact: bool = False,
+    lossy: bool = False,
 ) -> None:
     """Write a chain, the live link included, as one plain LoRA that stock peft loads.
 
@@ -348,14 +349,16 @@ def save_stacked(
     Args:
         model: a PeftModel with a chain.
         folder: to write.
-        rank, energy, pad: as in plait.to_lora; the first two lose a part of the update.
+        rank, energy, compact: as in plait.to_lora; the first two lose a part of the update.
+        lossy: write even where more than 1 % of a layer's update is lost.
 
     Raises:
-        ValueError: the model carries no chain.
+        ValueError: the model carries no chain, or so much is lost and lossy is not given.
     """
     chain = _carried(model)
     base: Any = unwrap(model)
-    to_lora(base, chain.ledger.adapter, rank=rank, energy=energy, pad=pad).write(folder)
+    export = to_lora(base, chain.ledger.adapter, rank=rank, energy=energy, compact=compact)
+    export.write(folder, lossy=lossy)
 
 
 def merge(model: nn.Module) -> nn.Module:

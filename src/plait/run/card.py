@@ -133,6 +133,8 @@ def write_card(folder: RunFolder, cfg: RunConfig) -> str:
         full=cfg.method.name == "full",
         auto_class="AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification",
         builtin=builtin,
+        has_lora=folder.lora.is_dir(),
+        by_task=cfg.method.options.get("routing") == "task",
         base_path="tiny_model_dir()" if builtin else repr(cfg.model.name),
         num_labels=len(run["labels"] or ()) if causal or run["labels"] else 1,
         environment=environment,

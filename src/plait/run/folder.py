@@ -163,6 +163,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def lora(self) -> Path:
+        """The adapter as a plain LoRA, for every reader."""
+        return self.path / "lora"
+
+    @property
     def model(self) -> Path:
         """The trained model after full fine-tuning, instead of an adapter."""
         return self.path / "model"

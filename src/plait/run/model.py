@@ -335,6 +335,15 @@ def load_base_with_missing(
     return loaded, [name for name in missing if name.partition(".")[0] not in _HEADS]
 
 
+def dequantise(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a quantised model with plain linear layers that hold the same weights, in float32.
+
+    The other weights keep their type.
+    """
+    with _errors_only():
+        return model.dequantize(torch.float32)
+
+
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the linear layers that `all-linear` adapts, by name: all but the output and heads."""
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None

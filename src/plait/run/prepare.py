@@ -34,6 +34,7 @@ from plait.core.bridge import keep_masters, warn_left_out
 from plait.core.config import DeltaConfig
 from plait.core.delta import Delta
 from plait.core.events import PlaitWarning
+from plait.core.registry import find
 from plait.gates.alloc import set_development_batch
 from plait.options import shown
 from plait.run.adapter import check_finite, load_adapter
@@ -57,6 +58,7 @@ from plait.run.model import (
     check_ids,
     check_length,
     check_patterns,
+    dequantise,
     head_labels,
     head_of,
     ignored_layers,
@@ -72,6 +74,7 @@ from plait.run.model import (
 )
 from plait.run.optimizers import OPTIMIZERS
 from plait.upstream.adalora import check_total_step
+from plait.upstream.export import trained_beside
 from plait.upstream.layers import targeted
 from plait.upstream.table import BASELINES
 
@@ -254,8 +257,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
             )
     cfg = load_config(folder.config, overrides)
     check_remote_code(cfg.model, folder.config, overrides)
-    full = cfg.method.name == "full"
-    trained = folder.model if full else folder.adapter
+    trained = trained_weights(folder, cfg)
     if not trained.is_dir():
         raise FileNotFoundError(
             f"{path}: {trained.name}/ is missing, so training did not finish. Continue it: plait "
@@ -269,14 +271,34 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
                 f"{folder.environment}: run.{name} is missing. Put the run's own file back, or "
                 "train again."
             )
-    expected = peft_config(cfg.method, cfg.model.task, tasks=facts.get("tasks"))
     asked = any(text.startswith("data.chat_template=") for text in overrides)
     tokenizer = load_tokenizer(cfg.model, cfg.data.chat_template if asked else None)
     if not asked and facts.get("chat_template") is not None:
         tokenizer.chat_template = facts["chat_template"]
-    source = source_of(cfg.model)
+    model = load_trained(folder, cfg, tokenizer, facts)
+    return TrainedRun(folder, cfg, tokenizer, model, source_of(cfg.model), facts)
+
+
+def load_trained(
+    folder: RunFolder,
+    cfg: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Mapping[str, Any],
+    dequantised: bool = False,
+) -> PeftModel | PreTrainedModel:
+    """Load the model of a run in evaluation mode; arguments as those of TrainedRun.
+
+    dequantised: put the adapter on plain layers with the weights of the quantised ones.
+    Raises as load_run.
+    """
+    trained = trained_weights(folder, cfg)
+    expected = peft_config(cfg.method, cfg.model.task, tasks=facts.get("tasks"))
     head = head_of(cfg.model.task, facts.get("labels"))
-    model: Any = load_full(cfg.model, *head, trained)[0] if full else load_base(cfg.model, *head)
+    model: Any = (
+        load_full(cfg.model, *head, trained)[0] if expected is None else load_base(cfg.model, *head)
+    )
+    if dequantised:
+        model = dequantise(model)
     if cfg.model.task != "causal_lm":
         set_padding(model, tokenizer)
     model = to_device(model, cfg)
@@ -285,7 +307,12 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
         model = load_adapter(model, trained, expected)
         if cfg.chain is not None:
             chain.load(model, trained)
-    return TrainedRun(folder, cfg, tokenizer, model.eval(), source, facts)
+    return model.eval()
+
+
+def trained_weights(folder: RunFolder, cfg: RunConfig) -> Path:
+    """Return the folder of what a run trained: an adapter, or the whole model."""
+    return folder.model if cfg.method.name == "full" else folder.adapter
 
 
 # -------------------------------------------------------------------------------------- the parts
@@ -422,6 +449,8 @@ def check_config(cfg: RunConfig) -> None:
             f"data.split_by is {shown(split_by)}, and data.validation is no fraction of train. Set "
             "data.validation to one, such as 0.1, or remove data.split_by."
         )
+    if cfg.output.also:
+        _check_also(cfg)
     name, quantization = cfg.method.name, cfg.model.quantization
     reason = quantised_reason(name, quantization)
     if reason is not None:
@@ -429,6 +458,26 @@ def check_config(cfg: RunConfig) -> None:
             f"method.name: {name} does not work on a {quantization} base: {reason}. Set "
             "model.quantization: none, or use another method."
         )
+
+
+def _check_also(cfg: RunConfig) -> None:
+    """Raise ValueError for a run whose end can have no exact plain LoRA."""
+    name, options = cfg.method.name, cfg.method.options
+    method = BASELINES.get(name) or find(name)
+    reason = None
+    if name == "full":
+        reason = "full fine-tuning has no adapter; model/ loads everywhere as it is"
+    elif not method.exact_export and options.get("routing") != "task":
+        reason = f"no plain LoRA holds the update of {name}"
+        reason += "; plait export RUN --to merged writes it whole" if method.mergeable else ""
+    else:
+        trained = trained_beside(options)
+        if trained:
+            reason = (
+                f"the adapter trains {' and '.join(trained)}, which no plain LoRA for servers holds"
+            )
+    if reason is not None:
+        raise ValueError(f"{cfg.source.at('output.also')}: {reason}. Set output.also: [].")
 
 
 def method_config(

@@ -2,11 +2,12 @@
 
 Run by path in a fresh process, never imported: it shows that an export needs no plait.
 
-    python stock_check.py JOB.json
+    python stock_check.py JOBS.json
 
-JOB.json: model (name or folder), adapter (folder or null), task, labels, dtype, quantization (null,
-or the options of a BitsAndBytesConfig: those of the run), trust_remote_code, revision, pad (a token
-id or null), inputs (safetensors of the model's inputs), logits (safetensors to write).
+JOBS.json is a list of jobs, each with: model (name or folder), adapter (folder or null), task,
+labels, dtype, quantization (null, or the options of a BitsAndBytesConfig: those of the run),
+trust_remote_code, revision, pad (a token id or null), inputs (safetensors of the model's inputs),
+logits (safetensors to write).
 """
 
 import json
@@ -19,9 +20,15 @@ from safetensors.torch import load_file, save_file
 
 
 def main(path: str) -> None:
-    """Read the job, run the model on the inputs, write the logits."""
+    """Read the jobs; for each, run the model on the inputs and write the logits."""
     with open(path, encoding="utf-8") as file:
-        job = json.load(file)
+        jobs = json.load(file)
+    for job in jobs:
+        write_logits(job)
+
+
+def write_logits(job):
+    """Do one job."""
     kind = "CausalLM" if job["task"] == "causal_lm" else "SequenceClassification"
     options = {"dtype": job["dtype"], "revision": job["revision"], "use_safetensors": True}
     if job["labels"]:

@@ -5,21 +5,24 @@ the loss) keeps its last complete checkpoint; `resume=True` continues from there
 weights, bit for bit on the CPU, as a run that was never stopped.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from transformers import TrainerCallback
 
 from plait.callback import PlaitCallback
-from plait.core.events import check_events
+from plait.core.events import PlaitWarning, check_events
 from plait.core.files import lock
-from plait.run.adapter import keep_start
+from plait.run.adapter import keep_start, splits_base
 from plait.run.callbacks import MetricsFile
 from plait.run.card import write_card, write_loss_curve
 from plait.run.config import RunConfig, config_to_dict, dump_config
 from plait.run.evaluate import Progress, evaluate_model
+from plait.run.export import export_trained
 from plait.run.folder import RunFolder, with_absolute_paths, write_atomic
-from plait.run.prepare import Prepared
+from plait.run.model import source_of
+from plait.run.prepare import Prepared, TrainedRun, load_run
 from plait.run.trainer import RunTrainer, latest_checkpoint, rehearse
 
 
@@ -100,8 +103,24 @@ def _train(
     if split is not None:
         after = evaluate_model(run.model, run.data, split, cfg, progress=progress)
         folder.write_evaluation(after=after)
+    if cfg.output.also:
+        _write_lora(run, folder)
     write_loss_curve(folder, f"{cfg.method.name} on {cfg.model.name.rpartition('/')[2]}")
     card = write_card(folder, cfg)
     if folder.adapter.is_dir():  # peft's own card does not say what is needed to load this
         write_atomic(folder.adapter / "README.md", card)
     return folder
+
+
+def _write_lora(run: Prepared, folder: RunFolder) -> None:
+    """Write the adapter as a plain LoRA, too; where that fails, warn and keep the run."""
+    if splits_base(run.model):  # its live base is not the base model
+        trained = load_run(folder.path)
+    else:
+        facts, source = folder.read_facts(), source_of(run.cfg.model)
+        trained = TrainedRun(folder, run.cfg, run.tokenizer, run.model, source, facts)
+    try:
+        export_trained(trained)
+    except ValueError as error:
+        text = f"output.also: the adapter is trained and saved, and lora/ was not written. {error}"
+        warnings.warn(text, PlaitWarning, stacklevel=2)

@@ -17,6 +17,7 @@ from peft import PeftConfig
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
@@ -48,6 +49,36 @@ class PlainUpdate:
         """A (k, in), B (out, k), ranks of zeros left out."""
         alive = (self.A != 0).any(1) & (self.B != 0).any(0)
         return self.A[alive], self.B[:, alive]
+
+
+@dataclass(frozen=True)
+class DenseUpdate:
+    """The update of an upstream layer that has no factors, read as that of a Delta.
+
+    config: of the adapter. scaling is 1: `weight` holds the method's own scale.
+    """
+
+    layer: Any
+    adapter: str
+    config: Any
+    scaling: float = 1.0
+
+    def folded(self, **choice: Any) -> None:
+        """None: it has no factors."""
+
+    @torch.no_grad()
+    def weight(self, **choice: Any) -> Tensor:
+        """dW (out, in) in fp32 or wider."""
+        layer, adapter = self.layer, self.adapter
+        dW = layer.get_delta_weight(adapter)
+        dW = dW.T if isinstance(layer.get_base_layer(), Conv1D) else dW
+        dW = dW.to(torch.promote_types(dW.dtype, torch.float32))
+        magnitude = magnitude_of(layer, adapter) if isinstance(layer, LoraLayer) else None
+        if magnitude is not None:  # DoRA: W' = m (W + s B A) / |W + s B A|, by output row
+            W = base_weight(layer).to(dW)
+            moved = W + dW
+            dW = (magnitude.to(dW) / moved.norm(dim=1))[:, None] * moved - W
+        return dW
 
 
 # Factors ----------------------------------------------------------------------------------------
@@ -112,14 +143,46 @@ def plain_update(layer: nn.Module, adapter: str) -> PlainUpdate | None:
     if factors is not None and factors.E is not None:  # E = 0 at pruned ranks
         A, B, E = (p.detach() for p in (factors.A, factors.B, factors.E))
         return PlainUpdate(A * E, B, factors.scaling)
-    linear = isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
-    if not linear or factors is None or adapter in layer.lora_variant or layer.lora_bias[adapter]:
+    if (
+        not _linear(layer)
+        or factors is None
+        or adapter in layer.lora_variant
+        or layer.lora_bias[adapter]
+    ):
         kind = type(layer.get_base_layer()).__name__
         raise ValueError(
             f"adapter {adapter!r}: its update of a {kind} is not s B A of a linear layer (DoRA and "
             "other variants, lora_bias, embeddings). Use plain LoRA on linear layers."
         )
     return PlainUpdate(factors.A.detach(), factors.B.detach(), factors.scaling)
+
+
+def upstream_update(
+    module: nn.Module, adapter: str, config: Any
+) -> PlainUpdate | DenseUpdate | None:
+    """The update of a layer of any of peft's methods, detached; None for other layers.
+
+    Raises:
+        ValueError: it is no constant update of a linear layer.
+    """
+    layer: Any = module
+    if isinstance(module, LoraLayer):
+        dora = adapter in layer.scaling and magnitude_of(layer, adapter) is not None
+        if not dora or not _linear(layer) or layer.lora_bias[adapter]:
+            return plain_update(module, adapter)
+        return DenseUpdate(layer, adapter, config)
+    if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer):
+        return None
+    if adapter not in layer._get_available_adapters():
+        return None
+    if not _linear(layer) or not layer.supports_lora_conversion(adapter):
+        kind = f"{type(layer).__name__} on a {type(layer.get_base_layer()).__name__}"
+        raise ValueError(f"adapter {adapter!r}: {kind} has no constant dW. Merge it instead.")
+    return DenseUpdate(layer, adapter, config)
+
+
+def _linear(layer: Any) -> bool:
+    return isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
 
 
 def free_pair(name: str, layer: Any, adapter: str) -> Pair | None:
@@ -171,6 +234,16 @@ def base_weight(layer: Any) -> Tensor:
 def fully_trained(model: nn.Module) -> list[str]:
     """Names of the modules that are trained and saved whole (`modules_to_save`)."""
     return [n for n, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+
+
+def saved_modules(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """The tensors of the modules that an adapter trains whole, under the names that peft saves."""
+    return {
+        f"{name}.{key}": value
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
+        for key, value in module.modules_to_save[adapter].state_dict().items()
+    }
 
 
 def targeted(config: PeftConfig, names: Iterable[str]) -> list[str]:

@@ -16,6 +16,9 @@ from plait.upstream.options import Sizes, check_pissa, check_vblora, fill_adalor
 # The common defaults of plait's methods (r = 8, alpha = 16), given to every baseline of the family.
 _LORA = {"r": 8, "lora_alpha": 16}
 
+# Options of a saved LoRA that make the scale of a layer another one than lora_alpha / r.
+UNEVEN = ("rank_pattern", "alpha_pattern", "use_rslora")
+
 # Reasons that several rows share.
 _APPROXIMATE = "approximate"
 _NO_ADAPTER = "full fine-tuning has no adapter. Use lora"

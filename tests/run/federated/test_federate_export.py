@@ -18,7 +18,7 @@ from plait.run.data import load_data
 from plait.run.evaluate import evaluate_model
 from plait.run.federated.config import load_federate_config
 from plait.run.federated.engines import simulate
-from plait.run.federated.export import export_clients
+from plait.run.federated.export import Choices, export_clients
 from plait.run.federated.folder import read_rounds
 from plait.run.folder import RunFolder
 from plait.run.model import load_base, load_tokenizer, source_of
@@ -123,7 +123,7 @@ def test_without_plait_in_the_process(tmp_path: Path) -> None:
         "trust_remote_code": False, "inputs": str(tmp_path / "inputs"),
         "logits": str(tmp_path / "logits"),
     }  # fmt: skip
-    (tmp_path / "job").write_text(json.dumps(job))
+    (tmp_path / "job").write_text(json.dumps([job]))
     subprocess.run([sys.executable, "-P", str(stock_check.__file__), tmp_path / "job"], check=True)
     model = PeftModel.from_pretrained(load_base(cfg), tmp_path / "out" / "client-2").eval()
     with torch.no_grad():
@@ -143,6 +143,9 @@ def test_one_client_and_a_new_head(tmp_path: Path) -> None:
     adapter = load_file(tmp_path / "out" / "client-1" / "adapter_model.safetensors")
     assert "base_model.model.score.weight" in adapter
     assert found.logit_error < 1e-4 < found.logit_shift
+    assert "- not by llama.cpp: it reads no " in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"--for llamacpp: llama\.cpp: it reads"):
+        export_clients(folder.path, tmp_path / "x", "client-1", Choices(server="llamacpp"))
 
 
 def test_who_never_took_part_is_refused_with_the_reason(
@@ -209,3 +212,14 @@ def test_a_server_alone_exports_what_it_shares(method: str, tmp_path: Path) -> N
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_lossy_export_of_a_client_is_refused(tmp_path: Path) -> None:
+    """As that of a run; accepted, its cost on the client's held-out rows stands in the card."""
+    folder = ran(tmp_path / "run", "flora", **METHODS["flora"])
+    with pytest.raises(ValueError, match=r"of the update of .* is left out\. Raise or leave out"):
+        export_clients(folder.path, tmp_path / "small", choices=Choices(max_rank=1))
+    assert not (tmp_path / "small").exists()
+    found = export_clients(folder.path, tmp_path / "small", choices=Choices(max_rank=1, lossy=True))
+    assert all(x.error > 0.01 and any("loss" in text for text in x.held_out) for x in found)
+    assert "On the clients' held-out rows" in (tmp_path / "small" / "README.md").read_text()

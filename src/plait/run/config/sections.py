@@ -181,6 +181,11 @@ class OutputConfig:
     """Where the run goes."""
 
     dir: str = option("runs/first", "The run folder; one that holds something is refused.", least=1)
+    also: list[Literal["lora"]] = option(
+        list,
+        "What else training leaves: lora, the adapter as a plain LoRA that loads without "
+        "plait, in the folder lora; []: nothing.",
+    )
 
     def __post_init__(self) -> None:
         longest = max(Path(self.dir).parts, key=lambda part: len(os.fsencode(part)))

@@ -38,7 +38,7 @@ training:
 """
 
 _METHOD_KEYS = """\
-  r: 8                        # all other keys: `plait methods dual_lora`
+  r: 8                        # all other keys: `plait methods dual_module`
   target_modules: all-linear  # or name endings: [q_proj, v_proj]; or a regular expression
 """
 
@@ -48,7 +48,7 @@ _DATA = {"validation": "builtin:shift", "test": "builtin:shift"}
 
 def starter_config() -> str:
     """Return a commented config of a first run, for `plait init`."""
-    method = _lines(MethodConfig, {"name": "dual_lora"}, ("options", "lr_scale"))
+    method = _lines(MethodConfig, {"name": "dual_module"}, ("options", "lr_scale"))
     factors = _lines(MethodConfig, {"lr_scale": {"A": 2, "B": 3}}, ("name", "options"), "# ")
     parts = [
         _HEAD,
@@ -60,7 +60,7 @@ def starter_config() -> str:
         "evaluation:\n" + _lines(EvaluationConfig),
         "# Train the method as a chain of links, see docs/chains.md.\n# chain:\n"
         + _lines(ChainConfig, commented="# "),
-        "output:\n" + _lines(OutputConfig),
+        "output:\n" + _lines(OutputConfig, {"also": ["lora"]}),
     ]
     return "\n".join(parts)
 
@@ -76,7 +76,8 @@ def _lines(
     for f in dataclasses.fields(cls):
         if f.name in leave_out:
             continue
-        key = f"{commented}  {f.name}: {_shown(values.get(f.name, f.default))}"
+        default = [] if f.default_factory is list else f.default
+        key = f"{commented}  {f.name}: {_shown(values.get(f.name, default))}"
         first, *more = textwrap.wrap(
             _help(f, hints[f.name]), _WIDTH - _COLUMN - 2, break_on_hyphens=False
         )

@@ -284,6 +284,11 @@ def _check(config: FederateConfig) -> None:
     Deployment(config.deploy)
     if config.privacy.on:
         config.privacy.options("a secret of the server")
+    if config.output.also:
+        raise ValueError(
+            "output.also is not taken in federated runs. Remove it; plait federate export writes "
+            "the clients' adapters as plain LoRAs."
+        )
     if config.method.lr_scale is not None:
         raise ValueError("method.lr_scale is not taken in federated runs. Remove it.")
     known = method_options(config.method.name)

@@ -16,8 +16,8 @@ them; copy the client's folder to RUN/clients first.
 import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,27 @@ from plait.federated.methods import Algorithm
 from plait.federated.protocol import Order
 from plait.federated.state import Checkpoint, Checkpoints, ClientStore
 from plait.run.config import REMOTE_CODE, check_remote_code, did_you_mean
-from plait.run.export import TOLERANCE, dependence, lock_for, name_base
+from plait.run.export import (
+    ALL,
+    DTYPES,
+    TOLERANCE,
+    ExportReport,
+    HeldOutRows,
+    check_max_rank,
+    check_server,
+    dependence,
+    lock_for,
+    loss_refused,
+    name_base,
+    readers_of,
+    refuse_misread,
+)
 from plait.run.federated.config import FederateConfig, load_federate_config
 from plait.run.federated.folder import FederatedFolder
-from plait.run.federated.setup import prepare_federation
+from plait.run.federated.setup import Setup, prepare_federation
 from plait.run.folder import replace_dir, write_atomic
 from plait.run.model import load_base
-from plait.upstream.export import to_lora
+from plait.upstream.export import EXACT, TOLERATED, to_lora
 
 _PROBE = (4, 16)  # rows and tokens that logits are compared on
 
@@ -49,8 +63,9 @@ class ClientExport:
     client: its name. ranks: smallest and largest rank of a layer. layers: how many. error: largest
     part of a layer's dW that is left out (relative Frobenius norm), 0 if exact. logit_error:
     largest difference between the logits of the export, read by peft, and of the run's model;
-    logit_shift: largest difference to the base model's, for scale. refused: why nothing was
-    written; "" if it was.
+    logit_shift: largest difference to the base model's, for scale. held_out: what an export that is
+    not exact changed of the client's held-out metrics, as text. readers: title of each reader ->
+    why it cannot read the export. refused: why nothing was written; "" if it was.
     """
 
     client: str
@@ -59,13 +74,27 @@ class ClientExport:
     error: float = 0.0
     logit_error: float = 0.0
     logit_shift: float = 0.0
+    held_out: tuple[str, ...] = ()
+    readers: Mapping[str, list[str]] = field(default_factory=dict)
     refused: str = ""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What an export of clients is asked for; each as in plait.run.export.export_run."""
+
+    max_rank: int | None = None
+    server: str = ALL
+    compact: bool = False
+    dtype: str | None = None
+    lossy: bool = False
 
 
 def export_clients(
     run: str | Path,
     out: str | Path,
     client: str | None = None,
+    choices: Choices = Choices(),
     *,
     overrides: Sequence[str] = (),
     done: Callable[[ClientExport], None] = lambda entry: None,
@@ -74,12 +103,13 @@ def export_clients(
 
     Args:
         run: the run folder. out: the folder to write. client: one client's name; None: all.
+        choices: the form, and what may be lost.
         overrides: `model.trust_remote_code=true`, which the folder's own config cannot say.
         done: called after each client.
 
     Returns:
         One entry for each client. A client whose update is zero everywhere, because it never took
-        part, or depends on the input is refused with the reason.
+        part, depends on the input, or would lose more than it may is refused with the reason.
 
     Raises:
         FileExistsError: `out` exists; or it is in the run folder, and another process writes
@@ -90,6 +120,9 @@ def export_clients(
     """
     out, folder = Path(out), FederatedFolder.open(run)
     _check_new(out)
+    check_server(choices.server)
+    if choices.max_rank is not None:
+        check_max_rank(choices.max_rank, choices.server)
     for text in overrides:
         if not text.startswith(f"{REMOTE_CODE}="):
             raise ValueError(f"command line: {text} cannot be changed after training. Remove it.")
@@ -98,7 +131,8 @@ def export_clients(
     checkpoint = Checkpoints(folder.server).newest()
     if checkpoint is None or not checkpoint.state.round:
         raise ValueError(f"{folder.path}: no round is complete, so there is nothing to export.")
-    roster = prepare_federation(config).roster
+    setup = prepare_federation(config)
+    roster = setup.roster
     if client is not None and client not in roster.clients:
         raise ValueError(
             f"client {client!r} is none of the run's. {did_you_mean(client, roster.clients)} The "
@@ -108,12 +142,12 @@ def export_clients(
     exports: list[ClientExport] = []
 
     def write(place: Path) -> None:
-        check = _Check(config)
+        check = _Check(setup)
         for name in names:
             with tempfile.TemporaryDirectory() as scratch:
                 site = Site(roster, _no_training, scratch, run=checkpoint.run)
                 model = _model_of(site, checkpoint, folder.clients, name)
-                entry = _export(model, name, place / name, check)
+                entry = _export(model, name, place / name, check, choices)
             exports.append(entry)
             done(entry)
         if all(entry.refused for entry in exports):
@@ -162,34 +196,70 @@ def _model_of(site: Site, checkpoint: Checkpoint, states: Path, client: str) -> 
     return model.eval()
 
 
-def _export(model: PeftModel, client: str, place: Path, check: "_Check") -> ClientExport:
+def _export(
+    model: PeftModel, client: str, place: Path, check: "_Check", choices: Choices
+) -> ClientExport:
     what = dependence(model)
     if what is not None:
         reason = f"its update depends on the {what}, so no plain LoRA holds it"
         return ClientExport(client, refused=reason)
+    dtype = None if choices.dtype is None else DTYPES[choices.dtype]
     try:
-        lora = to_lora(model)
+        lora = to_lora(model, rank=choices.max_rank, compact=choices.compact, dtype=dtype)
+        readers = readers_of(model, lora)
+        refuse_misread(lora, readers, choices.server, choices.compact)
     except ValueError as error:  # NotMergeable is one
         return ClientExport(client, refused=str(error))
     name_base(lora, check.config.model)
-    lora.write(place)
+    exact = lora.error <= EXACT and lora.rounding <= EXACT
+    report = ExportReport(exact, lora.layers, 0.0, 0.0, 0, lora.rank, readers)
+    rows = None
+    if not exact and (choices.lossy or lora.error <= TOLERATED):
+        rows = check.held_out(model, client)
+    lora.write(place, lossy=True)  # into a folder that is removed if it is refused
+    error, shift, stock = check(model, place, exact)
+    if rows is not None:
+        report = replace(report, held_out=rows.compare(stock))
+    remedy = "Raise or leave out --max-rank, or serve the client's adapter with plait"
+    refused = loss_refused(report, check.config.method.name, remedy)
+    if refused is not None and not choices.lossy:
+        shutil.rmtree(place)
+        return ClientExport(client, refused=refused)
     ranks = [layer.rank for layer in lora.layers if layer.rank]
-    error, shift = check(model, place)
-    return ClientExport(client, (min(ranks), max(ranks)), len(ranks), lora.error, error, shift)
+    return ClientExport(
+        client,
+        (min(ranks), max(ranks)),
+        len(ranks),
+        lora.error,
+        error,
+        shift,
+        tuple(report.held_out.said()) if report.held_out is not None else (),
+        readers,
+    )
 
 
 class _Check:
     """Compares the logits of an export, read by peft on a fresh base, with the run's model."""
 
-    def __init__(self, config: FederateConfig) -> None:
-        self.config = config
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.config = setup, setup.config
         self.base: Any = None
 
-    def __call__(self, model: PeftModel, place: Path) -> tuple[float, float]:
-        """Return the largest difference of the logits, and the adapter's largest effect on them.
+    def held_out(self, model: PeftModel, client: str) -> HeldOutRows | None:
+        """Measure a client's model on its held-out rows; None where it has none here."""
+        data, rows = self.setup.data, self.setup.held_out.get(client)
+        if data is None or rows is None:
+            return None
+        own = replace(data, validation=rows, test=None)
+        return HeldOutRows(model, own, "validation", self.setup.run)
+
+    def __call__(
+        self, model: PeftModel, place: Path, exact: bool
+    ) -> tuple[float, float, PeftModel]:
+        """Return the largest logit difference, the adapter's largest effect, the model as read.
 
         Raises:
-            ValueError: an fp32 export is off by more than rounding.
+            ValueError: an exact fp32 export is off by more than rounding.
         """
         if self.base is None:  # no labels: the head, where there is one, comes with the adapter
             labels = None if self.config.model.task == "causal_lm" else model.config.num_labels
@@ -202,13 +272,13 @@ class _Check:
         with model.disable_adapter():
             shift = float((_logits(model, ids) - logits).abs().max())
         error = float((_logits(stock, ids) - logits).abs().max())
-        exact = self.config.model.dtype == "float32"
-        if exact and error > TOLERANCE * max(float(logits.abs().max()), 1.0):
+        single = self.config.model.dtype == "float32"
+        if exact and single and error > TOLERANCE * max(float(logits.abs().max()), 1.0):
             raise ValueError(
                 f"{place.name}: peft reads the export with logits off by {error:.2e}. Nothing was "
                 "written; please report this with the run's config."
             )
-        return error, shift
+        return error, shift, stock
 
 
 @torch.no_grad()
@@ -230,8 +300,26 @@ def _card(
         f"# Plain LoRAs of the clients\n\nThe clients' adapters after {rounds} rounds of "
         f"{method.key}. Load a folder with stock peft on {config.model.name}, without plait.\n\n"
         "| client | layers | rank | part of dW left out | logits off by | logits moved by |\n"
-        f"|---|---|---|---|---|---|\n{rows}"
+        f"|---|---|---|---|---|---|\n{rows}{_readers(exports)}{_held_out(exports)}"
     )
+
+
+def _readers(exports: list[ClientExport]) -> str:
+    """Which programs read all exported folders right, and why others do not."""
+    reasons: dict[str, list[str]] = {}
+    for x in exports:
+        for title, of_client in x.readers.items():
+            known = reasons.setdefault(title, [])
+            known += [reason for reason in of_client if reason not in known]
+    right = [title for title, why in reasons.items() if not why]
+    others = [f"- not by {title}: {'; '.join(why)}\n" for title, why in reasons.items() if why]
+    return f"\nRead right by {', '.join(right)}.\n{''.join(others)}" if reasons else ""
+
+
+def _held_out(exports: list[ClientExport]) -> str:
+    """What exports that are not exact changed of the held-out metrics."""
+    lines = "".join(f"- {x.client}: {'; '.join(x.held_out)}\n" for x in exports if x.held_out)
+    return f"\nOn the clients' held-out rows, the run -> the export:\n\n{lines}" if lines else ""
 
 
 def _ranks(x: ClientExport) -> str:
