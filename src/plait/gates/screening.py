@@ -36,6 +36,7 @@ class Screening(ScreeningOptions, Gate):
     """The gate; its Delta names the scored factors, A first, in `screened`."""
 
     key = "screening"
+    reads = ("E", "keep")
 
     @property
     def total_steps_needed(self) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, Pair, PlaitWarning, option, register
 from plait.core.init import kaiming, seeded
-from plait.core.low_rank import less_start
+from plait.core.low_rank import close_folds, less_start
 
 
 @dataclass
@@ -70,6 +70,8 @@ class ColaConfig(DeltaConfig):
 class Cola(LowRankDelta):
     """See the module."""
 
+    closed = (("A",), ("B",))
+    reads = ("A", "B", "A0", "B0", "draw")
     config: ColaConfig
     A0: Tensor | None
     B0: Tensor | None
@@ -141,6 +143,12 @@ class Cola(LowRankDelta):
         share_a = self.fold_A(self.A.new_full((len(self.A), 1, 1), 1 / len(self.A)))
         share_b = self.fold_B(self.B.new_full((len(self.B), 1, 1), 1 / len(self.B)))
         return less_start(a, b, self.A0, self.B0, share_a, share_b)  # of A0, B0 in each term
+
+    def close(self, plan: Any) -> None:
+        """Folding is linear in the slices."""
+        V, U = self.fold_A(torch.eye(len(self.A))), self.fold_B(torch.eye(len(self.B)))
+        share = 1.0 if self.config.init == "pissa_split" else V.mean(1)
+        close_folds(plan, V.to(self.A), U.to(self.B), self.config.r, None if self.A0 is None else share)
 
     def free_pairs(self) -> list[Pair]:
         """All A with all B; heuristic: each A with its group of B. The start is a constant."""

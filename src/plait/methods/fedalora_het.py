@@ -49,6 +49,8 @@ class FedAloraHet(LowRankDelta):
     """See the module."""
 
     no_pairs = "B is a common part and a product of two factors"
+    closed = (("A",), ("B2",))
+    reads = ("A", "B2", "B_bar", "M", "B1")
     config: FedAloraHetConfig
 
     def __init__(self, base: FrozenLinear, config: Any, gen: torch.Generator) -> None:
@@ -75,6 +77,10 @@ class FedAloraHet(LowRankDelta):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and [B_bar | B2] (out, q + r)."""
         return self.A, torch.cat([self.B_bar, self.B2], dim=1)
+
+    def close(self, plan: Any) -> None:
+        """B_bar takes no gradient."""
+        plan.own_h = lambda h: h[:, self.config.common_rank :]
 
     def mix(self) -> Tensor:
         """[M; B1 M] (q + r, r)."""
