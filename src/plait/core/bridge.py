@@ -46,7 +46,7 @@ from plait.core.config import DeltaConfig
 from plait.core.delta import Delta, FrozenLinear, NotMergeable
 from plait.core.init import seeded
 from plait.core.mix import task_index
-from plait.core.route import BASE, Route, Rows, split_bias, split_saved
+from plait.core.route import BASE, NOWHERE, Route, Rows, split_bias, split_saved
 from plait.core.sharding import refuse_sharded
 
 
@@ -284,25 +284,35 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the updates of the active adapters, (.., out)."""
-        if self.disable_adapters:
+        own = self.__dict__
+        if own["_disable_adapters"]:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        rows = self.route.current_rows(x.shape[0])
+        route, modules = own["route"], own["_modules"]
+        rows = route.current_rows(x.shape[0]) if route.used else NOWHERE
         if rows.names is not None:
             return self._mixed(x, rows, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        deltas: Any = self.plait_delta._modules
-        active = [deltas[a] for a in self.active_adapters if a in deltas]
+        base: Any = modules["base_layer"]
+        if own["merged_adapters"]:
+            return base(x, *args, **kwargs)
+        deltas: Any = modules[self.adapter_layer_names[0]]._modules
+        names = self.active_adapters
+        if len(names) == 1 and names[0] in deltas:
+            active = [deltas[names[0]]]
+        else:
+            active = [deltas[a] for a in names if a in deltas]
         for delta in active:
-            self._begin(delta)
-        rows = self._checked(x, rows) if active else rows
-        base: Any = self._modules["base_layer"]
-        if not (args or kwargs) and active and self._can_join(active[0], x):
+            self._begin(delta, deltas)
+        if not active:
+            return base(x, *args, **kwargs)
+        if route.default_task is not None or not x.is_floating_point():
+            rows = self._checked(x, rows)
+        if not (args or kwargs) and self._can_join(active[0], base, x):
             # Nobody else has the sum, so that the next updates are added to it in place.
-            weight = base.weight.t() if self.transposed else base.weight
-            y = active[0].joint(x, weight, base.bias, rows)
+            parameters = base._parameters
+            weight = parameters["weight"].t() if self.transposed else parameters["weight"]
+            y = active[0].joint(x, weight, parameters["bias"], rows)
             for delta in active[1:]:
                 y = self._added(delta, x, rows, y)
             return y
@@ -337,9 +347,10 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         """The update (.., out) of one Delta on its rows of the batch."""
         return delta(x, self._checked(x, rows))
 
-    def _begin(self, delta: Any) -> None:
+    def _begin(self, delta: Any, deltas: Any) -> None:
         """Count a training forward for the guard; refuse a Delta whose weights were not loaded."""
-        self.complete_copies(delta)
+        if len(deltas) > 1:
+            self.complete_copies(delta)
         if delta.awaits_weights and not self._weights_came(delta):
             raise RuntimeError(
                 f"{self.name}: this adapter was made from a saved config and its weights were not "
@@ -368,21 +379,20 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             if name not in self.plait_delta:  # BASE, or an adapter that leaves this layer alone
                 continue
             index = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-            self._begin(self.plait_delta[name])
+            self._begin(self.plait_delta[name], self.plait_delta)
             update = self._update(self.plait_delta[name], x[index], rows.of(index))
             y = y.index_add(0, index, update.to(y.dtype))
         return y
 
-    def _can_join(self, delta: Any, x: Tensor) -> bool:
+    def _can_join(self, delta: Any, base: Any, x: Tensor) -> bool:
         """Whether a Delta may compute the base layer's product with its own.
 
         The base is a plain linear layer that nobody watches, its weight whole, frozen and of the
         dtype in which the product is computed; the Delta is not watched either.
         """
-        base: Any = self._modules["base_layer"]
         weight = base._parameters.get("weight")
         return (
-            (type(base) is nn.Linear or self.transposed and type(base) is Conv1D)
+            (type(base) is nn.Linear or (self.transposed and type(base) is Conv1D))
             and type(weight) is nn.Parameter
             and not weight.requires_grad
             and "_is_fsdp_managed_module" not in self.__dict__

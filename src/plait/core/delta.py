@@ -282,7 +282,7 @@ class Delta(nn.Module):
     def check_training(self) -> None:
         """Raise if the method cannot train here, or if a shared tensor has been replaced."""
         self.check_step()
-        for owner in self.owner:
+        for owner in self.owner if self.owner else ():
             for name, p in self._parameters.items():
                 if name in self.shared and p is not owner._parameters[name]:
                     raise ValueError(
@@ -504,10 +504,10 @@ class Delta(nn.Module):
 
 def computes_in(x: Tensor) -> torch.dtype:
     """That of autocast if it is on, which leaves float64 alone; else that of x."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64:
         return x.dtype
-    return torch.get_autocast_dtype(kind)
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:

@@ -40,6 +40,7 @@ class Gate:
     rank_axes: ClassVar[dict[str, int]] = {}
     # Tensors of its Delta that `value` reads in evaluation, or None: unknown.
     reads: ClassVar[tuple[str, ...] | None] = None
+    leaf: ClassVar[str | None] = None  # the trained tensor of which `value` is `factor` times
     blind: ClassVar[bool] = True  # whether `mask` looks at the shape and dtype of z alone
 
     def __post_init__(self) -> None:
@@ -85,6 +86,10 @@ class Gate:
 
     def value(self, delta: "LowRankDelta") -> Tensor | None:
         """The gate (ranks,) in the Delta's current mode, or None for 1."""
+        return None
+
+    def factor(self, delta: "LowRankDelta") -> Tensor | None:
+        """What the `leaf` is multiplied by (ranks,), or None for 1."""
         return None
 
     def mask(self, delta: "LowRankDelta", z: Tensor, ranks: int) -> Tensor | None:

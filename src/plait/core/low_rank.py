@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,10 @@ from plait.core.init import kaiming, seeded
 from plait.core.mix import Matrix, Mix, Pairing, TaskTable, TokenRouter, as_mix
 from plait.core.route import NOWHERE, Rows
 from plait.core.sharding import put, refuse_sharded
+from plait.kernels.cache import Notes, same
 from plait.kernels.choose import switches
-from plait.kernels.low_rank import Kind, LowRank, Plan, product
+from plait.kernels.low_rank import ROUTERS, Call, Kind, Plan, fused, product
 from plait.kernels.reference import up
-
-_ROUTERS = ("reduce", "expand", "pair")
 
 
 class LowRankDelta(Delta):
@@ -47,6 +46,7 @@ class LowRankDelta(Delta):
     def __init__(self, base: FrozenLinear, config: DeltaConfig, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
         self.gates = gates_of(config, type(self))
+        self.noted: dict[bool, Any] = Notes()  # by whether gradients are on, see _prepared
         self.ranks = type(self).slots_of(config)
         for gate in self.gates:
             gate.prepare(self, self.ranks, seeded(config.seed, base.name, gate.key))
@@ -213,8 +213,8 @@ class LowRankDelta(Delta):
     adds: ClassVar[bool] = True
 
     def joins(self, x: Tensor, transposed: bool) -> bool:
-        """Where the fused form applies."""
-        return _kind(self.mix()) is not None and self._fuses(x)
+        """Always; where the fused form does not apply, `joint` adds the two products."""
+        return True
 
     def joint(
         self,
@@ -233,32 +233,104 @@ class LowRankDelta(Delta):
             rows: as in `forward`.
             y: (.., out), only without a weight; it may be changed in place.
         """
-        if self.training:
+        training = self.training
+        if training:
             self.check_training()
-        declared = self.mix()
-        kind = _kind(declared)
-        if kind is None or not self._fuses(x):
-            update = self._plain(x, rows, as_mix(declared))
-            y = F.linear(x, weight, bias) if weight is not None else y
-            return update if y is None else y + update.to(y.dtype)
-        dtype = computes_in(x)
-        drop = mask = index = None
-        if self.training and x.numel():
-            drop, mask = self._draw(x, dtype)
-        if kind == "table":
-            index = declared.groups(x.shape[:-1], rows).reshape(-1).to(x.device)  # type: ignore
         graph = torch.is_grad_enabled()
+        dtype = computes_in(x)
+        whole = not (training and self.dropout and self.input_dropout)
+        ready = self._ready(x, dtype, whole, graph)
+        if ready is None:
+            declared = self.mix()
+            kind = _kind(declared)
+            if kind is None or not self._fuses(x):
+                update = self._plain(x, rows, as_mix(declared))
+                y = F.linear(x, weight, bias) if weight is not None else y
+                return update if y is None else y + update.to(y.dtype)
+            ready = self._prepared(x, dtype, whole, graph, kind, declared, rows)
+        plan, leaves, trains, tasks = ready
+        kept, raised, mask, index = None, 1.0, None, None
+        if training and (not whole or self.gates or self.dropout) and x.numel():
+            kept, raised, mask = self._draw(x, dtype)
+        if plan.kind == "table":
+            index = tasks.groups(x.shape[:-1], rows).reshape(-1).to(x.device)  # type: ignore
+        call = Call(plan, dtype, kept, raised, mask, index, rows)
+        if graph and (
+            trains
+            or x.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (y is not None and y.requires_grad)
+        ):
+            return fused(call, x, weight, bias, y, *leaves)
+        return product(call, x, weight, bias, y, leaves)[0]
+
+    def _ready(
+        self, x: Tensor, dtype: torch.dtype, whole: bool, graph: bool
+    ) -> tuple[Plan, tuple[Tensor, ...], bool, Any] | None:
+        """What `_prepared` returned before, where everything that it depends on is as it was."""
+        noted = self.noted.get(graph)
+        if (
+            noted is None
+            or not switches.fused
+            or torch.compiler.is_compiling()
+            or x.ndim < 2
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        ):
+            return None
+        state, places, sources, copies, requires, result = noted
+        if state != (self.training, dtype, whole, self.scaling):
+            return None
+        for where, name, tensor in places:
+            if where.get(name) is not tensor:
+                return None
+        if graph and requires != [leaf.requires_grad for leaf in result[1]]:
+            return None
+        own = self.__dict__
+        if "down" in own or "factors" in own or "mix" in own or "gate" in own:
+            return None
+        return result if copies is None or same(sources, copies) else None
+
+    def _prepared(
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        whole: bool,
+        graph: bool,
+        kind: Kind,
+        declared: Any,
+        rows: Rows,
+    ) -> tuple[Plan, tuple[Tensor, ...], bool, Any]:
+        """Plan, leaves, whether one of them needs a gradient, and the task table if there is one.
+
+        It is noted for the next call if what it depends on is stated and found in the parameters
+        and buffers.
+        """
         trains = graph and self._trains()
-        if self.training or trains or not self._foldable(declared):
-            plan, leaves = self._open(dtype, kind, declared, drop is None)
+        sources, task = None, None
+        known = self._folds() and self.reads is not None
+        if self.training or trains or not known:
+            plan, leaves, sources = self._open(dtype, kind, declared, whole)
         else:
-            plan, leaves = self._fold(dtype, kind, declared, index)
-        others = (x, bias, y)
-        if graph and (trains or any(t is not None and t.requires_grad for t in others)):
-            return LowRank.apply(
-                plan, dtype, x, weight, bias, y, drop, mask, index, rows, *leaves
-            )  # type: ignore[return-value]
-        return product(plan, dtype, x, weight, bias, y, drop, mask, index, rows, leaves)[0]
+            if kind == "table":
+                index = declared.groups(x.shape[:-1], rows)
+                if index.numel() and bool((index == index.reshape(-1)[0]).all()):
+                    task = int(index.reshape(-1)[0])  # one task for all rows: its part of A alone
+            plan, leaves, sources = self._fold(dtype, kind, declared, task)
+        trains = graph and any([leaf.requires_grad for leaf in leaves])
+        result = plan, leaves, trains, declared if plan.kind == "table" else None
+        own = self.__dict__
+        found = {id(t): (d, n, t) for d in (own["_parameters"], own["_buffers"])
+                 for n, t in d.items()}  # fmt: skip
+        tensors = [*leaves, *(sources or [])]
+        if known and task is None and all(id(t) in found for t in tensors):
+            state = (self.training, dtype, whole, self.scaling)
+            places = [found[id(t)] for t in tensors]
+            copies = None if sources is None else self.kept.copies(sources)
+            if sources is None or copies is not None:
+                requires = [leaf.requires_grad for leaf in leaves]
+                self.noted[graph] = (state, places, sources, copies, requires, result)
+        return result
 
     def _plain(self, x: Tensor, rows: Rows, mix: Mix) -> Tensor:
         """The update by torch operations alone: where the fused form does not apply."""
@@ -271,16 +343,22 @@ class LowRankDelta(Delta):
     def _fuses(self, x: Tensor) -> bool:
         """Whether the fused form applies: what the method overrides and who is calling allow it."""
         own = self.__dict__
-        return (
-            switches.fused
-            and not torch.compiler.is_compiling()
-            and _standard(type(self))
-            and not ("down" in own or "factors" in own or "mix" in own or "gate" in own)
-            and self.one_mask
-            and not (self.training and any(gate.sees for gate in self.gates))
-            and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
-            and x.ndim > 1
+        if not switches.fused or torch.compiler.is_compiling() or not _facts(type(self)).standard:
+            return False
+        if self.training:
+            if not self.one_mask:
+                return False
+            for gate in self.gates:
+                if gate.sees:
+                    return False
+        return not (
+            "down" in own
+            or "factors" in own
+            or "mix" in own
+            or "gate" in own
+            or x.ndim < 2
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
         )
 
     def _trains(self) -> bool:
@@ -292,20 +370,20 @@ class LowRankDelta(Delta):
 
     def _draw(
         self, x: Tensor, dtype: torch.dtype
-    ) -> tuple[tuple[Tensor, float] | None, Tensor | None]:
+    ) -> tuple[Tensor | None, float, Tensor | None]:
         """The random masks of a call: inputs that are kept with their factor; a factor on z."""
-        drop, p = None, self.input_dropout
+        kept, p = None, self.input_dropout
         if p:
             shape = (x.numel() // x.shape[-1], x.shape[-1])
             kept = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
-            drop = kept, 1 / (1 - p)
         like = x if x.dtype == dtype else x.new_empty((*x.shape[:-1], 0), dtype=dtype)
         mask = self.rank_mask(like)
-        return drop, None if mask is None else mask.reshape(-1, mask.shape[-1])
+        mask = mask if mask is None or mask.ndim == 2 else mask.reshape(-1, mask.shape[-1])
+        return kept, 1 / (1 - p), mask
 
     # Plans: what calls with the same weights have in common -------------------------------------
 
-    closed: ClassVar[tuple[tuple[str, ...], tuple[str, ...]] | None] = None
+    closed: ClassVar[tuple[tuple[str, ...], ...] | None] = None
     # Tensors that factors() and mix() read, beside training mode and config, or None: unknown.
     reads: ClassVar[tuple[str, ...] | None] = None
 
@@ -320,133 +398,167 @@ class LowRankDelta(Delta):
 
     def _open(
         self, dtype: torch.dtype, kind: Kind, declared: Any, whole: bool
-    ) -> tuple[Plan, tuple[Tensor, ...]]:
-        """The plan of a call that may train, with its leaves; gate and mix stay apart.
+    ) -> tuple[Plan, tuple[Tensor, ...], list[Tensor] | None]:
+        """The plan of a call that may train, its leaves, what was computed from; no folding.
 
         Args:
             dtype: of the computation.
             kind, declared: the mix.
             whole: whether A and a router read the same numbers, because no input is dropped.
         """
-        cls, gate, spreads = type(self), None, False
-        if cls.gate is not LowRankDelta.gate:
+        facts, gates = _facts(type(self)), self.gates
+        names = self.closed if facts.closes and not self._modules else None
+        gate, held = None, False  # the gate's leaf; whether the plan holds the gate
+        if not facts.plain_gate:
             gate = self.gate()
-        elif self.gates:
-            gate = self.live()
-            if gate is not None:
-                spreads = states(cls, "unspread", "spread")
-                gate = gate if spreads else self.spread(gate)
-        names = self.closed if states(cls, "closed", "factors") and not self._modules else None
-        routes = kind in _ROUTERS
-        stacked = routes and whole and names is not None and self._knows_mix
-        weighs = routes and declared.top_k is not None
-        key = (dtype, kind, gate is not None, spreads, stacked, weighs, self.training, self.scaling)
-
-        def make() -> Plan:
-            plan = Plan(self.scaling, kind, gate is not None)
-            if spreads and (cls.spread is not LowRankDelta.spread or self.rank_groups > 1):
-                plan.spread, plan.unspread = self.spread, self.unspread
-            plan.groups = _groups(kind, declared)
-            if weighs:
-                plan.weigh = declared.of_logits
-            if names is None:
-                return plan
-            A, B = self._computed()
-            plan.A = torch.cat([A, declared.G.detach()]) if stacked else A
-            plan.A, plan.B = plan.A.to(dtype, copy=True), B.to(dtype, copy=True)
-            plan.of_A, plan.of_B = (len(part) for part in names)
-            plan.stacked = stacked
-            self.close(plan)
-            return plan
-
+        elif gates:
+            held = (
+                names is not None
+                and len(gates) == 1
+                and gates[0].leaf is not None
+                and states(type(gates[0]), "leaf", "value")
+                and facts.spreads
+            )
+            gate = getattr(self, gates[0].leaf) if held else self.live()  # type: ignore[arg-type]
+            if gate is not None and not facts.spreads:
+                gate = self.spread(gate)
+        routes = kind in ROUTERS
+        stacked = routes and whole and names is not None and facts.knows_mix
+        gated = gate is not None
+        key = (dtype, kind, gated, held, stacked, self.training, self.scaling)
+        sources = None
         if names is None:
-            plan, leaves = self.kept.get(key, [], make), self.factors()
+            plan = self.kept.get(key, [], lambda: self._direct(kind, declared, gated))
+            leaves = self.factors()
         else:
-            plan = self.kept.get(key, self._sources(gates=False), make)
-            leaves = tuple(getattr(self, name) for part in names for name in part)
-        if gate is not None:
+            sources = self._sources(held)
+            plan = self.kept.get(
+                key,
+                sources,
+                lambda: self._closed(dtype, kind, declared, gated, held, stacked),
+            )
+            own = self.__dict__
+            parameters, buffers = own["_parameters"], own["_buffers"]
+            leaves = tuple(
+                [parameters[n] if n in parameters else buffers[n] for n in names[0]]
+                + [parameters[n] if n in parameters else buffers[n] for n in names[1]]
+            )
+        if gated:
             leaves = (*leaves, gate)
         if routes:
             leaves = (*leaves, declared.G)
         elif kind == "matrix":
-            leaves = (*leaves, declared.M if isinstance(declared, Matrix) else declared)
-        return plan, leaves
+            if names is not None and len(names) > 2:
+                leaves = (*leaves, *(getattr(self, name) for name in names[2]))
+            else:
+                leaves = (*leaves, declared.M if isinstance(declared, Matrix) else declared)
+        return plan, leaves, sources
+
+    def _direct(self, kind: Kind, declared: Any, gated: bool) -> Plan:
+        """A plan whose leaves are the factors."""
+        plan = Plan(self.scaling, kind, gated)
+        cls = type(self)
+        if gated and _facts(cls).plain_gate and _facts(cls).spreads:
+            if cls.spread is not LowRankDelta.spread or self.rank_groups > 1:
+                plan.spread, plan.unspread = self.spread, self.unspread
+        plan.groups = _groups(kind, declared)
+        if kind in ROUTERS and declared.top_k is not None:
+            plan.weigh = declared.of_logits
+        return plan
+
+    def _closed(
+        self, dtype: torch.dtype, kind: Kind, declared: Any, gated: bool, held: bool, stacked: bool
+    ) -> Plan:
+        """A plan that holds the factors, and the gate if `held`."""
+        plan, names = self._direct(kind, declared, gated), self.closed
+        assert names is not None
+        A, B, M = self._computed()
+        plan.A = torch.cat([A, declared.G]) if stacked else A
+        # Copies: a factor may be a view of the parameter that the optimizer is about to change.
+        plan.A, plan.B = plan.A.to(dtype, copy=True), B.to(dtype, copy=True)
+        plan.of_A, plan.of_B, plan.stacked = len(names[0]), len(names[1]), stacked
+        if len(names) > 2:
+            plan.M = as_mix(M).constant(len(A)).to(dtype, copy=True)  # type: ignore
+        if held:
+            (gate,) = self.gates
+            plan.gate = self.gate().to(dtype, copy=True)  # type: ignore[union-attr]
+            factor, unspread = gate.factor(self), self.unspread
+            factor = None if factor is None else factor.clone()
+            spreads = plan.unspread is not None
+
+            def pull(dg: Tensor) -> Tensor:
+                dg = unspread(dg) if spreads else dg
+                return dg if factor is None else dg * factor
+
+            plan.unspread = pull
+        self.close(plan)
+        return plan
 
     def _fold(
-        self, dtype: torch.dtype, kind: Kind, declared: Any, index: Tensor | None
-    ) -> tuple[Plan, tuple[Tensor, ...]]:
-        """The plan of a call in evaluation: gate and constant mix are folded into the factors."""
-        task = None
-        if index is not None and len(index) and bool((index == index[0]).all()):
-            task = int(index[0])  # one task for all rows: its part of A alone
+        self, dtype: torch.dtype, kind: Kind, declared: Any, task: int | None
+    ) -> tuple[Plan, tuple[Tensor, ...], list[Tensor] | None]:
+        """As `_open`, in evaluation: gate and constant mix are folded into the factors.
+
+        Args:
+            dtype, kind, declared: as there.
+            task: that of all rows, if there is one.
+        """
         plain = kind not in ("matrix", "table") and self.closed is None
         if plain and (not self.gates or self.live() is None):
             return self._open(dtype, kind, declared, whole=True)
-        routes = kind in _ROUTERS
-        key = ("fold", dtype, kind, task, self.scaling)
+        key, sources = ("fold", dtype, kind, task, self.scaling), self._sources(gates=True)
+        plan = self.kept.get(key, sources, lambda: self._folded(dtype, kind, declared, task))
+        return plan, ((declared.G,) if kind in ROUTERS else ()), sources
 
-        def make() -> Plan:
-            A, B = self._computed()
-            gate = self.gate()
-            A = A if gate is None else gate.detach()[:, None] * A
-            constant: Kind = kind
-            if kind == "matrix":
-                M = (declared.M if isinstance(declared, Matrix) else declared).detach().to(A)
-                A, B = (M @ A, B) if len(M) <= M.shape[1] else (A, B @ M)
-                constant = "none"
-            if task is not None:
-                A, constant = A.unflatten(0, (len(declared.tasks), -1))[task], "none"
-            if constant == "none":
-                alive = (A != 0).any(1) & (B != 0).any(0)
-                A, B = A[alive], B[:, alive]
-            plan = Plan(self.scaling, constant)
-            plan.groups = _groups(kind, declared)
-            plan.of_A = plan.of_B = 0
-            plan.stacked = routes
-            if routes and declared.top_k is not None:
-                plan.weigh = declared.of_logits
-            A = torch.cat([A, declared.G.detach()]) if routes else A
-            plan.A, plan.B = A.to(dtype, copy=True), B.to(dtype, copy=True)
-            return plan
+    def _folded(self, dtype: torch.dtype, kind: Kind, declared: Any, task: int | None) -> Plan:
+        """The plan of `_fold`."""
+        A, B, M = self._computed()
+        gate, routes = self.gate(), kind in ROUTERS
+        A = A if gate is None else gate[:, None] * A
+        if kind == "matrix":
+            matrix = as_mix(M).constant(len(A)).to(A)  # type: ignore[union-attr]
+            A, B = (matrix @ A, B) if len(matrix) <= matrix.shape[1] else (A, B @ matrix)
+        if task is not None:
+            A = A.unflatten(0, (len(declared.tasks), -1))[task]
+        constant = kind in ("none", "matrix") or task is not None
+        if constant:
+            alive = (A != 0).any(1) & (B != 0).any(0)
+            A, B = A[alive], B[:, alive]
+        plan = self._direct("none" if constant else kind, declared, gated=False)
+        plan.groups, plan.of_A, plan.of_B = _groups(kind, declared), 0, 0
+        plan.stacked = routes
+        A = torch.cat([A, declared.G]) if routes else A
+        plan.A, plan.B = A.to(dtype, copy=True), B.to(dtype, copy=True)
+        return plan
 
-        sources = self._sources(gates=True)
-        plan = self.kept.get(key, sources, make)
-        return plan, ((declared.G,) if routes else ())
-
-    def _computed(self) -> tuple[Tensor, Tensor]:
-        """The factors, without a graph and outside autocast."""
+    def _computed(self) -> tuple[Tensor, Tensor, Any]:
+        """The factors and what `mix` declares, outside autocast."""
         kind = next(self.parameters()).device.type
         known = torch.amp.is_autocast_available(kind)
         with torch.autocast(kind, enabled=False) if known else nullcontext():
-            return self.factors()
+            return (*self.factors(), self.mix())
 
-    @property
-    def _knows_mix(self) -> bool:
-        """Whether `reads` covers the mix, too."""
-        return self.reads is not None and states(type(self), "reads", "mix")
-
-    def _foldable(self, declared: Any) -> bool:
+    def _folds(self) -> bool:
         """Whether all that evaluation reads is stated, so that it can be folded and kept."""
-        cls = type(self)
-        return (
-            self._knows_mix
-            and states(cls, "reads", "factors")
-            and cls.gate is LowRankDelta.gate
-            and not self._modules
-            and all(g.reads is not None and states(type(g), "reads", "value") for g in self.gates)
-        )
+        if not _facts(type(self)).folds or self._modules:
+            return False
+        for gate in self.gates:
+            if gate.reads is None or not states(type(gate), "reads", "value"):
+                return False
+        return True
 
     def _sources(self, gates: bool) -> list[Tensor] | None:
         """The tensors that factors, mix and, if asked, gates read; None if they are not stated."""
-        if self.reads is None or not states(type(self), "reads", "factors"):
+        if not _facts(type(self)).reads:
             return None
-        names = self.reads
+        names, own = self.reads, self.__dict__
+        parameters, buffers = own["_parameters"], own["_buffers"]
         for gate in self.gates if gates else ():
-            names = (*names, *(gate.reads or ()))
+            names = (*names, *(gate.reads or ()))  # type: ignore[misc]
         found = []
-        for name in names:
-            t = self._parameters.get(name)
-            t = self._buffers.get(name) if t is None else t
+        for name in names:  # type: ignore[union-attr]
+            t = parameters.get(name)
+            t = buffers.get(name) if t is None else t
             if t is not None:
                 found.append(t)
         return found
@@ -506,12 +618,42 @@ class LowRankDelta(Delta):
         return min(inner, self.base.in_features, self.base.out_features)
 
 
+class _Facts(NamedTuple):
+    """What a class states about itself; a subclass that overrides one part states both again.
+
+    Attributes:
+        standard: the way of a forward is that of LowRankDelta, whatever the formula is.
+        closes: gradients of the factors have closed forms.
+        reads: what the factors read is stated. knows_mix: and what the mix reads.
+        plain_gate: the gate is the product of `gates`. spreads: and its gradient is stated.
+        folds: all that evaluation reads is stated, gates apart.
+    """
+
+    standard: bool
+    closes: bool
+    reads: bool
+    knows_mix: bool
+    plain_gate: bool
+    spreads: bool
+    folds: bool
+
+
 @functools.cache
-def _standard(cls: type) -> bool:
-    """Whether the way of a forward is that of LowRankDelta, whatever the formula is."""
+def _facts(cls: type) -> _Facts:
     names = ("forward", "joint", "mixer", "_plain")
     same = all(getattr(cls, name) is getattr(LowRankDelta, name) for name in names)
-    return same and states(cls, "one_mask", "down")
+    plain_gate = all(getattr(cls, n) is getattr(LowRankDelta, n) for n in ("gate", "live"))
+    reads = cls.reads is not None and states(cls, "reads", "factors")  # type: ignore[attr-defined]
+    knows_mix = reads and states(cls, "reads", "mix")
+    return _Facts(
+        standard=same and states(cls, "one_mask", "down"),
+        closes=states(cls, "closed", "factors") and states(cls, "close", "factors"),
+        reads=reads,
+        knows_mix=knows_mix,
+        plain_gate=plain_gate,
+        spreads=states(cls, "unspread", "spread"),
+        folds=knows_mix and plain_gate,
+    )
 
 
 def _kind(declared: Any) -> Kind | None:
@@ -527,7 +669,7 @@ def _kind(declared: Any) -> Kind | None:
 
 def _groups(kind: Kind, declared: Any) -> int:
     """Groups of the rank axis that a router or a table chooses from."""
-    if kind in _ROUTERS:
+    if kind in ROUTERS:
         return len(declared.G)
     return len(declared.tasks) if kind == "table" else 1
 
@@ -584,6 +726,11 @@ def close_folds(plan: Plan, V: Tensor, U: Tensor, r: int, share: Tensor | float 
         plan.own_z = lambda dz: dz[:, : k * r]
         plan.own_h = partial(_with_start, k * r, share)
     of_A, of_B = _unfolding(V), _unfolding(U)
+    if k == 1 and bool((V == 1).all() and (U == 1).all()):  # all slices get the same gradient
+        M, N = V.shape[1], U.shape[1]
+        plan.pull_A = lambda _, dA: (dA.expand(M, -1, -1),)
+        plan.pull_B = lambda _, dB: (dB.expand(N, -1, -1),)
+        return
     plan.pull_A = lambda _, dA: (of_A(dA.unflatten(0, (k, r))),)
     plan.pull_B = lambda _, dB: (of_B(dB.unflatten(1, (k, r)).movedim(1, 0)),)
 
@@ -602,8 +749,6 @@ def _unfolding(V: Tensor) -> Callable[[Tensor], Tensor]:
     slices, sums = V.t().nonzero().unbind(1)
     values = V[sums, slices]
     alike = bool((values == 1).all())
-    if len(V) == 1 and alike:
-        return lambda grads: grads.expand(n, *grads.shape[1:])
     each_once = torch.equal(slices, torch.arange(n, device=V.device))
     if each_once and alike and torch.equal(sums, slices):
         return lambda grads: grads

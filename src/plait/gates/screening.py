@@ -37,6 +37,7 @@ class Screening(ScreeningOptions, Gate):
 
     key = "screening"
     reads = ("E", "keep")
+    leaf = "E"
 
     @property
     def total_steps_needed(self) -> bool:
@@ -60,6 +61,10 @@ class Screening(ScreeningOptions, Gate):
     def value(self, delta: Any) -> Tensor:
         """E keep."""
         return delta.E * delta.keep
+
+    def factor(self, delta: Any) -> Tensor:
+        """keep."""
+        return delta.keep
 
     def check_schedule(self, delta: Any) -> None:
         """Raise ValueError if no step is left to screen in."""

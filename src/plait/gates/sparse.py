@@ -46,6 +46,7 @@ class SparseGate(SparseOptions, Gate):
 
     rank_axes: ClassVar[dict[str, int]] = {"g": -1}
     reads = ("g",)
+    leaf = "g"
 
     def __post_init__(self) -> None:
         super().__post_init__()

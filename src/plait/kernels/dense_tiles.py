@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from plait.kernels.low_rank import shaped
+
 CPU_TILE = 2**19  # entries; the buffers of a tile stay in the cache of a core
 GPU_TILE = 2**22
 MIN_ROWS = 64
@@ -71,7 +73,7 @@ class DenseTiles(torch.autograd.Function):
             y += bias.to(y.dtype)
         ctx.rows, ctx.height = rows, height
         ctx.save_for_backward(x, weight, bias, *params)
-        return y.view(*x.shape[:-1], out_features)
+        return y if x.ndim == 2 else shaped(y, x)
 
     @staticmethod
     @once_differentiable

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from plait.kernels.dense_tiles import MANY_TILES, tiles
+from plait.kernels.low_rank import shaped
 
 
 class _Buffers:
@@ -105,7 +106,7 @@ class SignedTiles(torch.autograd.Function):
         ctx.shape, ctx.x_dtype = x.shape, x.dtype
         trains = True in ctx.needs_input_grad[8:]
         ctx.save_for_backward(flat if trains else None, weight, A, B, C, D)
-        return y.view(*x.shape[:-1], out_features)
+        return y if x.ndim == 2 else shaped(y, x)
 
     @staticmethod
     @once_differentiable

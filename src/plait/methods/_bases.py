@@ -111,7 +111,8 @@ def mixture(w: Tensor, basis: Basis, keep: bool) -> Tensor:
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A mixture is taken in the dtype of its weights: autocast would round every basis value."""
     known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    on = known and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def inner(grad: Tensor, basis: Basis, keep: bool) -> Tensor:

@@ -146,9 +146,10 @@ class Cola(LowRankDelta):
 
     def close(self, plan: Any) -> None:
         """Folding is linear in the slices."""
-        V, U = self.fold_A(torch.eye(len(self.A))), self.fold_B(torch.eye(len(self.B)))
+        V, U = (torch.eye(len(p), dtype=p.dtype, device=p.device) for p in (self.A, self.B))
+        V, U = self.fold_A(V), self.fold_B(U)
         share = 1.0 if self.config.init == "pissa_split" else V.mean(1)
-        close_folds(plan, V.to(self.A), U.to(self.B), self.config.r, None if self.A0 is None else share)
+        close_folds(plan, V, U, self.config.r, None if self.A0 is None else share)
 
     def free_pairs(self) -> list[Pair]:
         """All A with all B; heuristic: each A with its group of B. The start is a constant."""

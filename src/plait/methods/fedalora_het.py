@@ -49,7 +49,7 @@ class FedAloraHet(LowRankDelta):
     """See the module."""
 
     no_pairs = "B is a common part and a product of two factors"
-    closed = (("A",), ("B2",))
+    closed = (("A",), ("B2",), ("M", "B1"))
     reads = ("A", "B2", "B_bar", "M", "B1")
     config: FedAloraHetConfig
 
@@ -80,7 +80,14 @@ class FedAloraHet(LowRankDelta):
 
     def close(self, plan: Any) -> None:
         """B_bar takes no gradient."""
-        plan.own_h = lambda h: h[:, self.config.common_rank :]
+        q = self.config.common_rank
+        plan.keeps_leaves, plan.own_h = True, lambda h: h[:, q:]
+
+        def pull_M(p: Any, d: Tensor) -> tuple[Tensor, Tensor]:
+            M, B1, d = p[2], p[3], d.to(p[2].dtype)
+            return d[:q] + B1.T @ d[q:], d[q:] @ M.T
+
+        plan.pull_M = pull_M
 
     def mix(self) -> Tensor:
         """[M; B1 M] (q + r, r)."""
