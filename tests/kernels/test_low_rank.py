@@ -115,9 +115,9 @@ def test_parts_of_an_adapter_may_be_frozen() -> None:
 
 
 def test_several_active_adapters_are_added_in_place() -> None:
-    model, host = one_layer(Case("cola", {"r": 2}), 7, 5)
-    model.add_adapter("two", Case("cola", {"r": 3}).config(
-        target_modules=["linear"], task_type=None, init_weights=False, lora_dropout=0.2))  # fmt: skip
+    model = one_layer(Case("cola", {"r": 2}), 7, 5)[0]
+    options: Any = {"target_modules": ["linear"], "task_type": None, "init_weights": False}
+    model.add_adapter("two", Case("cola", {"r": 3}).config(lora_dropout=0.2, **options))
     model.base_model.set_adapter(["default", "two"])
     model.train()
     compare(model, model.base_model.model.linear.plait_delta)
@@ -242,7 +242,7 @@ def test_a_wrong_softmax_gradient_would_be_found(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_second_derivative_needs_plain_operations() -> None:
-    model, delta = one_delta(Case("sora", {}))
+    model = one_delta(Case("sora", {}))[0]
     x = tiny.numbers(4, 7).requires_grad_()
 
     def twice() -> None:
@@ -258,7 +258,7 @@ def test_a_second_derivative_needs_plain_operations() -> None:
 def test_compiled_without_a_break() -> None:
     for case in (Case("cola", {"r": 2}), Case("sora", {})):
         torch._dynamo.reset()
-        model, host = one_layer(case, 7, 5)
+        host = one_layer(case, 7, 5)[1]
         compiled = torch.compile(host, backend="eager", fullgraph=True)
         x = tiny.numbers(4, 7)
         assert relative(compiled(x), host(x)) < 1e-12
@@ -323,8 +323,7 @@ def test_no_stale_value(case: Case, change: Callable[[Any], None]) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c}{len(c.options)}")
 def test_no_stale_value_in_copies_loads_and_casts(case: Case) -> None:
-    model, delta = one_delta(case)
-    model.eval()
+    model = one_delta(case)[0].eval()
     x, ids = tiny.numbers(4, 7), task_ids(model, 4)
 
     def check(model: Any, bound: float = 1e-12) -> Tensor:

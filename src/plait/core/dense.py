@@ -40,7 +40,7 @@ class DenseDelta(Delta):
         return self.joint(x, None, None)
 
     def joins(self, x: Tensor, transposed: bool) -> bool:
-        """Without dropout; and a fresh update, computed apart, leaves the base's output as it is."""
+        """Without dropout; a fresh update, computed apart, leaves the base's output as it is."""
         dropped = self.training and self.dropout
         return not (dropped or transposed) and (self.training or not self.fresh)
 
@@ -64,7 +64,11 @@ class DenseDelta(Delta):
             self.check_training()
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         height = self.tile or tile_rows(self.base.in_features, x.device)
-        form = self.signed() if switches.fused and states(type(self), "signed", "weight_rows") else None
+        form = (
+            self.signed()
+            if switches.fused and states(type(self), "signed", "weight_rows")
+            else None
+        )
         if form is not None and _fuses(*form[:4]):
             return self._signed(form, height, x, weight, bias)
         x = x.to(self.autocast() or x.dtype)

@@ -180,7 +180,7 @@ def gates_of(config: Any, delta_cls: type["LowRankDelta"]) -> list[Gate]:
 
 @functools.cache
 def states(cls: type, fact: str, about: str) -> bool:
-    """Whether a class states a fact about its own `about`: a subclass that overrides it states both."""
+    """Whether a class states a fact for its own `about`: who overrides that states both again."""
     places = {}
     for place, one in enumerate(cls.__mro__):
         for name in (fact, about):

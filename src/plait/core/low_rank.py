@@ -5,9 +5,8 @@ merge and export, and rank follow here.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -130,6 +129,7 @@ class LowRankDelta(Delta):
     def mix(self) -> Mix | Tensor | None:
         """None (R_in == R_out), a constant matrix (R_out, R_in), a token router or a task table."""
         return None
+
     @property
     def mixer(self) -> Mix:
         """What `mix` declares, to be called."""
@@ -317,7 +317,7 @@ class LowRankDelta(Delta):
                 if index.numel() and bool((index == index.reshape(-1)[0]).all()):
                     task = int(index.reshape(-1)[0])  # one task for all rows: its part of A alone
             plan, leaves, sources = self._fold(dtype, kind, declared, task)
-        trains = graph and any([leaf.requires_grad for leaf in leaves])
+        trains = graph and any(leaf.requires_grad for leaf in leaves)
         result = plan, leaves, trains, declared if plan.kind == "table" else None
         own = self.__dict__
         found = {id(t): (d, n, t) for d in (own["_parameters"], own["_buffers"])
@@ -368,9 +368,7 @@ class LowRankDelta(Delta):
                 return True
         return bool(self._modules) and any(p.requires_grad for p in self.parameters())
 
-    def _draw(
-        self, x: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor | None, float, Tensor | None]:
+    def _draw(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float, Tensor | None]:
         """The random masks of a call: inputs that are kept with their factor; a factor on z."""
         kept, p = None, self.input_dropout
         if p:
@@ -458,9 +456,10 @@ class LowRankDelta(Delta):
         """A plan whose leaves are the factors."""
         plan = Plan(self.scaling, kind, gated)
         cls = type(self)
-        if gated and _facts(cls).plain_gate and _facts(cls).spreads:
-            if cls.spread is not LowRankDelta.spread or self.rank_groups > 1:
-                plan.spread, plan.unspread = self.spread, self.unspread
+        if gated and _facts(cls).plain_gate and _facts(cls).spreads and (
+            cls.spread is not LowRankDelta.spread or self.rank_groups > 1
+        ):  # fmt: skip
+            plan.spread, plan.unspread = self.spread, self.unspread
         plan.groups = _groups(kind, declared)
         if kind in ROUTERS and declared.top_k is not None:
             plan.weigh = declared.of_logits
@@ -707,58 +706,3 @@ def less_start(
         torch.cat([(a - share_a * a0).flatten(0, 1), A0]),
         columns.movedim(0, 1).flatten(1),
     )
-
-
-def close_folds(plan: Plan, V: Tensor, U: Tensor, r: int, share: Tensor | float | None) -> None:
-    """Complete the plan of factors whose slices are sums: a = V A, b = U B.
-
-    With a start, as `less_start` subtracts it, the gradient of b_i meets the activations of a_i and
-    a share of those of A0.
-
-    Args:
-        plan: to complete.
-        V: (k, M), numbers of A in each a. U: (k, N), likewise of B.
-        r: rows of one A.
-        share: `share_a` of less_start, (k,) or a number; None: no start.
-    """
-    k = len(V)
-    if share is not None:
-        plan.own_z = lambda dz: dz[:, : k * r]
-        plan.own_h = partial(_with_start, k * r, share)
-    of_A, of_B = _unfolding(V), _unfolding(U)
-    if k == 1 and bool((V == 1).all() and (U == 1).all()):  # all slices get the same gradient
-        M, N = V.shape[1], U.shape[1]
-        plan.pull_A = lambda _, dA: (dA.expand(M, -1, -1),)
-        plan.pull_B = lambda _, dB: (dB.expand(N, -1, -1),)
-        return
-    plan.pull_A = lambda _, dA: (of_A(dA.unflatten(0, (k, r))),)
-    plan.pull_B = lambda _, dB: (of_B(dB.unflatten(1, (k, r)).movedim(1, 0)),)
-
-
-def _with_start(count: int, share: Tensor | float, h: Tensor) -> Tensor:
-    own, start = h[:, :count], h[:, count:]
-    if isinstance(share, float):
-        return own + share * start
-    shares = share.reshape(-1, 1).to(h.dtype)
-    return (own.unflatten(1, (len(shares), -1)) + shares * start.unsqueeze(1)).flatten(1)
-
-
-def _unfolding(V: Tensor) -> Callable[[Tensor], Tensor]:
-    """grads -> V^T grads: from gradients (k, ..) of sums to those of the slices (n, ..)."""
-    n = V.shape[1]
-    slices, sums = V.t().nonzero().unbind(1)
-    values = V[sums, slices]
-    alike = bool((values == 1).all())
-    each_once = torch.equal(slices, torch.arange(n, device=V.device))
-    if each_once and alike and torch.equal(sums, slices):
-        return lambda grads: grads
-
-    def unfold(grads: Tensor) -> Tensor:
-        parts = grads[sums]
-        if not alike:
-            parts = parts * values.view(-1, *[1] * (grads.ndim - 1))
-        if each_once:
-            return parts
-        return parts.new_zeros(n, *grads.shape[1:]).index_add_(0, slices, parts)
-
-    return unfold

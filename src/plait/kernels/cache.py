@@ -3,7 +3,8 @@
 Weights change in ways that leave no trace: fused optimizers do not raise a tensor's version, and
 writes through `.data`, or through NumPy's view of the memory, raise nothing and call no hook. So a
 value is kept with a copy of the numbers that it was computed from and is used again only where
-these are equal to the last bit. The comparison reads r (in + out) numbers. On accelerators a comparison would wait for the device: nothing is kept there.
+these are equal to the last bit. The comparison reads r (in + out) numbers. On accelerators it
+would wait for the device: nothing is kept there.
 """
 
 import ctypes
@@ -108,7 +109,12 @@ def same(now: Sequence[Tensor], then: Sequence[_Copy]) -> bool:
         return False
     for t, (place, size, dtype, shape, copy_place, copy) in zip(now, then, strict=True):
         # On another device the address is another one.
-        if type(t) not in _PLAIN or t.data_ptr() != place or t.dtype is not dtype or t.shape != shape:
+        if (
+            type(t) not in _PLAIN
+            or t.data_ptr() != place
+            or t.dtype is not dtype
+            or t.shape != shape
+        ):
             return False
         if not t.is_contiguous():
             return False

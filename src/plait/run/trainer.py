@@ -54,7 +54,7 @@ MANY_LOGITS = 2**20  # with fewer numbers in a batch there is nothing to save
 
 
 def only_targets(
-    inputs: Mapping[str, Any], vocabulary: int = 0, least: int = MANY_LOGITS
+    inputs: Mapping[str, Any], vocabulary: int = 0, least: int | None = None
 ) -> dict[str, Any] | None:
     """Inputs that make a causal model compute logits for positions before a target alone.
 
@@ -64,12 +64,13 @@ def only_targets(
     Args:
         inputs: of a forward, with labels (batch, tokens).
         vocabulary: numbers of logits at a position.
-        least: logits of the whole batch from which on it is done.
+        least: logits of the whole batch from which on it is done; None: MANY_LOGITS.
 
     Returns:
         New inputs with `logits_to_keep` and `shift_labels`; None where nothing would be saved.
     """
     labels = inputs.get("labels")
+    least = MANY_LOGITS if least is None else least
     if labels is None or labels.ndim != 2 or labels.numel() * vocabulary < least:
         return None
     if "logits_to_keep" in inputs or "shift_labels" in inputs:
