@@ -51,14 +51,16 @@ class Folded(LowRankDelta):
         a, b = self.fold_A(self.A), self.fold_B(self.B)  # (k, r, in), (k, out, r)
         if self.A0 is None or self.B0 is None:
             return a.flatten(0, 1), b.movedim(0, 1).flatten(1)
-        shares = () if self.config.init == "pissa_split" else self.shares()
+        # A0 holds one block, of which every term has a share, or a block for each.
+        shares = () if len(self.A0) > self.config.r else self.shares()
         return less_start(a, b, self.A0, self.B0, *shares)
 
     def close(self, plan: Any) -> None:
         """Folding is linear in the slices."""
         V, U = (torch.eye(len(p), dtype=p.dtype, device=p.device) for p in (self.A, self.B))
-        share = 1.0 if self.config.init == "pissa_split" else self.shares()[0].flatten()
-        share = None if self.A0 is None else share
+        share: Tensor | float | None = None
+        if self.A0 is not None:
+            share = 1.0 if len(self.A0) > self.config.r else self.shares()[0].flatten()
         close_folds(plan, self.fold_A(V), self.fold_B(U), self.config.r, share)
 
 
