@@ -236,12 +236,28 @@ def close(found: Any, wanted: Any, tolerance: float, where: str = "") -> None:
         assert found == wanted, where
 
 
-def same_logits(found: Tensor, wanted: Tensor, here: bool) -> None:
+# Adapters whose evaluation rounds at other places since gate and mix are folded into the factors
+# before x meets them, or a router's rows ride in the product with A: g (A x) became (g A) x.
+FOLDED = {
+    "cola_heuristic_sora",
+    "dual_module",
+    "fedalora_het",
+    "hydra",
+    "hydra_droplora",
+    "molora",
+    "shared_b_token",
+    "sora",
+    "sora_pissa",
+}
+
+
+def same_logits(found: Tensor, wanted: Tensor, here: bool, folded: bool = False) -> None:
     """1e-6 on the machine that recorded, where only an order of sums may have changed; else 5e-5,
-    for other kernels: 1.3e-5 was seen. The largest logits are about 8.
+    for other kernels (1.3e-5 was seen) and for factors that are rounded at other places. The
+    largest logits are about 8.
     """
     assert found.shape == wanted.shape
-    assert float((found - wanted).abs().max()) <= (1e-6 if here else 5e-5)
+    assert float((found - wanted).abs().max()) <= (1e-6 if here and not folded else 5e-5)
 
 
 def same_weights(found: dict[str, Tensor], wanted: dict[str, Tensor], here: bool) -> None:
@@ -277,7 +293,7 @@ def test_adapter(name: str, tensors: dict[str, Tensor], here: bool, tmp_path: Pa
     place = f"adapters/{name}"
     model = loaded(place)
     wanted = tensors[f"logits/{place}"]
-    same_logits(logits_of(model), wanted, here)
+    same_logits(logits_of(model), wanted, here, name in FOLDED)
     with torch.no_grad():
         assert float((logits_of(base()) - wanted).abs().max()) > 1e-3  # the adapter does something
     model.save_pretrained(str(tmp_path))
@@ -332,7 +348,7 @@ def test_a_weight_that_is_off_is_found(
     save_file({**before, **off}, file, {"format": "pt"})
     found = adapter_logits(str(tmp_path / name))
     with pytest.raises(AssertionError):
-        same_logits(found, tensors[f"logits/adapters/{name}"], here)
+        same_logits(found, tensors[f"logits/adapters/{name}"], here, name in FOLDED)
 
 
 # Runs -------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ from plait.core.delta import Delta, FrozenLinear, NotMergeable
 from plait.core.init import seeded
 from plait.core.mix import task_index
 from plait.core.precision import keep_wide
-from plait.core.route import BASE, Route, Rows, split_bias, split_saved
+from plait.core.route import BASE, NOWHERE, Route, Rows, split_bias, split_saved
 from plait.core.sharding import refuse_sharded
 
 
@@ -148,7 +148,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
     @property
     def plait_delta(self) -> nn.ModuleDict:
         """Adapter name -> Delta."""
-        return self.get_submodule(self.adapter_layer_names[0])  # type: ignore[return-value]
+        return self._modules[self.adapter_layer_names[0]]  # type: ignore[return-value]
 
     def base_weight(self) -> Tensor:
         """The base weight as (out, in), dequantised, with the finished links of a chain."""
@@ -285,47 +285,79 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the updates of the active adapters, (.., out)."""
-        if self.disable_adapters:
+        own = self.__dict__
+        if own["_disable_adapters"]:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        rows = self.route.current_rows(x.shape[0])
+        route, modules = own["route"], own["_modules"]
+        rows = route.current_rows(x.shape[0]) if route.used else NOWHERE
         if rows.names is not None:
             return self._mixed(x, rows, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        active: list[Any] = [
-            self.plait_delta[a] for a in self.active_adapters if a in self.plait_delta
-        ]
+        base: Any = modules["base_layer"]
+        if own["merged_adapters"]:
+            return base(x, *args, **kwargs)
+        deltas: Any = modules[self.adapter_layer_names[0]]._modules
+        names = self.active_adapters
+        if len(names) == 1 and names[0] in deltas:
+            active = [deltas[names[0]]]
+        else:
+            active = [deltas[a] for a in names if a in deltas]
         for delta in active:
-            self._begin(delta)
-        if len(active) == 1 and self._can_join(active[0]):
-            return active[0].joint(x, self.base_layer.weight, self.base_layer.bias)
-        y = self.base_layer(x, *args, **kwargs)
+            self._begin(delta, deltas)
+        if not active:
+            return base(x, *args, **kwargs)
+        if route.default_task is not None or not x.is_floating_point():
+            rows = self._checked(x, rows)
+        if not (args or kwargs) and self._can_join(active[0], base, x):
+            # Nobody else has the sum, so that the next updates are added to it in place.
+            parameters = base._parameters
+            weight = parameters["weight"].t() if self.transposed else parameters["weight"]
+            y = active[0].joint(x, weight, parameters["bias"], rows)
+            for delta in active[1:]:
+                y = self._added(delta, x, rows, y)
+            return y
+        y = base(x, *args, **kwargs)
         for delta in active:
-            y = y + self._update(delta, x, rows).to(y.dtype)
+            y = y + delta(x, rows).to(y.dtype)
         return y
 
-    def _update(self, delta: Any, x: Tensor, rows: Rows) -> Tensor:
-        """The update (.., out) of one Delta on its rows of the batch."""
+    def _added(self, delta: Any, x: Tensor, rows: Rows, y: Tensor) -> Tensor:
+        """The sum y (.., out) with one more update, in place where the Delta can."""
+        if delta.adds and _unwatched(delta):
+            return delta.joint(x, None, None, rows, y)
+        return y + delta(x, rows).to(y.dtype)
+
+    def _checked(self, x: Tensor, rows: Rows) -> Rows:
+        """The rows of the batch, with the default task in evaluation.
+
+        Raises:
+            TypeError: the input is not floating.
+        """
         if not torch.is_floating_point(x):
             raise TypeError(
                 f"{self.name}: the input has dtype {x.dtype}; plait needs a floating one."
             )
-        if self.route.default_task is not None and rows.task_ids is None and not delta.training:
-            ids = torch.full(x.shape[:1], self.route.default_task, device=x.device)
+        default = self.route.default_task
+        if default is not None and rows.task_ids is None and not self.training:
+            ids = torch.full(x.shape[:1], default, device=x.device)
             rows = replace(rows, task_ids=ids)
-        return delta(x, rows)
+        return rows
 
-    def _begin(self, delta: Any) -> None:
+    def _update(self, delta: Any, x: Tensor, rows: Rows) -> Tensor:
+        """The update (.., out) of one Delta on its rows of the batch."""
+        return delta(x, self._checked(x, rows))
+
+    def _begin(self, delta: Any, deltas: Any) -> None:
         """Count a training forward for the guard; refuse a Delta whose weights were not loaded."""
-        self.complete_copies(delta)
+        if len(deltas) > 1:
+            self.complete_copies(delta)
         if delta.awaits_weights and not self._weights_came(delta):
             raise RuntimeError(
                 f"{self.name}: this adapter was made from a saved config and its weights were not "
                 "loaded. Use PeftModel.from_pretrained(base, path), or a new config to train."
             )
-        if delta.needs_events and delta.training and torch.is_grad_enabled():
+        if delta.training and torch.is_grad_enabled() and delta.needs_events:
             delta.forwards += 1
 
     def _mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
@@ -348,22 +380,27 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             if name not in self.plait_delta:  # BASE, or an adapter that leaves this layer alone
                 continue
             index = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-            self._begin(self.plait_delta[name])
+            self._begin(self.plait_delta[name], self.plait_delta)
             update = self._update(self.plait_delta[name], x[index], rows.of(index))
             y = y.index_add(0, index, update.to(y.dtype))
         return y
 
-    def _can_join(self, delta: Any) -> bool:
-        """Whether the joint form applies: a plain, unwrapped nn.Linear and no dropout."""
-        base = self.base_layer
+    def _can_join(self, delta: Any, base: Any, x: Tensor) -> bool:
+        """Whether a Delta may compute the base layer's product with its own.
+
+        The base is a plain linear layer that nobody watches, its weight whole, frozen and of the
+        dtype in which the product is computed; the Delta is not watched either.
+        """
+        weight = base._parameters.get("weight")
         return (
-            delta.joins
-            and type(base) is nn.Linear
-            and type(base.weight) is nn.Parameter
-            and not (delta.training and delta.dropout)
-            # Computed apart, a zero update leaves the base's output bit for bit.
-            and (delta.training or not delta.fresh)
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+            (type(base) is nn.Linear or (self.transposed and type(base) is Conv1D))
+            and type(weight) is nn.Parameter
+            and not weight.requires_grad
+            and "_is_fsdp_managed_module" not in self.__dict__
+            and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+            and _unwatched(base)
+            and _unwatched(delta)
+            and delta.joins(x, self.transposed)
         )
 
     def get_delta_weight(self, adapter: str, **choice: Any) -> Tensor:
@@ -763,6 +800,18 @@ def keep_masters(model: Any) -> list[str]:
         for name, parameters in trained.items()
         for parameter in keep_wide(named[name], parameters, memo)
     ]
+
+
+def _unwatched(module: nn.Module) -> bool:
+    """Whether calling a module does what its class says: it has no hooks and no other forward."""
+    own = module.__dict__
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
 
 
 def keep_trainable_on_cpu(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from plait.core.init import svd_start
 from plait.core.rates import Rates
 from plait.core.route import NOWHERE, Rows
 from plait.core.sharding import whole
+from plait.kernels.cache import Kept
 
 _order = itertools.count()
 
@@ -97,7 +98,7 @@ class Delta(nn.Module):
 
     mergeable: ClassVar[bool] = True
     exact_export: ClassVar[bool] = True
-    joins: ClassVar[bool] = False  # whether it has `joint`, a forward with the base weight
+    adds: ClassVar[bool] = False  # whether `joint` can add to an output in place
     # Groups of parameters of which one must be non-zero: else every gradient stays zero.
     alive: ClassVar[tuple[tuple[str, ...], ...]] = ()
     # Buffers that a file may lack because the method drops them while it trains.
@@ -108,7 +109,15 @@ class Delta(nn.Module):
     no_restart: ClassVar[str | None] = None  # why a chain cannot `restart` it; None: it can
     no_pairs: ClassVar[str] = "it states no pairs of free factors"  # the reason that `pairs` gives
 
+    acts: ClassVar[bool] = False  # whether it overrides what optimizer steps call
+
     t: Tensor | None
+
+    def __init_subclass__(cls, **facts: Any) -> None:
+        """Note what the class overrides."""
+        super().__init_subclass__(**facts)
+        names = ("penalty", "after_step", "after_all", "before_step")
+        cls.acts = any(vars_of(cls, name) is not vars_of(Delta, name) for name in names)
 
     def __init__(self, base: FrozenLinear, config: DeltaConfig, gen: torch.Generator) -> None:
         """Set what all methods share; a subclass adds parameters drawn from `gen`."""
@@ -124,6 +133,7 @@ class Delta(nn.Module):
         self.state_from: Literal["start", "file", "copy"] = "start"  # where its buffers come from
         self.adopted: list[float] = []  # fingerprint of the parameters when its state was copied
         self.gates: list[Gate] = []
+        self.kept = Kept()  # what calls with the same weights have in common
         self.owner: list[Delta] = []  # the Delta that holds the shared tensors, if not this one
         self.register_buffer("t", None)
         self.register_state_dict_pre_hook(_check_fired)
@@ -171,8 +181,24 @@ class Delta(nn.Module):
         """
         raise NotImplementedError
 
-    def joint(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """x (W + dW)^T + b, if `joins`; see DenseDelta."""
+    def joins(self, x: Tensor, transposed: bool) -> bool:
+        """Whether `joint` computes the frozen layer's product as well, for this input.
+
+        Args:
+            x: (.., in).
+            transposed: whether the layer stores its weight as (in, out).
+        """
+        return False
+
+    def joint(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rows: Rows = NOWHERE,
+        y: Tensor | None = None,
+    ) -> Tensor:
+        """x (W + dW)^T + b, (.., out), where `joins`; with `y` x dW^T added to it, if `adds`."""
         raise NotImplementedError
 
     def weight(self, **choice: Any) -> Tensor:
@@ -256,7 +282,7 @@ class Delta(nn.Module):
     def check_training(self) -> None:
         """Raise if the method cannot train here, or if a shared tensor has been replaced."""
         self.check_step()
-        for owner in self.owner:
+        for owner in self.owner if self.owner else ():
             for name, p in self._parameters.items():
                 if name in self.shared and p is not owner._parameters[name]:
                     raise ValueError(
@@ -322,11 +348,7 @@ class Delta(nn.Module):
     @property
     def needs_events(self) -> bool:
         """Whether training without optimizer-step events would be wrong."""
-        cls = type(self)
-        return self.t is not None or any(
-            vars_of(cls, name) is not vars_of(Delta, name)
-            for name in ("penalty", "after_step", "after_all", "before_step")
-        )
+        return self.t is not None or self.acts
 
     def autocast(self) -> torch.dtype | None:
         """The dtype of the autocast region that the call is in, or None."""
@@ -478,6 +500,14 @@ class Delta(nn.Module):
             f"in={self.base.in_features}, out={self.base.out_features}, "
             f"r={self.config.r}, s={self.scaling:g}"
         )
+
+
+def computes_in(x: Tensor) -> torch.dtype:
+    """That of autocast if it is on, which leaves float64 alone; else that of x."""
+    if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64:
+        return x.dtype
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:

@@ -6,22 +6,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plait.core.delta import Delta, mode
+from plait.core.delta import Delta, computes_in, mode
+from plait.core.gate import states
 from plait.core.route import NOWHERE, Rows
 from plait.core.sharding import refuse_sharded
+from plait.kernels.choose import switches
 from plait.kernels.dense_tiles import DenseTiles, tile_rows
+from plait.kernels.signed_tiles import SignedTiles, signed_weight
 
 
 class DenseDelta(Delta):
     """dW by an element-wise form, of full rank; computed in tiles of rows."""
 
     exact_export: ClassVar[bool] = False
-    joins: ClassVar[bool] = True
     tile: int | None = None  # rows of a tile; None: by device
 
     def weight_rows(self, start: int, stop: int) -> Tensor:
         """Rows start:stop of dW / s, (stop - start, in), in the factors' dtype."""
         raise NotImplementedError
+
+    def signed(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float, bool] | None:
+        """A, B, C, D, c and whether sgn clips its gradient, if dW = c relu(B A) * sgn(D C).
+
+        Who overrides weight_rows states it again, else the tiles are differentiated by autograd.
+        """
+        return None
 
     def _rows(self, start: int, stop: int) -> Tensor:
         return self.scaling * self.weight_rows(start, stop)
@@ -30,18 +39,38 @@ class DenseDelta(Delta):
         """x dW^T, (.., in) to (.., out)."""
         return self.joint(x, None, None)
 
-    def joint(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def joins(self, x: Tensor, transposed: bool) -> bool:
+        """Without dropout; a fresh update, computed apart, leaves the base's output as it is."""
+        dropped = self.training and self.dropout
+        return not (dropped or transposed) and (self.training or not self.fresh)
+
+    def joint(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rows: Rows = NOWHERE,
+        y: Tensor | None = None,
+    ) -> Tensor:
         """x (W + dW)^T + b, (.., in) to (.., out); without a weight x dW^T.
 
         Args:
             x: (.., in).
             weight: frozen base weight (out, in), or None.
             bias: (out,), only with a weight.
+            rows, y: not used.
         """
         if self.training:
             self.check_training()
-        x = F.dropout(x, self.dropout, self.training)
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         height = self.tile or tile_rows(self.base.in_features, x.device)
+        form = (
+            self.signed()
+            if switches.fused and states(type(self), "signed", "weight_rows")
+            else None
+        )
+        if form is not None and _fuses(*form[:4]):
+            return self._signed(form, height, x, weight, bias)
         x = x.to(self.autocast() or x.dtype)
         training = self.training  # the backward may run after eval(); the gate is the forward's
 
@@ -53,6 +82,26 @@ class DenseDelta(Delta):
             return DenseTiles.apply(
                 rows, self.base.out_features, height, x, weight, bias, *self.parameters()
             )
+
+    def _signed(
+        self,
+        form: tuple[Tensor, Tensor, Tensor, Tensor, float, bool],
+        height: int,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """As `joint`, by the closed form."""
+        *factors, c, clip = form
+        dtype, whole = computes_in(x), None
+        if weight is not None and switches.dense == "cached":
+            where = (weight.data_ptr(), weight._version, weight.shape)
+            whole = self.kept.get(
+                ("whole", dtype, height, c, where),
+                factors,
+                lambda: signed_weight(weight, c, height, dtype, *factors),
+            )
+        return SignedTiles.apply(c, clip, height, dtype, whole, x, weight, bias, *factors)  # type: ignore
 
     @torch.no_grad()
     def weight(self, **choice: Any) -> Tensor:
@@ -72,3 +121,13 @@ class DenseDelta(Delta):
     def rank(self) -> int:
         """Attainable rank of dW: full."""
         return min(self.base.in_features, self.base.out_features)
+
+
+def _fuses(*factors: Tensor) -> bool:
+    """Whether the closed form applies to these factors: all alike, fp32 or wider, not traced."""
+    dtype = factors[0].dtype
+    return (
+        dtype in (torch.float32, torch.float64)
+        and all(t.dtype == dtype for t in factors)
+        and not torch.compiler.is_compiling()
+    )

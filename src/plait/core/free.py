@@ -19,6 +19,7 @@ from plait.core.config import DeltaConfig, option
 from plait.core.delta import FrozenLinear, Pair
 from plait.core.init import kaiming
 from plait.core.low_rank import LowRankDelta
+from plait.kernels.low_rank import Plan
 
 
 @dataclass
@@ -33,6 +34,7 @@ class FreeDelta(LowRankDelta):
     """A (r, in) or (n, r, in), B (out, r) or (n, out, r), all free and trained."""
 
     rank_axes: ClassVar[dict[str, int]] = {"A": -2, "B": -1, "A0": -2, "B0": -1}
+    reads = ("A", "B", "A0", "B0")
 
     config: Any  # a FreeConfig
     A0: Tensor | None
@@ -86,6 +88,25 @@ class FreeDelta(LowRankDelta):
     def rank_groups(self) -> int:
         """One for each A, two with a start that is subtracted."""
         return self.A.shape[:-2].numel() * (1 if self.A0 is None else 2)
+
+    @property
+    def closed(self) -> tuple[tuple[str, ...], tuple[str, ...]] | None:  # type: ignore[override]
+        """A and B; None if they are the factors."""
+        plain = self.A0 is None and self.A.ndim == self.B.ndim == 2
+        return None if plain else (("A",), ("B",))
+
+    def close(self, plan: Plan) -> None:
+        """Slices of A and B lie side by side; with a start, that of a slice lies behind it."""
+        of_A, of_B, r = self.A.shape, self.B.shape, self.A.shape[-2]
+        plan.pull_A = lambda leaves, dA: (dA.view(of_A),)
+        if len(of_B) == 3:
+            plan.pull_B = lambda leaves, dB: (dB.unflatten(1, (-1, r)).movedim(1, 0),)
+        else:
+            plan.pull_B = lambda leaves, dB: (dB,)
+        if self.A0 is not None:
+            # b (a - a0) + (b - b0) a0: the gradient of b meets both parts of h, that of a one of z.
+            plan.own_z = lambda dz: dz.unflatten(1, (-1, 2, r))[:, :, 0].flatten(1)
+            plan.own_h = lambda h: h.unflatten(1, (-1, 2, r)).sum(2).flatten(1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A_cat and B_cat; with a start each A_i as [A_i - A0; A0], each B_j as [B_j | B_j - B0].

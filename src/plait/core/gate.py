@@ -9,6 +9,7 @@ A gate is a dataclass of options and holds no tensors: it declares them on its D
 are trained, saved and moved with the factors.
 """
 
+import functools
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -37,6 +38,10 @@ class Gate:
     key: ClassVar[str] = ""
     allocates: ClassVar[bool] = False
     rank_axes: ClassVar[dict[str, int]] = {}
+    # Tensors of its Delta that `value` reads in evaluation, or None: unknown.
+    reads: ClassVar[tuple[str, ...] | None] = None
+    leaf: ClassVar[str | None] = None  # the trained tensor of which `value` is `factor` times
+    blind: ClassVar[bool] = True  # whether `mask` looks at the shape and dtype of z alone
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -54,6 +59,11 @@ class Gate:
     def of(cls, config: Any) -> Self:
         """The gate with the options that a method's config holds under the same names."""
         return cls(**{f.name: getattr(config, f.name) for f in fields(cls)})
+
+    @property
+    def sees(self) -> bool:
+        """Whether `mask` may look at the activations; who overrides it states `blind` with it."""
+        return not (self.blind and states(type(self), "blind", "mask"))
 
     @property
     def total_steps_needed(self) -> bool:
@@ -76,6 +86,10 @@ class Gate:
 
     def value(self, delta: "LowRankDelta") -> Tensor | None:
         """The gate (ranks,) in the Delta's current mode, or None for 1."""
+        return None
+
+    def factor(self, delta: "LowRankDelta") -> Tensor | None:
+        """What the `leaf` is multiplied by (ranks,), or None for 1."""
         return None
 
     def mask(self, delta: "LowRankDelta", z: Tensor, ranks: int) -> Tensor | None:
@@ -162,3 +176,14 @@ def gates_of(config: Any, delta_cls: type["LowRankDelta"]) -> list[Gate]:
     for gate in all_gates:
         gate.check(delta_cls)
     return all_gates
+
+
+@functools.cache
+def states(cls: type, fact: str, about: str) -> bool:
+    """Whether a class states a fact for its own `about`: who overrides that states both again."""
+    places = {}
+    for place, one in enumerate(cls.__mro__):
+        for name in (fact, about):
+            if name in vars(one):
+                places.setdefault(name, place)
+    return fact in places and places[fact] <= places.get(about, len(cls.__mro__))

@@ -4,22 +4,28 @@ A method declares stacked factors, gates on the rank axis and a mix; forward, we
 merge and export, and rank follow here.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from contextlib import nullcontext
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from plait.core import events
 from plait.core.config import DeltaConfig
-from plait.core.delta import Delta, FrozenLinear, NotMergeable, Pair, mode
-from plait.core.gate import Gate, gates_of
+from plait.core.delta import Delta, FrozenLinear, NotMergeable, Pair, computes_in, mode
+from plait.core.gate import Gate, gates_of, states
 from plait.core.init import kaiming, seeded
-from plait.core.mix import Mix, as_mix
+from plait.core.mix import Matrix, Mix, Pairing, TaskTable, TokenRouter, as_mix
 from plait.core.route import NOWHERE, Rows
 from plait.core.sharding import put, refuse_sharded
-from plait.kernels.low_rank import up
+from plait.kernels.cache import Notes, same
+from plait.kernels.choose import switches
+from plait.kernels.low_rank import ROUTERS, Call, Kind, Plan, fused, product
+from plait.kernels.reference import up
 
 
 class LowRankDelta(Delta):
@@ -39,6 +45,7 @@ class LowRankDelta(Delta):
     def __init__(self, base: FrozenLinear, config: DeltaConfig, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
         self.gates = gates_of(config, type(self))
+        self.noted: dict[bool, Any] = Notes()  # by whether gradients are on, see _prepared
         self.ranks = type(self).slots_of(config)
         for gate in self.gates:
             gate.prepare(self, self.ranks, seeded(config.seed, base.name, gate.key))
@@ -93,8 +100,12 @@ class LowRankDelta(Delta):
 
     def live(self) -> Tensor | None:
         """The product of the gates, (ranks,), or None."""
-        values = [v for v in (gate.value(self) for gate in self.gates) if v is not None]
-        return torch.stack(values).prod(0) if len(values) > 1 else next(iter(values), None)
+        product = None
+        for gate in self.gates:
+            value = gate.value(self)
+            if value is not None:
+                product = value if product is None else product * value
+        return product
 
     @property
     def rank_groups(self) -> int:
@@ -103,7 +114,12 @@ class LowRankDelta(Delta):
 
     def spread(self, g: Tensor) -> Tensor:
         """Repeat a gate (.., ranks) over the whole rank axis, (.., R_in)."""
-        return g.repeat(*[1] * (g.ndim - 1), self.rank_groups)
+        groups = self.rank_groups
+        return g if groups == 1 else g.repeat(*[1] * (g.ndim - 1), groups)
+
+    def unspread(self, dg: Tensor) -> Tensor:
+        """The gradient of a gate (ranks,) from that of its spread (R_in,)."""
+        return dg.view(-1, self.ranks).sum(0)
 
     def gate(self) -> Tensor | None:
         """Factor on the rank axis (R_in,), or None."""
@@ -129,9 +145,32 @@ class LowRankDelta(Delta):
         """Those of a task table."""
         return self.mixer.tasks
 
+    @property
+    def input_dropout(self) -> float:
+        """The share of inputs that training leaves out, one mask a call."""
+        return self.dropout
+
+    @property
+    def one_mask(self) -> bool:
+        """Whether `down` is a product with one mask for all of A: not overridden, or not in use."""
+        return True
+
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """Rank activations (.., R_in) of x (.., in); input dropout acts here, one mask a call."""
-        return F.linear(F.dropout(x, self.dropout, self.training), A)
+        return F.linear(F.dropout(x, self.input_dropout, self.training), A)
+
+    def rank_mask(self, z: Tensor) -> Tensor | None:
+        """Random factor (.., R_in) on z (.., R_in) in training, or None: those of the gates.
+
+        Unless a gate `sees` the activations, z is any tensor with their leading axes and dtype.
+        """
+        product = None
+        for gate in self.gates:
+            mask = gate.mask(self, z, self.ranks)
+            if mask is not None:
+                mask = self.spread(mask)
+                product = mask if product is None else product * mask
+        return product
 
     @torch.no_grad()
     def revive(self, index: Tensor, gen: torch.Generator) -> None:
@@ -165,17 +204,363 @@ class LowRankDelta(Delta):
                 fresh[name] = kaiming(gen, *shape) if name == "A" else torch.zeros(shape)
         return fresh
 
+    # The forward -------------------------------------------------------------------------------
+
     def forward(self, x: Tensor, rows: Rows = NOWHERE) -> Tensor:
         """s mix(gate x A^T) B^T: (.., in) to (.., out), computed in the dtype of x."""
-        if self.training:
+        return self.joint(x, None, None, rows)
+
+    adds: ClassVar[bool] = True
+
+    def joins(self, x: Tensor, transposed: bool) -> bool:
+        """Always; where the fused form does not apply, `joint` adds the two products."""
+        return True
+
+    def joint(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rows: Rows = NOWHERE,
+        y: Tensor | None = None,
+    ) -> Tensor:
+        """The update, added to the frozen layer's output: x W^T + b + s mix(gate x A^T) B^T.
+
+        Args:
+            x: (.., in).
+            weight: the frozen weight (out, in), or None: the update alone, or added to `y`.
+            bias: (out,), only with a weight.
+            rows: as in `forward`.
+            y: (.., out), only without a weight; it may be changed in place.
+        """
+        training = self.training
+        if training:
             self.check_training()
+        graph = torch.is_grad_enabled()
+        dtype = computes_in(x)
+        whole = not (training and self.dropout and self.input_dropout)
+        ready = self._ready(x, dtype, whole, graph)
+        if ready is None:
+            declared = self.mix()
+            kind = _kind(declared)
+            if kind is None or not self._fuses(x):
+                update = self._plain(x, rows, as_mix(declared))
+                y = F.linear(x, weight, bias) if weight is not None else y
+                return update if y is None else y + update.to(y.dtype)
+            ready = self._prepared(x, dtype, whole, graph, kind, declared, rows)
+        plan, leaves, trains, tasks = ready
+        kept, raised, mask, index = None, 1.0, None, None
+        if training and (not whole or self.gates or self.dropout) and x.numel():
+            kept, raised, mask = self._draw(x, dtype)
+        if plan.kind == "table":
+            index = tasks.groups(x.shape[:-1], rows).reshape(-1).to(x.device)  # type: ignore
+        call = Call(plan, dtype, kept, raised, mask, index, rows)
+        if graph and (
+            trains
+            or x.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (y is not None and y.requires_grad)
+        ):
+            return fused(call, x, weight, bias, y, *leaves)
+        return product(call, x, weight, bias, y, leaves)[0]
+
+    def _ready(
+        self, x: Tensor, dtype: torch.dtype, whole: bool, graph: bool
+    ) -> tuple[Plan, tuple[Tensor, ...], bool, Any] | None:
+        """What `_prepared` returned before, where everything that it depends on is as it was."""
+        noted = self.noted.get(graph)
+        if (
+            noted is None
+            or not switches.fused
+            or torch.compiler.is_compiling()
+            or x.ndim < 2
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        ):
+            return None
+        state, places, sources, copies, requires, result = noted
+        if state != (self.training, dtype, whole, self.scaling):
+            return None
+        for where, name, tensor in places:
+            if where.get(name) is not tensor:
+                return None
+        if graph and requires != [leaf.requires_grad for leaf in result[1]]:
+            return None
+        own = self.__dict__
+        if "down" in own or "factors" in own or "mix" in own or "gate" in own:
+            return None
+        return result if copies is None or same(sources, copies) else None
+
+    def _prepared(
+        self,
+        x: Tensor,
+        dtype: torch.dtype,
+        whole: bool,
+        graph: bool,
+        kind: Kind,
+        declared: Any,
+        rows: Rows,
+    ) -> tuple[Plan, tuple[Tensor, ...], bool, Any]:
+        """Plan, leaves, whether one of them needs a gradient, and the task table if there is one.
+
+        It is noted for the next call if what it depends on is stated and found in the parameters
+        and buffers.
+        """
+        trains = graph and self._trains()
+        sources, task = None, None
+        known = self._folds() and self.reads is not None
+        if self.training or trains or not known:
+            plan, leaves, sources = self._open(dtype, kind, declared, whole)
+        else:
+            if kind == "table":
+                index = declared.groups(x.shape[:-1], rows)
+                if index.numel() and bool((index == index.reshape(-1)[0]).all()):
+                    task = int(index.reshape(-1)[0])  # one task for all rows: its part of A alone
+            plan, leaves, sources = self._fold(dtype, kind, declared, task)
+        trains = graph and any(leaf.requires_grad for leaf in leaves)
+        result = plan, leaves, trains, declared if plan.kind == "table" else None
+        own = self.__dict__
+        found = {id(t): (d, n, t) for d in (own["_parameters"], own["_buffers"])
+                 for n, t in d.items()}  # fmt: skip
+        tensors = [*leaves, *(sources or [])]
+        if known and task is None and all(id(t) in found for t in tensors):
+            state = (self.training, dtype, whole, self.scaling)
+            places = [found[id(t)] for t in tensors]
+            copies = None if sources is None else self.kept.copies(sources)
+            if sources is None or copies is not None:
+                requires = [leaf.requires_grad for leaf in leaves]
+                self.noted[graph] = (state, places, sources, copies, requires, result)
+        return result
+
+    def _plain(self, x: Tensor, rows: Rows, mix: Mix) -> Tensor:
+        """The update by torch operations alone: where the fused form does not apply."""
         A, B = self.factors()
-        mix = self.mixer
         z = self.down(x, A.to(x.dtype))
-        for gate in self.gates if self.training else ():
-            mask = gate.mask(self, z, self.ranks)
-            z = z if mask is None else z * self.spread(mask)
+        mask = self.rank_mask(z) if self.training else None
+        z = z if mask is None else z * mask
         return up(z, B, self.scaling, self.gate(), lambda z: mix(z, x, rows))
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether the fused form applies: what the method overrides and who is calling allow it."""
+        own = self.__dict__
+        if not switches.fused or torch.compiler.is_compiling() or not _facts(type(self)).standard:
+            return False
+        if self.training:
+            if not self.one_mask:
+                return False
+            for gate in self.gates:
+                if gate.sees:
+                    return False
+        return not (
+            "down" in own
+            or "factors" in own
+            or "mix" in own
+            or "gate" in own
+            or x.ndim < 2
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        )
+
+    def _trains(self) -> bool:
+        """Whether anything of it needs a gradient."""
+        for p in self._parameters.values():
+            if p is not None and p.requires_grad:
+                return True
+        return bool(self._modules) and any(p.requires_grad for p in self.parameters())
+
+    def _draw(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float, Tensor | None]:
+        """The random masks of a call: inputs that are kept with their factor; a factor on z."""
+        kept, p = None, self.input_dropout
+        if p:
+            shape = (x.numel() // x.shape[-1], x.shape[-1])
+            kept = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
+        like = x if x.dtype == dtype else x.new_empty((*x.shape[:-1], 0), dtype=dtype)
+        mask = self.rank_mask(like)
+        mask = mask if mask is None or mask.ndim == 2 else mask.reshape(-1, mask.shape[-1])
+        return kept, 1 / (1 - p), mask
+
+    # Plans: what calls with the same weights have in common -------------------------------------
+
+    closed: ClassVar[tuple[tuple[str, ...], ...] | None] = None
+    # Tensors that factors() and mix() read, beside training mode and config, or None: unknown.
+    reads: ClassVar[tuple[str, ...] | None] = None
+
+    def close(self, plan: Plan) -> None:
+        """Set the plan's pulls: from the gradients of A_cat and B_cat to those of `closed`.
+
+        For methods whose factors are computed from other tensors. `closed` names these tensors,
+        those of A and those of B; it may be a property and None where `factors` returns them as
+        they are. Who overrides `factors` states both again, else autograd does the work.
+        """
+        raise NotImplementedError
+
+    def _open(
+        self, dtype: torch.dtype, kind: Kind, declared: Any, whole: bool
+    ) -> tuple[Plan, tuple[Tensor, ...], list[Tensor] | None]:
+        """The plan of a call that may train, its leaves, what was computed from; no folding.
+
+        Args:
+            dtype: of the computation.
+            kind, declared: the mix.
+            whole: whether A and a router read the same numbers, because no input is dropped.
+        """
+        facts, gates = _facts(type(self)), self.gates
+        names = self.closed if facts.closes and not self._modules else None
+        gate, held = None, False  # the gate's leaf; whether the plan holds the gate
+        if not facts.plain_gate:
+            gate = self.gate()
+        elif gates:
+            held = (
+                names is not None
+                and len(gates) == 1
+                and gates[0].leaf is not None
+                and states(type(gates[0]), "leaf", "value")
+                and facts.spreads
+            )
+            gate = getattr(self, gates[0].leaf) if held else self.live()  # type: ignore[arg-type]
+            if gate is not None and not facts.spreads:
+                gate = self.spread(gate)
+        routes = kind in ROUTERS
+        stacked = routes and whole and names is not None and facts.knows_mix
+        gated = gate is not None
+        key = (dtype, kind, gated, held, stacked, self.training, self.scaling)
+        sources = None
+        if names is None:
+            plan = self.kept.get(key, [], lambda: self._direct(kind, declared, gated))
+            leaves = self.factors()
+        else:
+            sources = self._sources(held)
+            plan = self.kept.get(
+                key,
+                sources,
+                lambda: self._closed(dtype, kind, declared, gated, held, stacked),
+            )
+            own = self.__dict__
+            parameters, buffers = own["_parameters"], own["_buffers"]
+            leaves = tuple(
+                [parameters[n] if n in parameters else buffers[n] for n in names[0]]
+                + [parameters[n] if n in parameters else buffers[n] for n in names[1]]
+            )
+        if gated:
+            leaves = (*leaves, gate)
+        if routes:
+            leaves = (*leaves, declared.G)
+        elif kind == "matrix":
+            if names is not None and len(names) > 2:
+                leaves = (*leaves, *(getattr(self, name) for name in names[2]))
+            else:
+                leaves = (*leaves, declared.M if isinstance(declared, Matrix) else declared)
+        return plan, leaves, sources
+
+    def _direct(self, kind: Kind, declared: Any, gated: bool) -> Plan:
+        """A plan whose leaves are the factors."""
+        plan = Plan(self.scaling, kind, gated)
+        cls = type(self)
+        if gated and _facts(cls).plain_gate and _facts(cls).spreads and (
+            cls.spread is not LowRankDelta.spread or self.rank_groups > 1
+        ):  # fmt: skip
+            plan.spread, plan.unspread = self.spread, self.unspread
+        plan.groups = _groups(kind, declared)
+        if kind in ROUTERS and declared.top_k is not None:
+            plan.weigh = declared.of_logits
+        return plan
+
+    def _closed(
+        self, dtype: torch.dtype, kind: Kind, declared: Any, gated: bool, held: bool, stacked: bool
+    ) -> Plan:
+        """A plan that holds the factors, and the gate if `held`."""
+        plan, names = self._direct(kind, declared, gated), self.closed
+        assert names is not None
+        A, B, M = self._computed()
+        plan.A = torch.cat([A, declared.G]) if stacked else A
+        # Copies: a factor may be a view of the parameter that the optimizer is about to change.
+        plan.A, plan.B = plan.A.to(dtype, copy=True), B.to(dtype, copy=True)
+        plan.of_A, plan.of_B, plan.stacked = len(names[0]), len(names[1]), stacked
+        if len(names) > 2:
+            plan.M = as_mix(M).constant(len(A)).to(dtype, copy=True)  # type: ignore
+        if held:
+            (gate,) = self.gates
+            plan.gate = self.gate().to(dtype, copy=True)  # type: ignore[union-attr]
+            factor, unspread = gate.factor(self), self.unspread
+            factor = None if factor is None else factor.clone()
+            spreads = plan.unspread is not None
+
+            def pull(dg: Tensor) -> Tensor:
+                dg = unspread(dg) if spreads else dg
+                return dg if factor is None else dg * factor
+
+            plan.unspread = pull
+        self.close(plan)
+        return plan
+
+    def _fold(
+        self, dtype: torch.dtype, kind: Kind, declared: Any, task: int | None
+    ) -> tuple[Plan, tuple[Tensor, ...], list[Tensor] | None]:
+        """As `_open`, in evaluation: gate and constant mix are folded into the factors.
+
+        Args:
+            dtype, kind, declared: as there.
+            task: that of all rows, if there is one.
+        """
+        plain = kind not in ("matrix", "table") and self.closed is None
+        if plain and (not self.gates or self.live() is None):
+            return self._open(dtype, kind, declared, whole=True)
+        key, sources = ("fold", dtype, kind, task, self.scaling), self._sources(gates=True)
+        plan = self.kept.get(key, sources, lambda: self._folded(dtype, kind, declared, task))
+        return plan, ((declared.G,) if kind in ROUTERS else ()), sources
+
+    def _folded(self, dtype: torch.dtype, kind: Kind, declared: Any, task: int | None) -> Plan:
+        """The plan of `_fold`."""
+        A, B, M = self._computed()
+        gate, routes = self.gate(), kind in ROUTERS
+        A = A if gate is None else gate[:, None] * A
+        if kind == "matrix":
+            matrix = as_mix(M).constant(len(A)).to(A)  # type: ignore[union-attr]
+            A, B = (matrix @ A, B) if len(matrix) <= matrix.shape[1] else (A, B @ matrix)
+        if task is not None:
+            A = A.unflatten(0, (len(declared.tasks), -1))[task]
+        constant = kind in ("none", "matrix") or task is not None
+        if constant:
+            alive = (A != 0).any(1) & (B != 0).any(0)
+            A, B = A[alive], B[:, alive]
+        plan = self._direct("none" if constant else kind, declared, gated=False)
+        plan.groups, plan.of_A, plan.of_B = _groups(kind, declared), 0, 0
+        plan.stacked = routes
+        A = torch.cat([A, declared.G]) if routes else A
+        plan.A, plan.B = A.to(dtype, copy=True), B.to(dtype, copy=True)
+        return plan
+
+    def _computed(self) -> tuple[Tensor, Tensor, Any]:
+        """The factors and what `mix` declares, outside autocast."""
+        kind = next(self.parameters()).device.type
+        known = torch.amp.is_autocast_available(kind)
+        with torch.autocast(kind, enabled=False) if known else nullcontext():
+            return (*self.factors(), self.mix())
+
+    def _folds(self) -> bool:
+        """Whether all that evaluation reads is stated, so that it can be folded and kept."""
+        if not _facts(type(self)).folds or self._modules:
+            return False
+        for gate in self.gates:
+            if gate.reads is None or not states(type(gate), "reads", "value"):
+                return False
+        return True
+
+    def _sources(self, gates: bool) -> list[Tensor] | None:
+        """The tensors that factors, mix and, if asked, gates read; None if they are not stated."""
+        if not _facts(type(self)).reads:
+            return None
+        names, own = self.reads, self.__dict__
+        parameters, buffers = own["_parameters"], own["_buffers"]
+        for gate in self.gates if gates else ():
+            names = (*names, *(gate.reads or ()))  # type: ignore[misc]
+        found = []
+        for name in names:  # type: ignore[union-attr]
+            t = parameters.get(name)
+            t = buffers.get(name) if t is None else t
+            if t is not None:
+                found.append(t)
+        return found
 
     @torch.no_grad()
     def folded(
@@ -230,6 +615,62 @@ class LowRankDelta(Delta):
         if M is not None:
             inner = int(torch.linalg.matrix_rank(M.float()))
         return min(inner, self.base.in_features, self.base.out_features)
+
+
+class _Facts(NamedTuple):
+    """What a class states about itself; a subclass that overrides one part states both again.
+
+    Attributes:
+        standard: the way of a forward is that of LowRankDelta, whatever the formula is.
+        closes: gradients of the factors have closed forms.
+        reads: what the factors read is stated. knows_mix: and what the mix reads.
+        plain_gate: the gate is the product of `gates`. spreads: and its gradient is stated.
+        folds: all that evaluation reads is stated, gates apart.
+    """
+
+    standard: bool
+    closes: bool
+    reads: bool
+    knows_mix: bool
+    plain_gate: bool
+    spreads: bool
+    folds: bool
+
+
+@functools.cache
+def _facts(cls: type) -> _Facts:
+    names = ("forward", "joint", "mixer", "_plain")
+    same = all(getattr(cls, name) is getattr(LowRankDelta, name) for name in names)
+    plain_gate = all(getattr(cls, n) is getattr(LowRankDelta, n) for n in ("gate", "live"))
+    reads = cls.reads is not None and states(cls, "reads", "factors")  # type: ignore[attr-defined]
+    knows_mix = reads and states(cls, "reads", "mix")
+    return _Facts(
+        standard=same and states(cls, "one_mask", "down"),
+        closes=states(cls, "closed", "factors") and states(cls, "close", "factors"),
+        reads=reads,
+        knows_mix=knows_mix,
+        plain_gate=plain_gate,
+        spreads=states(cls, "unspread", "spread"),
+        folds=knows_mix and plain_gate,
+    )
+
+
+def _kind(declared: Any) -> Kind | None:
+    """The kind of a declared mix; None if only calling it tells."""
+    if declared is None or type(declared) is Pairing:
+        return "none"
+    if isinstance(declared, Tensor) or type(declared) is Matrix:
+        return "matrix"
+    if type(declared) is TokenRouter and declared.tap is None:
+        return declared.kind
+    return "table" if type(declared) is TaskTable else None
+
+
+def _groups(kind: Kind, declared: Any) -> int:
+    """Groups of the rank axis that a router or a table chooses from."""
+    if kind in ROUTERS:
+        return len(declared.G)
+    return len(declared.tasks) if kind == "table" else 1
 
 
 def less_start(

@@ -112,9 +112,11 @@ class TokenRouter(Mix):
 
     def weights(self, x: Tensor, rows: Rows = NOWHERE) -> Tensor:
         """The weights (.., n) of tokens x (.., in), fp32 or wider; each row sums to 1."""
-        w = F.linear(x, self.G.to(x.dtype)).softmax(
-            -1, dtype=torch.promote_types(x.dtype, torch.float32)
-        )
+        return self.of_logits(F.linear(x, self.G.to(x.dtype)), rows)
+
+    def of_logits(self, logits: Tensor, rows: Rows = NOWHERE) -> Tensor:
+        """The weights (.., n) of logits G x (.., n)."""
+        w = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         if self.tap is not None:
             w = self.tap(w, rows)
         if self.top_k is not None:
@@ -162,16 +164,25 @@ class TaskTable(Mix):
         Raises:
             ValueError: rows.task_ids is missing, of another shape than the rows, or outside 0..n-1.
         """
-        n, ids, lead = len(self.tasks), rows.task_ids, z.shape[:-1]
+        z = z.unflatten(-1, (len(self.tasks), -1))  # (.., n, r)
+        index = self.groups(z.shape[:-2], rows).to(z.device)[..., None, None]
+        return z.gather(-2, index.expand(*z.shape[:-2], 1, z.shape[-1])).squeeze(-2)
+
+    def groups(self, lead: Sequence[int], rows: Rows) -> Tensor:
+        """The index of the group of each token, in the shape `lead`.
+
+        Raises:
+            ValueError: as __call__.
+        """
+        n, ids, lead = len(self.tasks), rows.task_ids, tuple(lead)
         if ids is None:
             raise ValueError(
                 "The adapter routes by task and there are no task_ids in this batch. Pass "
                 f'model(..., task_ids=...) or call set_task("{self.tasks[0]}") for evaluation.'
             )
-        ids = ids.to(z.device)
-        if ids.shape != lead[: ids.ndim]:
+        if tuple(ids.shape) != lead[: ids.ndim]:
             raise ValueError(
-                f"task_ids has shape {tuple(ids.shape)}, the layer's input leads {tuple(lead)}. "
+                f"task_ids has shape {tuple(ids.shape)}, the layer's input leads {lead}. "
                 "Give one id for each row of the batch; leave layers without rows, such as those "
                 "of relative positions, out of target_modules."
             )
@@ -180,9 +191,7 @@ class TaskTable(Mix):
                 f"task_ids holds {int(ids.min())}..{int(ids.max())}; the adapter has tasks "
                 f"0..{n - 1} ({', '.join(self.tasks)}). Map each row's task to its index."
             )
-        z = z.unflatten(-1, (n, -1))  # (.., n, r)
-        index = ids.reshape(ids.shape + (1,) * (z.ndim - ids.ndim)).expand(*lead, 1, z.shape[-1])
-        return z.gather(-2, index).squeeze(-2)
+        return ids.reshape(ids.shape + (1,) * (len(lead) - ids.ndim)).expand(lead)
 
     def constant(
         self, ranks: int, task: str | None = None, approx: Approx | None = None

@@ -51,6 +51,7 @@ class AllocGate(AllocOptions, Gate):
     """The 0/1 buffer `live_ranks`, moved between layers."""
 
     allocates = True
+    reads = ("live_ranks",)
 
     @property
     def total_steps_needed(self) -> bool:

@@ -37,6 +37,9 @@ class DropOptions:
 class DropGate(DropOptions, Gate):
     """z / (1 - p) in training, 1 otherwise."""
 
+    reads = ()
+    blind = True
+
     def prepare(self, delta: Any, ranks: int, gen: torch.Generator) -> None:
         """Count the steps if the mask is drawn per step."""
         if self.scope == "step":
@@ -46,10 +49,14 @@ class DropGate(DropOptions, Gate):
         """The mask of this step, drawn on the CPU from (seed, t, layer name)."""
         if not delta.training or self.scope == "token" or not self.inner_dropout:
             return None
-        gen = seeded(delta.config.seed, delta.steps, delta.base.name)
-        kept = torch.rand(delta.ranks, generator=gen) >= self.inner_dropout
         p = next(delta.parameters())
-        return kept.to(device=p.device, dtype=p.dtype) / (1 - self.inner_dropout)
+
+        def draw() -> Tensor:
+            gen = seeded(delta.config.seed, delta.steps, delta.base.name)
+            kept = torch.rand(delta.ranks, generator=gen) >= self.inner_dropout
+            return kept.to(device=p.device, dtype=p.dtype) / (1 - self.inner_dropout)
+
+        return delta.kept.get(("droplora", delta.ranks, p.device, p.dtype), [delta.t], draw)
 
     def mask(self, delta: Any, z: Tensor, ranks: int) -> Tensor | None:
         """A mask for each token and rank, by dropout of ones: checkpointing replays it."""

@@ -36,6 +36,8 @@ class Screening(ScreeningOptions, Gate):
     """The gate; its Delta names the scored factors, A first, in `screened`."""
 
     key = "screening"
+    reads = ("E", "keep")
+    leaf = "E"
 
     @property
     def total_steps_needed(self) -> bool:
@@ -59,6 +61,10 @@ class Screening(ScreeningOptions, Gate):
     def value(self, delta: Any) -> Tensor:
         """E keep."""
         return delta.E * delta.keep
+
+    def factor(self, delta: Any) -> Tensor:
+        """keep."""
+        return delta.keep
 
     def check_schedule(self, delta: Any) -> None:
         """Raise ValueError if no step is left to screen in."""

@@ -45,6 +45,8 @@ class SparseGate(SparseOptions, Gate):
     """g, trained, thresholded after each step."""
 
     rank_axes: ClassVar[dict[str, int]] = {"g": -1}
+    reads = ("g",)
+    leaf = "g"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from plait.kernels.low_rank import shaped
+
 CPU_TILE = 2**19  # entries; the buffers of a tile stay in the cache of a core
 GPU_TILE = 2**22
 MIN_ROWS = 64
@@ -32,7 +34,8 @@ def tile_rows(in_features: int, device: torch.device) -> int:
     return max(MIN_ROWS, entries // in_features)
 
 
-def _tiles(out_features: int, height: int) -> Iterator[tuple[int, int]]:
+def tiles(out_features: int, height: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each tile of rows."""
     for start in range(0, out_features, height):
         yield start, min(start + height, out_features)
 
@@ -64,13 +67,13 @@ class DenseTiles(torch.autograd.Function):
         """
         flat = x.reshape(-1, x.shape[-1])  # (T, in)
         y = flat.new_empty(flat.shape[0], out_features)
-        for start, stop in _tiles(out_features, height):
+        for start, stop in tiles(out_features, height):
             torch.mm(flat, _tile(rows, weight, start, stop, x.dtype).t(), out=y[:, start:stop])
         if bias is not None:
             y += bias.to(y.dtype)
         ctx.rows, ctx.height = rows, height
         ctx.save_for_backward(x, weight, bias, *params)
-        return y.view(*x.shape[:-1], out_features)
+        return y if x.ndim == 2 else shaped(y, x)
 
     @staticmethod
     @once_differentiable
@@ -86,7 +89,7 @@ class DenseTiles(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32) if many else x.dtype
         dx = flat.new_zeros(flat.shape, dtype=wide) if need_x else None
         sums = [torch.zeros_like(p) for p in trained]
-        for start, stop in _tiles(out_features, ctx.height):
+        for start, stop in tiles(out_features, ctx.height):
             dy_rows = dy[:, start:stop]
             if dx is not None:
                 tile = _tile(ctx.rows, weight, start, stop, x.dtype)

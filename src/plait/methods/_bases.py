@@ -111,7 +111,21 @@ def mixture(w: Tensor, basis: Basis, keep: bool) -> Tensor:
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A mixture is taken in the dtype of its weights: autocast would round every basis value."""
     known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    on = known and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
+def inner(grad: Tensor, basis: Basis, keep: bool) -> Tensor:
+    """<M_i, grad> / sqrt(k) for all i, (k,): the gradient of a mixture's weights.
+
+    Args:
+        grad: (rows, cols), of the mixture.
+        basis, keep: as in `mixture`.
+    """
+    flat = grad.reshape(-1, 1).to(torch.promote_types(grad.dtype, torch.float32))
+    with _no_autocast(flat.device):
+        products = [m.to(flat.dtype) @ flat for _, _, m in basis.parts(flat.device, keep)]
+    return torch.cat(products)[:, 0] / math.sqrt(basis.count)
 
 
 class Mixture(torch.autograd.Function):
@@ -133,7 +147,4 @@ class Mixture(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """dw_i = <M_i, grad> / sqrt(k)."""
         (w,) = ctx.saved_tensors
-        flat, basis = grads[0].reshape(-1, 1).to(w.dtype), ctx.basis
-        with _no_autocast(w.device):
-            products = [m.to(w.dtype) @ flat for _, _, m in basis.parts(w.device, ctx.keep)]
-        return torch.cat(products)[:, 0] / math.sqrt(basis.count), None, None
+        return inner(grads[0].to(w.dtype), ctx.basis, ctx.keep), None, None

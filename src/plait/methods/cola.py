@@ -23,9 +23,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, Pair, PlaitWarning, option, register
+from plait.core import DeltaConfig, FrozenLinear, Pair, PlaitWarning, option, register
 from plait.core.init import kaiming, seeded
-from plait.core.low_rank import less_start
+from plait.methods._folded import Folded
 
 
 @dataclass
@@ -67,12 +67,10 @@ class ColaConfig(DeltaConfig):
     formula="dW = s (sum_ij P_ji B_j A_i - k B0 A0)",
     rank="2 r; heuristic (M + 1) r",
 )
-class Cola(LowRankDelta):
+class Cola(Folded):
     """See the module."""
 
     config: ColaConfig
-    A0: Tensor | None
-    B0: Tensor | None
 
     def __init__(self, base: FrozenLinear, config: ColaConfig, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
@@ -113,34 +111,6 @@ class Cola(LowRankDelta):
             self.draw = torch.randint(high, (drawn,), generator=gen).to(self.A.device)
 
     after_step = loaded
-
-    def fold_A(self, A: Tensor) -> Tensor:
-        """V A: (M, ..) to (k, ..)."""
-        strategy = self.config.strategy
-        if strategy == "random_b":
-            return A[self.draw] if self.training else A.mean(0, keepdim=True)
-        alone = strategy == "heuristic" or (strategy == "random" and self.training)
-        return A if alone else A.sum(0, keepdim=True)
-
-    def fold_B(self, B: Tensor) -> Tensor:
-        """U B: (N, ..) to (k, ..)."""
-        strategy = self.config.strategy
-        if strategy == "heuristic":
-            return B.new_zeros(self.config.num_A, *B.shape[1:]).index_add(0, self.groups, B)
-        if strategy == "random":
-            return B[self.draw] if self.training else B.mean(0, keepdim=True)
-        return B if strategy == "random_b" and self.training else B.sum(0, keepdim=True)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Rows [V A - V A0; A0], columns [U B | U B - U B0]: k r + r0 ranks."""
-        a, b = self.fold_A(self.A), self.fold_B(self.B)  # (k, r, in), (k, out, r)
-        if self.A0 is None or self.B0 is None:
-            return a.flatten(0, 1), b.movedim(0, 1).flatten(1)
-        if self.config.init == "pissa_split":
-            return less_start(a, b, self.A0, self.B0)
-        share_a = self.fold_A(self.A.new_full((len(self.A), 1, 1), 1 / len(self.A)))
-        share_b = self.fold_B(self.B.new_full((len(self.B), 1, 1), 1 / len(self.B)))
-        return less_start(a, b, self.A0, self.B0, share_a, share_b)  # of A0, B0 in each term
 
     def free_pairs(self) -> list[Pair]:
         """All A with all B; heuristic: each A with its group of B. The start is a constant."""

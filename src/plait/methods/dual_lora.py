@@ -114,6 +114,13 @@ class DualLora(DenseDelta):
         direction = Sign.apply(self.D[start:stop] @ self.C, self.config.ste == "clip")
         return self.gate() * magnitude * direction
 
+    def signed(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float, bool]:
+        """A, B, C, D, g s and whether sgn clips."""
+        c, full = self.scaling, self.config.gate_steps
+        if self.t is not None and full:
+            c *= min(1.0, (self.steps + int(self.training)) / full)
+        return self.A, self.B, self.C, self.D, c, self.config.ste == "clip"
+
     def check_step(self) -> None:
         """Raise ValueError under fp16 autocast: the clip would depend on the loss scale."""
         if self.training and self.config.ste == "clip" and self.autocast() == torch.float16:

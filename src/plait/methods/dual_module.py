@@ -66,6 +66,9 @@ class DualModuleLoraConfig(screening.ScreeningOptions, DeltaConfig):
 class DualModule(LowRankDelta):
     """See the module."""
 
+    closed = (("A_s", "A_e"), ("B_s", "B_e"))
+    reads = ("A_s", "A_e", "B_s", "B_e", "A_s0", "B_s0")
+    input_dropout = 0.0  # see rank_mask
     config: DualModuleLoraConfig
     alive = (("E", "B_e"),)  # with both zero no gradient ever leaves zero
     rank_axes: ClassVar[dict[str, int]] = {"A_e": -2, "B_e": -1, "E": -1}
@@ -110,10 +113,24 @@ class DualModule(LowRankDelta):
         A, B = (gaussian(gen, k, n, std=std) for n in (self.A_e.shape[1], len(self.B_e)))
         return {"A_e": A, "B_e": B.T, "E": torch.zeros(k)}
 
-    def down(self, x: Tensor, A: Tensor) -> Tensor:
-        """Dropout acts on the expert's rank activations only."""
-        shared, expert = F.linear(x, A).split([2 * len(self.A_s), len(self.E)], dim=-1)
-        return torch.cat([shared, F.dropout(expert, self.dropout, self.training)], dim=-1)
+    def unspread(self, dg: Tensor) -> Tensor:
+        """The expert's."""
+        return dg[2 * len(self.A_s) :]
+
+    def rank_mask(self, z: Tensor) -> Tensor | None:
+        """Dropout acts on the expert's rank activations only, one mask for each."""
+        mask = None
+        if self.dropout:
+            ones = z.new_ones(*z.shape[:-1], len(self.E))
+            mask = self.spread(F.dropout(ones, self.dropout))
+        gates = super().rank_mask(z)
+        return gates if mask is None else mask if gates is None else mask * gates
+
+    def close(self, plan: Any) -> None:
+        """The start lies between the modules; B_s has its columns and those of the start."""
+        r = len(self.A_s)
+        plan.pull_A = lambda _, dA: (dA[:r], dA[2 * r :])
+        plan.pull_B = lambda _, dB: (dB[:, :r] + dB[:, r : 2 * r], dB[:, 2 * r :])
 
     def penalty(self) -> Tensor | None:
         """orth_reg_weight * mean of the two norms; the host takes the mean over the layers."""

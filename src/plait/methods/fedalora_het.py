@@ -49,6 +49,8 @@ class FedAloraHet(LowRankDelta):
     """See the module."""
 
     no_pairs = "B is a common part and a product of two factors"
+    closed = (("A",), ("B2",), ("M", "B1"))
+    reads = ("A", "B2", "B_bar", "M", "B1")
     config: FedAloraHetConfig
 
     def __init__(self, base: FrozenLinear, config: Any, gen: torch.Generator) -> None:
@@ -75,6 +77,17 @@ class FedAloraHet(LowRankDelta):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and [B_bar | B2] (out, q + r)."""
         return self.A, torch.cat([self.B_bar, self.B2], dim=1)
+
+    def close(self, plan: Any) -> None:
+        """B_bar takes no gradient."""
+        q = self.config.common_rank
+        plan.keeps_leaves, plan.own_h = True, lambda h: h[:, q:]
+
+        def pull_M(p: Any, d: Tensor) -> tuple[Tensor, Tensor]:
+            M, B1, d = p[2], p[3], d.to(p[2].dtype)
+            return d[:q] + B1.T @ d[q:], d[q:] @ M.T
+
+        plan.pull_M = pull_M
 
     def mix(self) -> Tensor:
         """[M; B1 M] (q + r, r)."""

@@ -47,6 +47,7 @@ class Hydra(FreeDelta):
 
     mergeable: ClassVar[bool] = False
     exact_export: ClassVar[bool] = False
+    reads = (*FreeDelta.reads, "G")
     config: HydraLoraConfig
 
     def __init__(self, base: FrozenLinear, config: Any, gen: torch.Generator) -> None:
@@ -73,6 +74,11 @@ class Hydra(FreeDelta):
     def mix(self) -> TokenRouter:
         """(.., r) to (.., N r); with a mask for each B from (.., N r)."""
         return TokenRouter(self.G, "expand" if self.masks == 1 else "pair")
+
+    @property
+    def one_mask(self) -> bool:
+        """Unless each B has a mask of its own."""
+        return self.masks == 1
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """One dropout mask, or one for each B: (.., in) to (.., r) or (.., N r)."""

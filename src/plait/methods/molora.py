@@ -89,6 +89,7 @@ class MoLora(FreeDelta):
 
     mergeable: ClassVar[bool] = False
     exact_export: ClassVar[bool] = False
+    reads = (*FreeDelta.reads, "G")
     config: MoLoraConfig
 
     def __init__(self, base: FrozenLinear, config: Any, gen: torch.Generator) -> None:
@@ -113,7 +114,8 @@ class MoLora(FreeDelta):
 
     def mix(self) -> TokenRouter:
         """(.., N r) to (.., N r)."""
-        return TokenRouter(self.G, "pair", self.config.top_k, self.tap)
+        tap = None if self.balance is None else self.tap
+        return TokenRouter(self.G, "pair", self.config.top_k, tap)
 
     def tap(self, w: Tensor, rows: Rows) -> Tensor:
         """The weights; in training their gradient gets that of the balance loss."""

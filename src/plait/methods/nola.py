@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from plait.core import DeltaConfig, FrozenLinear, LowRankDelta, option, register
 from plait.core.init import gaussian
-from plait.methods._bases import basis, first_values, mixture, values
+from plait.methods._bases import basis, first_values, inner, mixture, values
 
 
 @dataclass
@@ -56,6 +56,8 @@ class Nola(LowRankDelta):
     """See the module."""
 
     no_pairs = "its factors are mixtures of fixed bases"
+    closed = (("a",), ("b",))
+    reads = ("a", "b", "A0")
     config: NolaConfig
 
     def __init__(self, base: FrozenLinear, config: NolaConfig, gen: torch.Generator) -> None:
@@ -90,6 +92,12 @@ class Nola(LowRankDelta):
     def rank_groups(self) -> int:
         """One; the mixtures are not made to count it."""
         return 1
+
+    def close(self, plan: Any) -> None:
+        """Inner products with the bases."""
+        of_A, of_B = self.bases
+        plan.pull_A = lambda _, dA: (inner(dA, of_A, self.config.keep_bases).to(self.a),)
+        plan.pull_B = lambda _, dB: (inner(dB, of_B, self.config.keep_bases).to(self.b),)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The mixtures, fp32 (fp64 on an fp64 base) whatever the base is."""

@@ -64,6 +64,7 @@ class SharedB(FreeDelta):
 
     mergeable: ClassVar[bool] = False  # per task only
     exact_export: ClassVar[bool] = False
+    reads = (*FreeDelta.reads, "G")
     config: SharedBLoraConfig
 
     def __init__(self, base: FrozenLinear, config: SharedBLoraConfig, gen: torch.Generator) -> None:
@@ -84,8 +85,13 @@ class SharedB(FreeDelta):
             return TaskTable(self.config.tasks)
         return TokenRouter(self.G)
 
+    @property
+    def one_mask(self) -> bool:
+        """Unless each A has a mask of its own."""
+        return not (self.config.independent_dropout and self.training and self.dropout)
+
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """One dropout mask, or one for each A: (.., n, in) with (n, r, in) to (.., n r)."""
-        if not (self.config.independent_dropout and self.training and self.dropout):
+        if self.one_mask:
             return super().down(x, A)
         return self.masked_down(x, A.unflatten(0, (self.config.num_A, -1)))

@@ -58,6 +58,8 @@ class TiedLora(LowRankDelta):
     no_restart = "tied's A and B are shared by layers, which would restart one by one"
     no_pairs = "A and B are shared by layers, each with vectors of its own between them"
     shared: ClassVar[tuple[str, ...]] = ("A", "B")
+    closed = (("A", "u"), ("B", "v"))
+    reads = NAMES
     config: TiedLoraConfig
     A: Tensor
     B: Tensor
@@ -94,3 +96,9 @@ class TiedLora(LowRankDelta):
     def factors(self) -> tuple[Tensor, Tensor]:
         """diag(u) A (r, in) and diag(v) B (out, r)."""
         return self.u[:, None] * self.A, self.v[:, None] * self.B
+
+    def close(self, plan: Any) -> None:
+        """Product rule."""
+        plan.keeps_leaves = True
+        plan.pull_A = lambda p, dA: (p[1][:, None] * dA, (dA * p[0]).sum(1))
+        plan.pull_B = lambda p, dB: (p[3][:, None] * dB, (dB * p[2]).sum(1))

@@ -6,6 +6,7 @@ pickled training arguments are left out: the run folder's config.yaml holds them
 """
 
 import copy
+import inspect
 import math
 import shutil
 import time
@@ -54,6 +55,39 @@ _UNEXPECTED = (KeyError, IndexError, AttributeError, TypeError, AssertionError)
 _STATES = (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt")
 
 
+MANY_LOGITS = 2**20  # with fewer numbers in a batch there is nothing to save
+
+
+def only_targets(
+    inputs: Mapping[str, Any], vocabulary: int = 0, least: int | None = None
+) -> dict[str, Any] | None:
+    """Inputs that make a causal model compute logits for positions before a target alone.
+
+    The loss is the same number: other positions have no part in it. The positions are those where
+    any row of the batch has a target, so rows of unlike prompts keep some that others need.
+
+    Args:
+        inputs: of a forward, with labels (batch, tokens).
+        vocabulary: numbers of logits at a position.
+        least: logits of the whole batch from which on it is done; None: MANY_LOGITS.
+
+    Returns:
+        New inputs with `logits_to_keep` and `shift_labels`; None where nothing would be saved.
+    """
+    labels = inputs.get("labels")
+    least = MANY_LOGITS if least is None else least
+    if labels is None or labels.ndim != 2 or labels.numel() * vocabulary < least:
+        return None
+    if "logits_to_keep" in inputs or "shift_labels" in inputs:
+        return None
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    keep = (targets != IGNORED).any(0).nonzero()[:, 0]
+    if not 0 < len(keep) < labels.shape[1] - 1:
+        return None
+    shown = {"logits_to_keep": keep, "shift_labels": targets[:, keep], "labels": labels[:, keep]}
+    return {**inputs, **shown}
+
+
 class RunTrainer(Trainer):
     """Trains one run; see plait.run.train. Its checkpoints lie in `checkpoints`."""
 
@@ -96,6 +130,8 @@ class RunTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # Whether the model divides its loss by the number of items that it is given; None: unknown.
         self._divides_loss: bool | None = None if self.model_accepts_loss_kwargs else False
+        # Whether the output layer can run on target positions alone; None: unknown.
+        self._narrows: bool | None = None
         self.model_accepts_loss_kwargs = True  # compute_loss scales the loss, the Trainer must not
 
     # -------------------------------------------------------------------------------- training
@@ -222,12 +258,49 @@ class RunTrainer(Trainer):
         if num_items_in_batch is None or return_outputs:
             return super().compute_loss(model, inputs, return_outputs)
         items, total = self._items(inputs), int(num_items_in_batch)
+        inputs = self._narrowed(model, inputs)
         if items and items != total and self._divides_loss is None:
             self._divides_loss = self._measure_division(model, inputs, items)
         if self._divides_loss or (items == total and self._divides_loss is None):
             return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         loss: Any = super().compute_loss(model, inputs)
         return loss * (items / total) if items else torch.zeros_like(loss, requires_grad=True)
+
+    def _narrowed(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs for which the output layer runs on target positions only, where that pays.
+
+        A model may take `logits_to_keep` and compute its loss in a way of its own, so the losses of
+        one row with and without it are compared once.
+        """
+        base: Any = self.trained.get_base_model() if isinstance(self.trained, PeftModel) else None
+        base = self.trained if base is None else base
+        narrow = only_targets(inputs, getattr(base.config, "vocab_size", 0))
+        if self._narrows is False or narrow is None or self.label_smoother is not None:
+            return inputs
+        if self.accelerator.num_processes > 1:  # one that compares alone would wait for the others
+            return inputs
+        if self._narrows is None:
+            names = inspect.signature(type(base).forward).parameters
+            self._narrows = self.cfg.model.task == "causal_lm" and "logits_to_keep" in names
+            self._narrows = self._narrows and self._measure_narrowing(model, inputs)
+        return narrow if self._narrows else inputs
+
+    @torch.no_grad()
+    def _measure_narrowing(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Whether the loss of one row is the same on its target positions only."""
+        row = int(inputs["labels"][:, 1:].ne(IGNORED).any(1).nonzero()[0])
+        one = {k: v[row : row + 1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        narrow = only_targets(one, least=0)
+        if narrow is None:
+            return True
+        model.eval()
+        try:
+            losses = [float(super(RunTrainer, self).compute_loss(model, i)) for i in (one, narrow)]
+        except (TypeError, ValueError):  # an argument that some part of the model refuses
+            return False
+        finally:
+            model.train()
+        return math.isclose(*losses, rel_tol=1e-3)
 
     @torch.no_grad()
     def _measure_division(
