@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # the tests of a file stay together, so that what a module's fixtures make is made once.
 WORKERS ?= 2
 
-.PHONY: demo test test-deploy lint format docs docs-update assets clean
+.PHONY: demo test test-deploy test-security lint format docs docs-update assets clean
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +32,15 @@ test: $(VENV)/dev.stamp
 # Servers and clients that are killed, and whole runs of them: some minutes. Needs plait[federated].
 test-deploy: $(VENV)/dev.stamp
 	PLAIT_DEPLOY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/run/deploy/test_deploy_long.py
+
+# Hostile files, kills, full disks, other users, colluding clients: under half an hour on two cores.
+# FUZZ is the CPU time of each of ten targets in seconds. A full disk and another user need root.
+FUZZ ?= 120
+test-security: $(VENV)/dev.stamp
+	PLAIT_FUZZ_SECONDS=$(FUZZ) PLAIT_KILLS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \
+		--dist worksteal tests/security tests/run/test_received.py tests/run/test_bounds.py \
+		tests/run/test_nothing_lost.py tests/federated/test_guard.py tests/federated/test_payload.py \
+		tests/federated/test_protocol.py tests/run/federated/test_faults.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check src tests examples docs benchmarks
