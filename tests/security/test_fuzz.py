@@ -110,7 +110,7 @@ def federated_yaml(data: bytes) -> None:
 
 
 def test_run_yaml(here: Path) -> None:
-    assert fuzz(documents("run"), run_yaml, here / "log", short=30)
+    assert fuzz(documents("run"), run_yaml, here / "log", short=12)
 
 
 def test_federated_yaml(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_federated_yaml(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("the rounds would begin here")
 
     monkeypatch.setattr("plait.run.federated.engines.conduct", stop)
-    assert fuzz(documents("federated"), federated_yaml, here / "log", short=30)
+    assert fuzz(documents("federated"), federated_yaml, here / "log", short=12)
 
 
 # Rows -------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_rows(kind: str, here: Path, llama: Path) -> None:
         file.write_bytes(drawn[1])
         command("check", "run.yaml", f"model.task={drawn[0]}")
 
-    assert fuzz(inputs, act, here / "log", short=10)
+    assert fuzz(inputs, act, here / "log", short=4)
 
 
 # Folders ----------------------------------------------------------------------------------------
@@ -243,12 +243,12 @@ def fuzz_folder(run: Path, names: list[str], here: Path, short: int) -> None:
 
 def test_adapter_folder(finished: Path, here: Path) -> None:
     names = [f"adapter/{path.name}" for path in (finished / "adapter").iterdir() if path.is_file()]
-    fuzz_folder(finished, sorted(names), here, short=6)
+    fuzz_folder(finished, sorted(names), here, short=2)
 
 
 def test_run_folder(finished: Path, here: Path) -> None:
     names = [p.name for p in finished.iterdir() if p.suffix in (".json", ".jsonl", ".yaml")]
-    fuzz_folder(finished, sorted(names), here, short=6)
+    fuzz_folder(finished, sorted(names), here, short=2)
 
 
 # The wire ---------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_payload(sent: Any, here: Path) -> None:
             text = str(rejected)
         assert len(text) < 600
 
-    assert fuzz(frames(upload), act, here / "log", short=200)
+    assert fuzz(frames(upload), act, here / "log", short=100)
 
 
 def test_reply(sent: Any, here: Path) -> None:
@@ -320,4 +320,4 @@ def test_reply(sent: Any, here: Path) -> None:
         assert len(text) < 100_000
         assert all(torch.isfinite(x).all() for x in made.state.tensors.values())
 
-    assert fuzz(inputs, act, here / "log", short=40)
+    assert fuzz(inputs, act, here / "log", short=20)

@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,42 +30,59 @@ def note(event, args):
 sys.addaudithook(note)
 """
 
-# What another user tries: prints what it could do.
-INTRUDER = """
-import json, os, sys
-folder, address, pids = json.loads(sys.argv[1])
-done = []
-def attempt(name, act):
+# Asks Ray without the token; prints what it could do.
+STRANGER = """
+import sys
+from ray._raylet import GcsClient
+client = lambda: GcsClient(address=sys.argv[1])
+for act in (
+    lambda: client().internal_kv_keys(b"", None, 5),
+    lambda: client().internal_kv_put(b"x", b"y", True, None, 5),
+):
     try:
-        act()
-    except (PermissionError, ProcessLookupError):
-        return
+        print("DONE", act())
     except Exception as error:
-        if "nauthenticated" not in f"{type(error).__name__} {error}":
-            done.append(f"{name}: {type(error).__name__} {error}")
-        return
-    done.append(name)
-attempt("list", lambda: os.listdir(folder))
-attempt("write", lambda: open(f"{folder}/x", "w"))
-attempt("token", lambda: open(f"{folder}/token"))
-attempt("remove", lambda: os.rename(folder, folder + ".x"))
-attempt("socket", lambda: os.stat(f"{folder}/ray/session_latest/sockets/raylet"))
-for pid in pids:
-    attempt(f"environ {pid}", lambda: open(f"/proc/{pid}/environ").read())
-    attempt(f"memory {pid}", lambda: open(f"/proc/{pid}/mem", "rb+"))
-for top in ("/tmp", "/dev/shm"):
-    for where, _, names in os.walk(top):
-        for name in names:
-            path = os.path.join(where, name)
-            if "ray" in path and os.access(path, os.R_OK) and os.stat(path).st_uid == 0:
-                done.append(path)
-if address:
-    from ray._raylet import GcsClient
-    client = GcsClient(address=address)
-    attempt("read keys", lambda: client.internal_kv_keys(b"", None, 5))
-    attempt("write keys", lambda: client.internal_kv_put(b"x", b"y", True, None, 5))
-print(json.dumps(done))
+        print("REFUSED", type(error).__name__, error)
 """
+
+
+def tried(folder: Path, pids: list[int]) -> list[str]:
+    """What a user without rights could do to a simulation, its processes and its files."""
+    done = list[str]()
+
+    def attempt(name: str, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except (PermissionError, ProcessLookupError):
+            return
+        done.append(name)
+
+    attempt("list", lambda: os.listdir(folder))
+    attempt("write", lambda: (folder / "x").touch())
+    attempt("token", lambda: (folder / "token").read_text())
+    attempt("socket", lambda: os.stat(folder / "ray" / "session_latest" / "sockets" / "raylet"))
+    for pid in pids:
+        attempt(f"environ {pid}", lambda pid=pid: Path(f"/proc/{pid}/environ").read_bytes())
+        attempt(f"memory {pid}", lambda pid=pid: os.open(f"/proc/{pid}/mem", os.O_RDWR))
+    return done
+
+
+def as_nobody(act: Callable[[], list[str]]) -> list[str]:
+    """Call a function in a process of the user nobody."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            os.write(write, json.dumps(act()).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with os.fdopen(read) as file:
+        return json.load(file)
 
 
 def answerer() -> Answer:
@@ -106,7 +123,7 @@ def test_a_simulation_is_private_and_asks_no_cloud(
     def conduct(exchange: Exchange) -> None:
         replies = dict(exchange({"a": Order("train", round=1, client="a").pack()}))
         assert not Reply.unpack(replies["a"]).failed
-        (folder,) = Path(tempfile.gettempdir()).glob("plait-ray-*")
+        folder = seen["folder"] = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).parent
         assert folder.stat().st_mode & 0o777 == 0o700
         running = processes(folder)
         assert any("gcs_server" in words for words in running.values())
@@ -123,33 +140,29 @@ def test_a_simulation_is_private_and_asks_no_cloud(
         else:
             raise AssertionError("the dashboard process said nothing")
         if os.getuid() == 0:
-            address = ray.get_runtime_context().gcs_address
-            words = json.dumps([str(folder), address, sorted(running)])
-            done = subprocess.run(
-                [sys.executable, "-c", INTRUDER, words],
-                user=NOBODY,
-                group=NOBODY,
-                extra_groups=[],
-                env={
-                    "PATH": os.environ["PATH"],
-                    "RAY_AUTH_MODE": "token",
-                    "RAY_AUTH_TOKEN": "0" * 64,
-                },
-                capture_output=True,
-                text=True,
-                cwd="/",
-                check=False,
-                timeout=120,
-            )
-            assert done.returncode == 0, done.stderr
-            seen["done"] = json.loads(done.stdout.splitlines()[-1])
+            assert "token" in tried(folder, []), "its owner can do it"
+            (folder / "x").unlink()
+            seen["done"] = as_nobody(lambda: tried(folder, sorted(running)))
+        address = ray.get_runtime_context().gcs_address
+        stranger = {
+            "PATH": os.environ["PATH"],
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "0" * 64,
+        }
+        words = [sys.executable, "-c", STRANGER, address]
+        asked = subprocess.run(
+            words, env=stranger, capture_output=True, text=True, check=True, timeout=120
+        )
+        seen["answers"] = asked.stdout.splitlines()
 
     simulate(conduct, answerer, ["a"], home=tmp_path / "home", workers=1)
     asked = set(hosts.read_text().split())
     assert asked, "the recorder worked"
     assert {host for host in asked if host.startswith("169.254.") or "metadata" in host} == set()
     assert seen.get("done", []) == []
-    assert not list(Path(tempfile.gettempdir()).glob("plait-ray-*"))
+    assert len(seen["answers"]) == 2
+    assert all("InvalidAuthToken" in line for line in seen["answers"]), seen["answers"]
+    assert not seen["folder"].exists()
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "HOME", "FLWR_HOME"):
         assert os.environ.get(name) == before.get(name)
 

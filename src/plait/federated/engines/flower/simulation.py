@@ -97,7 +97,7 @@ def _ray(home: Path, workers: int) -> Iterator[Path]:
     """Run Ray on this machine, quietly; yields a private folder for the marks of its workers.
 
     Ray opens its own folder to all users, so it gets one inside a folder that stays private. Its
-    ports are open to all users, so that it asks for a token, which lies in the private folder.
+    ports are open to all, so it asks for a token, which lies in the private folder.
     """
     try:
         import ray
@@ -133,7 +133,6 @@ def _ray(home: Path, workers: int) -> Iterator[Path]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder / "ray"),
-                _node_ip_address="127.0.0.1",
             )
             os.environ["HOME"] = user_home
             try:
