@@ -63,16 +63,14 @@ def forked(act: Callable[[], Any], log: Path) -> int:
         return child
     code = 1
     try:
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        os.dup2(2, 1)
+        log.write_text("")
         act()
         code = 0
     except FileExistsError:
         code = 2
     except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        log.write_text(f"{type(error).__name__}: {error}")
     finally:
-        sys.stderr.flush()
         os._exit(code)
 
 
@@ -127,7 +125,9 @@ def test_a_killed_training_resumes_to_the_same_bits(
             killed_at(lambda cfg=cfg: train(cfg, resume=True), log, draw.uniform(0, took))
         again = lambda cfg=cfg, resume=resume: train(cfg, resume=resume)  # noqa: E731
         code = ended(forked(again, log))
-        assert code == 0, f"kill {number}: {log.read_text()}"
+        # It may have been killed between its last write and its end.
+        finished = "this run is finished" in log.read_text()
+        assert code == 0 or finished, f"kill {number}: {log.read_text()}"
         cut = RunFolder(path)
         assert all(torch.equal(x, weights(cut)[k]) for k, x in weights(whole).items())
         assert cut.read_evaluation() == whole.read_evaluation()
@@ -138,15 +138,20 @@ def test_a_killed_training_resumes_to_the_same_bits(
     assert kills == TRAIN
 
 
-def test_a_killed_export_leaves_the_old_one_or_the_new_one(
-    llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not LONG:  # the check by stock peft is a process that loads torch
+def no_stock_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check by stock peft is a process that loads torch: only in the long form."""
+    if not LONG:
         monkeypatch.setattr(
             export,
             "_stock_logits",
             lambda run, folder, to, inputs: export._logits(run.model, inputs),
         )
+
+
+def test_a_killed_export_leaves_the_old_one_or_the_new_one(
+    llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_stock_check(monkeypatch)
     cfg = run_config(
         llama,
         rows,
@@ -248,6 +253,7 @@ def test_a_full_disk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Exit code 2 with one line, nothing half-written under a final name; then there is room."""
+    no_stock_check(monkeypatch)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     steps = {"max_steps": 4, "save_steps": 2}
     plain = run_config(llama, rows, tmp_path / "plain", training=steps, evaluation=QUICK)
