@@ -13,7 +13,8 @@ OFF := LLAVA_BUILD LLAMA_BUILD_TESTS LLAMA_BUILD_TOOLS LLAMA_BUILD_EXAMPLES LLAM
   LLAMA_BUILD_APP LLAMA_OPENSSL GGML_NATIVE GGML_OPENMP GGML_LLAMAFILE
 LLAMA_OPTIONS := $(foreach option,$(OFF),-D$(option)=OFF)
 
-.PHONY: demo test test-deploy test-servers test-simulations lint format docs docs-update assets clean
+.PHONY: demo test test-deploy test-security test-servers test-simulations lint format docs \
+  docs-update assets clean
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -57,6 +58,15 @@ test-simulations: $(VENV)/dev.stamp
 # Exports in llama.cpp itself, on the CPU: about three minutes, and the build the first time.
 test-servers: $(VENV)/servers.stamp
 	PLAIT_SERVERS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving
+
+# Hostile files, kills, full disks, other users, colluding clients: under half an hour on two cores.
+# FUZZ is the CPU time of each of ten targets in seconds. A full disk and another user need root.
+FUZZ ?= 120
+test-security: $(VENV)/dev.stamp
+	PLAIT_FUZZ_SECONDS=$(FUZZ) PLAIT_KILLS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \
+		--dist worksteal tests/security tests/run/test_received.py tests/run/test_bounds.py \
+		tests/run/test_nothing_lost.py tests/federated/test_guard.py tests/federated/test_payload.py \
+		tests/federated/test_protocol.py tests/run/federated/test_faults.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check src tests examples docs benchmarks

@@ -34,8 +34,9 @@ _USER_ERRORS = (
 
 
 _LONGEST = 400  # characters of a library's error
-# Of an OSError that is none of these classes: a path that cannot be one.
+# Of an OSError that is none of these classes: a path that cannot be one, and no room on the disk.
 _USER_ERRNO = (errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ, errno.EINVAL)
+_USER_ERRNO += (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -83,6 +83,13 @@ def spoil_config(**values: Any) -> Callable[[RunFolder], None]:
     return spoil
 
 
+def spoil_file(text: str) -> Callable[[RunFolder], None]:
+    def spoil(run: RunFolder) -> None:
+        (run.adapter / "adapter_config.json").write_text(text)
+
+    return spoil
+
+
 SPOILT = {
     "NaN": (spoil_tensor(lambda x: x * float("nan")), "has NaN or infinite values"),
     "infinite": (spoil_tensor(lambda x: x / 0), "has NaN or infinite values"),
@@ -91,6 +98,9 @@ SPOILT = {
     "alpha NaN": (spoil_config(lora_alpha=float("nan")), "lora_alpha is nan"),
     "alpha": (spoil_config(lora_alpha=64), "lora_alpha is 64, the run's config.yaml has 16"),
     "rank": (spoil_config(r=2), "r is 2, the run's config.yaml has 4"),
+    "no mapping": (spoil_config(alpha_pattern=None), "alpha_pattern is None, no mapping"),
+    "a list": (spoil_file("[1]"), "is [1], no object. Save the adapter again."),
+    "nested": (spoil_file("[" * 100_000), "is not JSON (maximum recursion depth"),
     "scaling": (spoil_config(use_rslora=True), "use_rslora is True, the run's config.yaml has"),
     "imports": (
         spoil_config(megatron_config={}, megatron_core="antigravity"),

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import glob
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -15,8 +16,41 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
+# A write fails for these although the path is right: there is no room, or the disk is broken.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
 LOCK = ".lock"  # in a folder that a process writes to
 _locks: set[int] = set()  # open handles of this process' locks
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the error of a failed write name its file and be an OSError with a number.
+
+    Python leaves the name out once a file is open, and safetensors has an error of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = number_of(error)
+        if number not in UNWRITABLE or getattr(error, "filename", None):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def number_of(error: BaseException) -> int | None:
+    """Return the errno of an error, also of one that a library raises in its place."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))  # as Rust writes it
+    return int(found[1]) if found else None
+
+
+def unwritten(text: str, cause: BaseException) -> OSError:
+    """Return an OSError with a text of its own and the errno of its cause; EIO if it has none."""
+    error = OSError(text)
+    error.errno = number_of(cause) or errno.EIO
+    return error
 
 
 def write_atomic(path: str | Path, content: str | bytes, private: bool = False) -> None:
@@ -31,7 +65,7 @@ def write_atomic(path: str | Path, content: str | bytes, private: bool = False) 
         left.unlink()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp.")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with naming(path), os.fdopen(handle, "wb") as file:
             claim(handle)
             file.write(data)
             file.flush()
@@ -83,7 +117,8 @@ def replace_dir(path: str | Path, write: Callable[[Path], Result]) -> Result:
     handle = os.open(new, os.O_RDONLY)
     try:
         claim(handle)
-        result = write(new)
+        with naming(path):
+            result = write(new)
         for file in filter(Path.is_file, new.rglob("*")):  # some writers make files private
             file.chmod(0o666 & ~umask())
             sync(file)
@@ -240,8 +275,15 @@ def _take(folder: Path) -> int:
             break
         os.close(handle)  # its holder removed the file before it was locked here
     since = datetime.now().astimezone().isoformat(timespec="seconds")
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode(), 0)
+    holder = f"process {os.getpid()} on {socket.gethostname()} since {since}"
+    try:
+        with naming(path):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, holder.encode(), 0)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+        raise
     _locks.add(handle)
     return handle
 

@@ -2,6 +2,11 @@
 
     norm filter     rejects, of 3 or more updates, norms above max_norm_ratio x the median, or x 1
                     where the median is 0; of any number, norms above 1e18
+    agreement       of 5 or more updates, by the changes that they make and the cosines of these:
+      direction     rejects a change whose median cosine with the others is below -0.1 x that of
+                    most, where most agree (median 0.05 or more)
+      copies        k changes of nearly one direction weigh as one: each w_i / k
+      length        w_i x max_pull x median / norm for a norm above max_pull x the median
     counts          n_i is capped at max_count_ratio x the lower median of the claimed counts
     quarantine      a client with quarantine_after rejections is excluded
     median          of each number over the clients            unweighted
@@ -9,17 +14,21 @@
     krum            the update with the least sum of squared distances to its n - f - 2 nearest
     multi_krum      the mean of the n - f updates with the least sums     unweighted
 
-Blanchard et al. 2017 (Krum), Yin et al. 2018 (median, trimmed mean). The robust averages need all
-updates in memory and equal shapes; they ignore n_i, so that false claims have no effect.
+Blanchard et al. 2017 (Krum), Yin et al. 2018 (median, trimmed mean); less weight for copies is the
+idea of FoolsGold (Fung et al. 2018), here without its history, so that it is off once most updates
+are alike. Agreement changes weights and not updates, so it serves every method that takes weights;
+where it finds nothing, the mean has the bits of the plain one. The robust averages need all updates
+in memory and equal shapes; they ignore n_i, so that false claims have no effect.
 
-Limits: a norm filter detects scaled updates but not sign-flipped ones; the robust averages tolerate
-these, and bias the mean if honest clients have dissimilar data. Neither tolerates a malicious
-majority.
+Limits: what agrees with most passes; so does all that is sent where most clients have nothing in
+common. `hetlora` takes weights from norms, so that only rejections act there. Robust averages
+tolerate flipped signs, and bias the mean if honest clients have dissimilar data. Nothing tolerates
+a malicious majority.
 """
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -27,16 +36,22 @@ import torch
 from torch import Tensor
 
 from plait.federated.adapter import StateDict
+from plait.federated.agreement import Agreement
 from plait.federated.methods import ALGORITHMS, Algorithm, Mean, Updates, weighted_mean
 from plait.federated.payload import Reason, Rejected
 from plait.options import check_options, did_you_mean, option
 
 FEW = 3  # updates from which on a norm filter has a median to compare with
 LARGEST = 1e18  # norm of an update; squares and products of larger ones leave the range of fp32
-# Faults of the transport, which say nothing of what a client computes.
-_TRANSPORT = frozenset(
+MANY = 5  # updates from which on they are compared with each other
+CONSENSUS = 0.05  # median cosine from which on most clients can be said to agree
+OPPOSED = -0.1  # an update is opposed below this share of the median cosine
+COPY = 0.04  # 1 - cosine of two copies is below this share of the usual one
+ALIKE = 1e-6  # 1 - cosine at which most updates are the same but for rounding
+# They do not exclude a client: faults of the transport, and what honest but unlike data can cause.
+_HARMLESS = frozenset(
     {Reason.WRONG_RUN, Reason.STALE_ROUND, Reason.DUPLICATE, Reason.UNKNOWN_CLIENT}
-    | {Reason.QUARANTINED}
+    | {Reason.QUARANTINED, Reason.OPPOSED}
 )
 
 
@@ -133,6 +148,18 @@ class GuardOptions:
         least=1,
         infinite=True,
     )
+    agreement: bool | None = option(
+        None,
+        "Reject updates against most others, count equal ones once, and let long ones count less; "
+        "null: yes, with the mean and without privacy.",
+    )
+    max_pull: float = option(
+        3.0,
+        "With agreement: norm of a change from which on it counts less, in that of the median one; "
+        ".inf: none.",
+        least=1,
+        infinite=True,
+    )
     aggregator: str = option("mean", "mean, median, trimmed_mean, krum or multi_krum.")
     trim: float = option(
         0.2, "trimmed_mean: share of the updates left out at each end.", least=0, below=0.5
@@ -148,6 +175,16 @@ class GuardOptions:
                 f"{did_you_mean(self.aggregator, AGGREGATORS)}"
             )
         check_options(self, "guard")
+
+    def compares(self, private: bool) -> bool:
+        """Whether the updates of a round are compared with each other.
+
+        Args:
+            private: whether the run has differential privacy.
+        """
+        if self.agreement is None:
+            return self.aggregator == "mean" and not private
+        return self.agreement
 
     def mean(self, method: Algorithm) -> Mean:
         """The mean that a method uses under these options.
@@ -171,6 +208,39 @@ class GuardOptions:
         return means[self.aggregator]
 
 
+def _opposed(found: Agreement) -> dict[str, Rejected]:
+    """The rejections of changes against most others; none where most have nothing in common."""
+    medians = found.medians()
+    most, rejections = statistics.median(medians), {}
+    for name, cosine in zip(found.names, medians, strict=True) if most >= CONSENSUS else ():
+        if cosine < OPPOSED * most:
+            text = f"median cosine {cosine:.3g} with the other changes, {most:.3g} is usual"
+            rejections[name] = Rejected(Reason.OPPOSED, name, text)
+    return rejections
+
+
+def _copies(found: Agreement, kept: Sequence[int]) -> dict[int, int]:
+    """Client number -> how many of the kept ones, itself included, send nearly its direction.
+
+    No two honest trainings are that near, unless most pairs are: then nobody is a copy.
+    """
+    among = set(kept)
+    columns = [(j, peer) for j, peer in enumerate(found.peers) if peer in among]
+    apart = {i: [1 - float(found.cosines[i, j]) for j, p in columns if p != i] for i in kept}
+    usual = statistics.median(x for row in apart.values() for x in row)
+    least = COPY * usual if usual > ALIKE else 0.0
+    return {i: 1 + sum(x < least for x in row) for i, row in apart.items()}
+
+
+def weigh(weights: Mapping[str, float], votes: Mapping[str, float]) -> dict[str, float]:
+    """Weights times votes, of sum 1; unchanged if all votes are 1."""
+    if not votes:
+        return dict(weights)
+    shares = {client: weight * votes.get(client, 1.0) for client, weight in weights.items()}
+    total = sum(shares.values())
+    return {client: share / total for client, share in shares.items()}
+
+
 @dataclass
 class Guard:
     """Counts the rejections of a run, and decides what depends on all updates of a round.
@@ -189,7 +259,7 @@ class Guard:
     def quarantined(self, client: str) -> bool:
         """Whether a client is excluded, because its updates were rejected too often."""
         reasons = self.rejections.get(client, {})
-        faults = sum(n for reason, n in reasons.items() if Reason(reason) not in _TRANSPORT)
+        faults = sum(n for reason, n in reasons.items() if Reason(reason) not in _HARMLESS)
         return faults >= self.options.quarantine_after
 
     def quarantine(self, client: str) -> Rejected:
@@ -222,6 +292,27 @@ class Guard:
             elif self.quarantined(client):
                 rejections[client] = self.quarantine(client)
         return rejections
+
+    def judge(self, found: Agreement) -> tuple[dict[str, Rejected], dict[str, float]]:
+        """Client -> rejection, and client -> factor of its weight, where that is below 1.
+
+        Fewer than `MANY` updates have no majority to compare with.
+
+        Args:
+            found: of the updates that passed `screen`.
+        """
+        if len(found.names) < MANY:
+            return {}, {}
+        rejections = _opposed(found)
+        kept = [i for i, name in enumerate(found.names) if name not in rejections]
+        most = self.options.max_pull * statistics.median(found.norms[i] for i in kept)
+        votes = {}
+        for i, copies in _copies(found, kept).items():
+            long = most > 0 and found.norms[i] > most
+            vote = (most / found.norms[i] if long else 1.0) / copies
+            if vote < 1:
+                votes[found.names[i]] = vote
+        return rejections, votes
 
     def counts(self, claimed: Mapping[str, int]) -> dict[str, int]:
         """The claimed numbers of examples, capped by their lower median.

@@ -57,6 +57,7 @@ class Reason(StrEnum):
     BAD_SHAPE = "bad_shape"
     NON_FINITE = "non_finite"
     NORM_OUTLIER = "norm_outlier"
+    OPPOSED = "opposed"
     QUARANTINED = "quarantined"
 
 

@@ -131,6 +131,11 @@ class Privacy:
                 f"privacy: guard.aggregator = {guard.aggregator!r} has another sensitivity than "
                 "the mean. Use 'mean'; clipping bounds a bad update too."
             )
+        if guard.agreement:
+            raise ValueError(
+                "privacy: guard.agreement = True lets other updates decide on one. Remove it; "
+                "clipping bounds a bad update too."
+            )
         if math.isfinite(guard.max_norm_ratio):
             raise ValueError(
                 f"privacy: guard.max_norm_ratio = {guard.max_norm_ratio:g} lets one client's norm "

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from plait.federated.adapter import StateDict
+from plait.federated.agreement import agreement
 from plait.federated.client import Roster
-from plait.federated.guard import Guard, GuardOptions, TooFewUpdates
+from plait.federated.guard import MANY, Guard, GuardOptions, TooFewUpdates, weigh
 from plait.federated.methods import (
     Mapped,
     Mean,
@@ -97,10 +98,11 @@ class RoundRecord:
     round: 1, 2, ... selected, accepted: clients. metrics: client -> what its training returned.
     held_out: accepted client -> metrics of its own model right after its training, if requested;
     `failed` -> why there are none. weights: client -> w_i. capped: clients whose claimed examples
-    the guard capped. rejected: (client, reason, text), in the order of the clients. failed: client
-    -> its error. traffic: client -> bytes. aggregation_error: layer -> that of averaging A and B
-    separately, for methods that do. similarity: of the clients' factors, see `factor_similarity`.
-    seconds: client -> of its reply, by its own clock.
+    the guard capped. votes: client -> factor below 1 that the guard put on its weight. rejected:
+    (client, reason, text), in the order of the clients. failed: client -> its error. traffic:
+    client -> bytes. aggregation_error: layer -> that of averaging A and B separately, for methods
+    that do. similarity: of the clients' factors, see `factor_similarity`. seconds: client -> of
+    its reply, by its own clock.
     """
 
     round: int
@@ -110,6 +112,7 @@ class RoundRecord:
     held_out: dict[str, dict[str, Any]] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     capped: list[str] = field(default_factory=list)
+    votes: dict[str, float] = field(default_factory=dict)
     rejected: list[tuple[str, str, str]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     traffic: dict[str, Traffic] = field(default_factory=dict)
@@ -118,8 +121,8 @@ class RoundRecord:
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """For JSON; votes only if there are any, as in plait 0.1, which knew none."""
+        return {k: v for k, v in asdict(self).items() if k != "votes" or v}
 
     def __str__(self) -> str:
         """In one line."""
@@ -171,16 +174,29 @@ class Server:
         decisive = asdict(self.options)
         for name in ("rounds", "keep", "retries"):  # change no bit of a round
             del decisive[name]
+        compared = {name: decisive["guard"].pop(name) for name in ("agreement", "max_pull")}
         hidden = None if privacy is None else {"clip": privacy.clip, "noise": privacy.noise}
-        self._config = config_hash(
-            {"method": [self.method.key, asdict(self.method)], "options": decisive}
-            | {"clients": roster.described, "facts": dict(facts or {}), "privacy": hidden}
-        )
+        described = {
+            "method": [self.method.key, asdict(self.method)],
+            "options": decisive,
+            "clients": roster.described,
+            "facts": dict(facts or {}),
+            "privacy": hidden,
+        }
+        without = config_hash(described)
+        self._compares = self.options.guard.compares(privacy is not None)
+        self._config = without
+        self._checkpoints = Checkpoints(Path(folder), self.options.keep)
+        if self._compares:
+            self._config = config_hash(described | {"compared": compared["max_pull"]})
+            newest = self._checkpoints.newest() if compared["agreement"] is None else None
+            if newest is not None and newest.config == without:
+                # It began under plait 0.1, which compared nothing, and goes on as it began.
+                self._config, self._compares = without, False
         if privacy is not None:
             # Runs that draw the same noise have none in their difference.
             self.privacy = replace(privacy, key=f"{privacy.key}/{self._config}")
             self._check_privacy(self.privacy)
-        self._checkpoints = Checkpoints(Path(folder), self.options.keep)
         self._spool = Spool(Path(folder) / "spool")  # of the round that runs
         checkpoint = self._checkpoints.latest(self._config)
         if checkpoint is not None and not resume:
@@ -307,18 +323,16 @@ class Server:
         names = self._selected(number)
         record, self._spool = RoundRecord(number, names), Spool(self._spool.folder)
         claimed, digests, sizes = self._collect(exchange, record, measure)
-        for name, rejected in self.guard.screen(sizes).items():
-            self._note(record, rejected)
-            self._spool.drop(name)
-            record.held_out.pop(name, None)  # of an update that is not accepted
-            del claimed[name]
+        self._drop(record, self.guard.screen(sizes))
+        record.votes = self._compare(record)
         _in_order(record)
         self._require(record)
-        counts = self.guard.counts(claimed)
+        counts = self.guard.counts({name: claimed[name] for name in self._spool})
         record.accepted = sorted(counts)
         record.capped = [name for name in record.accepted if counts[name] < claimed[name]]
         # A private mean weighs all the same, for the numbers of examples are private too.
-        record.weights = weights_of(dict.fromkeys(counts, 1) if self.privacy else counts)
+        weights = weights_of(dict.fromkeys(counts, 1) if self.privacy else counts)
+        record.weights = weigh(weights, record.votes)
         if self.method.mean_of_factors:
             record.aggregation_error = aggregation_error(self._spool, record.weights, self.clients)
         states = Mapped(self._spool, lambda name, sent: sent | self.stored(name, number))
@@ -424,6 +438,22 @@ class Server:
         for name in set(asked) - answered:
             record.failed[name] = "no reply"
         return claimed, digests, sizes
+
+    def _compare(self, record: RoundRecord) -> dict[str, float]:
+        """Reject what the others oppose; returns client -> its vote, where that is below 1."""
+        if not self._compares or len(self._spool) < MANY:
+            return {}
+        rejections, votes = self.guard.judge(
+            agreement(self._spool, self.method, self._last.state, self.clients)
+        )
+        self._drop(record, rejections)
+        return votes
+
+    def _drop(self, record: RoundRecord, rejections: Mapping[str, Rejected]) -> None:
+        for name, rejected in rejections.items():
+            self._note(record, rejected)
+            self._spool.drop(name)
+            record.held_out.pop(name, None)  # of an update that is not accepted
 
     def _note(self, record: RoundRecord, rejected: Rejected) -> None:
         self.guard.count(rejected)

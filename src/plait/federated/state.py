@@ -23,7 +23,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from plait.core.files import write_atomic
+from plait.core.files import naming, write_atomic
 from plait.federated.adapter import StateDict
 from plait.federated.methods import State
 from plait.federated.payload import (
@@ -207,7 +207,8 @@ class Spool(Mapping[str, StateDict]):
             client: who sent it. data: the upload as it came, after its checks.
         """
         path, blob = self.folder / f"{check_name('client', client)}.upload", blob_of(data)
-        path.write_bytes(blob)
+        with naming(path):
+            path.write_bytes(blob)
         self.files[client], self._digests[client] = path, hashlib.sha256(blob).digest()
 
     def drop(self, client: str) -> None:

@@ -99,6 +99,10 @@ def splits_base(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and start_kind(model.active_peft_config) == "residual"
 
 
+# What peft raises for options of another kind than it expects.
+_MISFITS = (TypeError, AttributeError, KeyError, IndexError)
+
+
 def load_adapter(base: PreTrainedModel, path: Path, expected: PeftConfig) -> PeftModel:
     """Put a saved adapter on its base model.
 
@@ -110,7 +114,13 @@ def load_adapter(base: PreTrainedModel, path: Path, expected: PeftConfig) -> Pef
     stored_numbers(path)
     config = _read_config(path, expected)
     with readable(path / WEIGHTS, _REMEDY), upstream_noise():
-        model = PeftModel.from_pretrained(base, str(path), config=config)
+        try:
+            model = PeftModel.from_pretrained(base, str(path), config=config)
+        except _MISFITS as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise ValueError(
+                f"{path / CONFIG}: makes no adapter of this base model ({reason}). {_REMEDY}"
+            ) from error
         _refill(model, path, keep_masters(model))
         _check_complete(model, path)
     return model
@@ -164,8 +174,10 @@ def _read_config(path: Path, expected: PeftConfig) -> PeftConfig:
         raise FileNotFoundError(f"{path}: {CONFIG} is missing. Give a folder with an adapter.")
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: is not JSON ({error}). Save the adapter again.") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{file}: is {shown(saved)}, no object. Save the adapter again.")
     kind, asked = saved.get("peft_type"), str(expected.peft_type).removeprefix("PeftType.")
     if kind != asked:
         known = kind in PEFT_TYPE_TO_CONFIG_MAPPING
@@ -180,7 +192,7 @@ def _read_config(path: Path, expected: PeftConfig) -> PeftConfig:
     _check_options(saved, expected, file)
     try:
         return type(expected).from_pretrained(str(path))
-    except (ValueError, TypeError) as error:
+    except (ValueError, *_MISFITS) as error:
         raise ValueError(f"{file}: {error}") from error
 
 
@@ -191,6 +203,8 @@ def _check_options(saved: Mapping[str, Any], expected: PeftConfig, file: Path) -
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{file}: {name} is {value}. {_REMEDY}")
         wanted = options.get(name)
+        if isinstance(wanted, dict) and not isinstance(value, dict):
+            raise ValueError(f"{file}: {name} is {shown(value)}, no mapping. {_REMEDY}")
         plain = isinstance(value, int | float | str | None) and not isinstance(wanted, dict | list)
         if name in _DECIDED or name not in options or not plain or value == wanted:
             continue

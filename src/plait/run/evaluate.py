@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+from plait.core.files import unwritten
 from plait.run.config import REMOTE_CODE, RunConfig
 from plait.run.data.bundle import DataBundle, Split
 from plait.run.data.tokens import IGNORED
@@ -60,10 +61,8 @@ def evaluate_run(
             run.folder.write_evaluation(**{split: metrics})
         except (OSError, ValueError) as error:
             reason = str(error).rstrip(".")
-            raise OSError(
-                f"{run.folder.evaluation}: could not be written ({reason}). Put this into it: "
-                + json.dumps({split: metrics})
-            ) from error
+            text = f"{run.folder.evaluation}: could not be written ({reason}). Put this into it: "
+            raise unwritten(text + json.dumps({split: metrics}), error) from error
     return {"split": split, **metrics}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Self, TypeVar
 
-from plait.core.files import LOCK, put_back, replace_dir, write_atomic
+from plait.core.files import LOCK, naming, put_back, replace_dir, write_atomic
 from plait.run.config import config_to_dict, load_config
 
 __all__ = [
@@ -355,7 +355,7 @@ def write_lines(path: Path, schema: str, rows: Iterable[Mapping[str, Any]]) -> N
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Add a row to a file of JSON lines."""
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, default=float) + "\n")
 
 

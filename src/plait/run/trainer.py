@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from plait.chain import ChainCallback, chain_schedule, load
 from plait.chain.plan import SHAPES
 from plait.core.events import EventNeverFired
-from plait.core.files import put_back
+from plait.core.files import put_back, unwritten
 from plait.run.adapter import (
     first_line,
     load_weights,
@@ -555,7 +555,8 @@ def writable(target: Path, checkpoints: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError
         last = latest_checkpoint(checkpoints)
         kept = f"{last} is kept: make room and resume." if last else "Make room and start again."
-        raise OSError(f"{target}: could not be written ({first_line(error)}). {kept}") from error
+        text = f"{target}: could not be written ({first_line(error)}). {kept}"
+        raise unwritten(text, error) from error
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

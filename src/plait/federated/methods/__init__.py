@@ -38,6 +38,7 @@ from plait.federated.methods.products import FlexLora, HetLora, ZeroPad
 from plait.federated.methods.trunk import FedEx, Flora, Trunked
 from plait.federated.methods.updates import (
     Accepted,
+    Change,
     Client,
     Mapped,
     Mean,
@@ -80,8 +81,9 @@ def algorithm(key: str, **options: Any) -> Algorithm:
 
 
 __all__ = [
-    "ALGORITHMS", "Accepted", "Algorithm", "Central", "Client", "FedALora", "FedALoraHet", "FedAvg",
-    "FedEx", "FedIt", "FedSaLora", "FfaLora", "FlexLora", "Flora", "HetLora", "Local", "Mapped",
-    "Mean", "Private", "State", "Trunked", "Updates", "ZeroPad", "aggregation_error", "algorithm",
-    "fedavg_for", "norm", "product_norm", "refusal", "weighted_mean", "weights_of",
+    "ALGORITHMS", "Accepted", "Algorithm", "Central", "Change", "Client", "FedALora",
+    "FedALoraHet", "FedAvg", "FedEx", "FedIt", "FedSaLora", "FfaLora", "FlexLora", "Flora",
+    "HetLora", "Local", "Mapped", "Mean", "Private", "State", "Trunked", "Updates", "ZeroPad",
+    "aggregation_error", "algorithm", "fedavg_for", "norm", "product_norm", "refusal",
+    "weighted_mean", "weights_of",
 ]  # fmt: skip

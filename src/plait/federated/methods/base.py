@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from safetensors.torch import save
 from torch import nn
 
@@ -13,6 +14,7 @@ from plait.federated import adapter as adapters
 from plait.federated.adapter import Layer, StateDict, matches
 from plait.federated.methods.updates import (
     Accepted,
+    Change,
     Client,
     Mean,
     State,
@@ -20,6 +22,7 @@ from plait.federated.methods.updates import (
     norm,
     product_norm,
     weighted_mean,
+    wide,
 )
 
 Private = Literal["keep", "reset", "redraw"]
@@ -327,6 +330,27 @@ class Algorithm:
         for A, B, s in pairs:
             total += (s * product_norm(update[A], update[B])) ** 2
         return math.sqrt(total)
+
+    def change(self, update: StateDict, client: Client, down: StateDict) -> Change:
+        """What an update adds, in one form for all clients, whatever their ranks.
+
+        Args:
+            update: the upload. client: its sender.
+            down: what it received, from `payload_down`. A tensor that is missing there started at
+                zero, and so did the product of a pair.
+        """
+        pairs = self.pairs(client)
+        factors = {key for A, B, _ in pairs for key in (A, B)}
+        rest = {key: wide(x) for key, x in update.items() if key not in factors}
+        tensors = {key: x - down[key] if key in down else x for key, x in rest.items()}
+        products = {}
+        for key_A, key_B, s in pairs:
+            A, B = wide(update[key_A]), s * wide(update[key_B])
+            if key_A in down and key_B in down:
+                A = torch.cat([A, down[key_A].to(A)])
+                B = torch.cat([B, -s * down[key_B].to(B)], dim=1)
+            products[key_A.rpartition("/")[0]] = A, B
+        return Change(tensors, products)
 
 
 def refusal(algorithm: Algorithm, config: Any) -> str | None:

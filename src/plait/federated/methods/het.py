@@ -17,7 +17,7 @@ from torch import Tensor
 from plait.core.events import PlaitWarning
 from plait.federated.adapter import Layer, StateDict
 from plait.federated.methods.base import Algorithm
-from plait.federated.methods.updates import Accepted, Client, Mapped, Updates, wide
+from plait.federated.methods.updates import Accepted, Change, Client, Mapped, Updates, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,13 @@ class FedALoraHet(Algorithm):
         """B1, B2 of the layers whose P is not formed."""
         layers = client.layers.items()
         return [(f"{name}/B1", f"{name}/B2", 1.0) for name, x in layers if self.factored(x)]
+
+    def change(self, update: StateDict, client: Client, down: StateDict) -> Change:
+        """With every P formed: it is what a client adds to B_bar."""
+        formed = self.products({client.id: update}, {client.id: client})[client.id]
+        tensors = {key: wide(x) for key, x in formed.items()}
+        heads = {key: tensors[key] - down[key] for key in self.heads(client)}
+        return Change(tensors | heads)
 
     def renewed(self, round: int, kept: bool) -> tuple[str, ...]:
         """B1, where the client does not begin at its start."""

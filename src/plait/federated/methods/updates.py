@@ -53,6 +53,17 @@ class Client:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What an update adds to what its client received.
+
+    tensors: key -> x - x_0. products: layer -> A (k, in), B (out, k), whose product B A is added.
+    """
+
+    tensors: StateDict = field(default_factory=dict)
+    products: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class State:
     """What the server keeps of the method. round: completed rounds."""
 

@@ -47,7 +47,8 @@ class Summary:
     error of a layer, None if there is none. rejected: (client, reason) -> (round, text) of each.
     failed: (round, client, error) of training and evaluation. privacy: what the run guarantees, ""
     for nothing. config: of the run, to compare runs; {} if unknown. trained_losses, trained_scores:
-    as losses and scores, of each round that measured right after local training.
+    as losses and scores, of each round that measured right after local training. votes: client ->
+    factors below 1 that the guard put on its weight.
     """
 
     method: str
@@ -69,6 +70,7 @@ class Summary:
     config: Mapping[str, Any] = field(default_factory=dict)
     trained_losses: Series = field(default_factory=list)
     trained_scores: Series = field(default_factory=list)
+    votes: Mapping[str, list[float]] = field(default_factory=dict)
 
     @property
     def first(self) -> dict[str, float]:
@@ -100,6 +102,10 @@ def summary(folder: RunFolder, method: str, config: Mapping[str, Any] | None = N
     for row in rounds:
         for client, reason, text in row["rejected"]:
             rejected.setdefault((client, reason), []).append((row["round"], text))
+    votes: dict[str, list[float]] = {}
+    for row in rounds:
+        for client, vote in row.get("votes", {}).items():  # plait 0.1 wrote none
+            votes.setdefault(client, []).append(vote)
     errors = [x for row in rounds for x in row["aggregation_error"].values()]
     measured, trained = measurements(lines), measurements(lines, after_training=True)
     score = _score([*measured, *trained])
@@ -123,6 +129,7 @@ def summary(folder: RunFolder, method: str, config: Mapping[str, Any] | None = N
         config or {},
         _series(trained, _LOSSES),
         _series(trained, (score,)),
+        votes,
     )
 
 
@@ -345,6 +352,11 @@ def fault_lines(s: Summary) -> list[str]:
         number, text = times[-1]
         text = text.removeprefix(f"client {client!r}: {reason}: ")
         lines.append(f"{client}: {reason}, {len(times)} x, last in round {number}: {text}")
+    for client, votes in sorted(s.votes.items()):
+        least = min(votes)
+        lines.append(
+            f"{client}: less weight in {len(votes)} rounds, down to {least:.2g} of its rows"
+        )
     return lines + [f"{client}: failed in round {n}: {text}" for n, client, text in s.failed]
 
 

@@ -9,13 +9,14 @@ whose worker died while answering from one that was never delivered.
 
 import logging
 import os
+import secrets
 import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -95,7 +96,8 @@ def simulate(
 def _ray(home: Path, workers: int) -> Iterator[Path]:
     """Run Ray on this machine, quietly; yields a private folder for the marks of its workers.
 
-    Ray opens its own folder to all users, so it gets one inside a folder that stays private.
+    Ray opens its own folder to all users, so it gets one inside a folder that stays private. Its
+    ports are open to all, so it asks for a token, which lies in the private folder.
     """
     try:
         import ray
@@ -110,33 +112,93 @@ def _ray(home: Path, workers: int) -> Iterator[Path]:
     # flwr reads this variable when it is imported, which may have been before OFF was applied.
     telemetry.FLWR_TELEMETRY_ENABLED = os.environ["FLWR_TELEMETRY_ENABLED"]
     home.mkdir(parents=True, exist_ok=True)
-    flower, had_home = logging.getLogger("flwr"), os.environ.get("FLWR_HOME")
+    flower, user_home = logging.getLogger("flwr"), os.path.expanduser("~")
     had_level, had_signal = flower.level, signal.getsignal(signal.SIGTERM)
     folder = Path(tempfile.mkdtemp(prefix="plait-ray-"))
-    os.environ["FLWR_HOME"] = str(home.absolute())
     flower.setLevel(logging.CRITICAL)  # what fails is in the replies
     try:
-        ray.init(
-            num_cpus=workers,
-            include_dashboard=False,
-            runtime_env={
-                "env_vars": {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-            },
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(folder / "ray"),
-        )
-        yield folder
+        with (
+            _environment(FLWR_HOME=str(home.absolute()), HOME=str(_ray_home(folder / "home"))),
+            _token(folder / "token"),
+        ):
+            ray.init(
+                num_cpus=workers,
+                include_dashboard=False,
+                runtime_env={
+                    "env_vars": {
+                        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+                        "HOME": user_home,
+                    }
+                },
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder / "ray"),
+            )
+            os.environ["HOME"] = user_home
+            try:
+                yield folder
+            finally:
+                ray.shutdown()
     finally:
-        ray.shutdown()
         flower.setLevel(had_level)
         if had_signal is not None:
             signal.signal(signal.SIGTERM, had_signal)
-        if had_home is None:
-            del os.environ["FLWR_HOME"]
-        else:
-            os.environ["FLWR_HOME"] = had_home
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ray_home(folder: Path) -> Path:
+    """A home folder for Ray's processes, whose file says that this is no cloud.
+
+    Without that file Ray's dashboard process, which always runs, asks the metadata services of
+    three clouds where it is, even if its reports are switched off.
+    """
+    folder.mkdir()
+    (folder / "ray_bootstrap_config.yaml").write_text("provider: {type: local}\n")
+    return folder
+
+
+@contextmanager
+def _token(file: Path) -> Iterator[None]:
+    """Let Ray's processes of this simulation ask each other for a token, if this Ray can.
+
+    Ray keeps mode and token from its first look at the environment, and this process may have
+    loaded Ray before: then it would answer without the token that its workers ask for.
+    """
+    try:
+        from ray._raylet import AuthenticationTokenLoader, Config
+    except ImportError:  # older than 2.52
+        yield
+        return
+
+    def look_again() -> None:
+        AuthenticationTokenLoader.instance().reset_cache()
+        Config.initialize("")
+
+    file.touch(mode=0o600)
+    file.write_text(secrets.token_hex(32))
+    with _environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(file), RAY_AUTH_TOKEN=None):
+        look_again()
+        yield
+    look_again()
+
+
+@contextmanager
+def _environment(**values: str | None) -> Iterator[None]:
+    """Set variables of the environment, None: unset, and put back what was there."""
+    before = {name: os.environ.get(name) for name in values}
+
+    def put(values: Mapping[str, str | None]) -> None:
+        for name, value in values.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    put(values)
+    try:
+        yield
+    finally:
+        put(before)
 
 
 @contextmanager
