@@ -478,7 +478,7 @@ def test_generate_verb(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         ([], "this run has no prompt template. Give --prompt TEXT alone."),
         (["--prompt", "ab>", "--task", "copy"], "--task copy: this run does not route."),
         (["--field", "ab"], "--field 'ab' is not NAME=TEXT. Write --field question=..."),
-        (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0 is below 0."),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0 is out of range."),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0 is below 1."),
     ):
         assert main(["generate", str(run), *arguments]) == 2
