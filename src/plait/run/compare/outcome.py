@@ -151,9 +151,9 @@ def markdown(made: Outcome) -> str:
         f"# {label}, compared with {study.reference}",
         "",
         f"{len(study.seeds)} seeds; differences are paired by seed and test row. An arm is "
-        "undecided where its interval holds zero, or its p-value, adjusted for the number of arms, "
-        "is above 0.05; the last column says which difference this study would have seen in 80 % of "
-        "the cases.",
+        "undecided if its interval holds zero, or if its p-value, adjusted for the number of arms, "
+        "is above 0.05. The last column is the difference that this study would have seen in 80 % "
+        "of the cases.",
         "",
         "| " + " | ".join(head) + " |",
         "|---" + "|---:" * 5 + "|---|---:|",
