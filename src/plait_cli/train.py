@@ -68,4 +68,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         screen.print("No held-out metric: data.validation and data.test are not set.")
     screen.print(f"run folder: {folder.path}", soft_wrap=True)
+    if folder.lora.is_dir():
+        screen.print(f"plain LoRA for stock peft and servers: {folder.lora}", soft_wrap=True)
     return 0

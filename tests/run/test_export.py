@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import plait
 from plait.run.config import RunConfig
 from plait.run.export import HeldOutRows, export_run, export_tasks
+from plait.run.export.exporting import _folders
 from plait.run.export.held_out import noise_of
 from plait.run.export.logits import read_here
 from plait.run.folder import RunFolder
@@ -331,3 +332,34 @@ def test_distillation_brings_a_lossy_export_nearer(runs: Any, tmp_path: Path, he
     assert gaps[1] < 0.7 * gaps[0]
     words = ["export", str(runs("dual_lora")), "--to", "lora", "--out", str(tmp_path / "x")]
     assert main([*words, "--distill", "-1"]) == 2
+
+
+class Stop(Exception):
+    """Ends an export when its losses are known."""
+
+
+def test_merging_is_measured_too(runs: Any, place: Path, tmp_path: Path) -> None:
+    """In half precision on the held-out rows; of several tasks each from the unmerged model."""
+    reports = []
+
+    def note(report: Any) -> None:
+        reports.append(report)
+        if report.task != "copy":
+            raise Stop
+
+    half = config(place, "dual_lora", tmp_path / "run", model={"dtype": "bfloat16"})
+    with pytest.raises(Stop):
+        export_run(train(half).path, "merged", announce=note)
+    assert not reports[0].exact
+    assert reports[0].held_out is not None
+    with pytest.raises(Stop):
+        export_tasks(runs("tasks"), "merged", announce=note)
+    assert [report.task for report in reports[1:]] == ["copy", "turn"]
+    assert all(report.exact and report.logit_error < 1e-5 for report in reports[1:])
+    assert all(report.logit_shift > 1e-3 for report in reports[1:])
+
+
+@pytest.mark.parametrize("task", ["a/b", "..", "", "plait_export.json"])
+def test_a_task_that_cannot_name_a_folder(task: str) -> None:
+    with pytest.raises(ValueError, match=r"cannot name a folder\. Export each with --task NAME"):
+        _folders(Path("out"), ["copy", task])

@@ -38,7 +38,7 @@ from plait.run.export.logits import (
     read_without_plait,
     tolerance,
 )
-from plait.run.export.place import check_replaceable, lock_for, mark_export
+from plait.run.export.place import MARK, check_replaceable, lock_for, mark_export
 from plait.run.export.refusals import (
     ALL,
     LLAMACPP,
@@ -184,7 +184,7 @@ def export_tasks(
             raise ValueError(
                 f"--task all: {run.cfg.method.name} does not route by task. Leave out --task."
             )
-        folders = {task: place / task for task in tasks}
+        folders = _folders(place, tasks)
         reports = _export(run, folders, place, options, force, announce, progress, _reader(run, to))
     return place, reports
 
@@ -202,7 +202,7 @@ def export_trained(run: TrainedRun) -> list[ExportReport]:
     """
     place = run.folder.lora
     tasks = _tasks(run)
-    folders: dict[str | None, Path] = {t: place / t for t in tasks} if tasks else {None: place}
+    folders = _folders(place, tasks) if tasks else {None: place}
 
     def read(written: Mapping[Any, Path], inputs: Mapping[Any, Any]) -> dict[Any, Tensor]:
         return {name: read_here(run, folder, inputs[name]) for name, folder in written.items()}
@@ -274,6 +274,16 @@ def _tasks(run: TrainedRun) -> list[str]:
         return []
     config: Any = run.model.peft_config["default"]
     return list(config.tasks) if getattr(config, "routing", None) == "task" else []
+
+
+def _folders(place: Path, tasks: Sequence[str]) -> dict[str | None, Path]:
+    """Task -> its folder below `place`; ValueError for a task whose name is none of a folder."""
+    for task in tasks:
+        if task != Path(task).name or task in ("..", MARK):
+            raise ValueError(
+                f"task {task!r} cannot name a folder. Export each with --task NAME --out DIR."
+            )
+    return {task: place / task for task in tasks}
 
 
 # The one way of every export --------------------------------------------------------------------

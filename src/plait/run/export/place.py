@@ -7,7 +7,7 @@ from typing import Any
 from plait.core.files import lock
 from plait.run.folder import RunFolder, read_json, write_json
 
-_MARK, _SCHEMA = "plait_export.json", "plait.export"  # the file that tells an export
+MARK, _SCHEMA = "plait_export.json", "plait.export"  # the file that tells an export
 
 
 def lock_for(out: Path, run: str | Path) -> AbstractContextManager[None]:
@@ -23,7 +23,7 @@ def mark_export(folder: Path, **facts: Any) -> None:
     facts: what else the note says.
     """
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    write_json(folder / _MARK, _SCHEMA, {**facts, "files": files})
+    write_json(folder / MARK, _SCHEMA, {**facts, "files": files})
 
 
 def check_replaceable(out: Path, force: bool) -> None:
@@ -40,10 +40,10 @@ def check_replaceable(out: Path, force: bool) -> None:
         raise FileExistsError(f"{out}: is a file. {refused}")
     if not any(out.iterdir()):
         return
-    if not (out / _MARK).is_file():
-        raise FileExistsError(f"{out}: is no export (it has no {_MARK}). {refused}")
-    files = read_json(out / _MARK, _SCHEMA, refused).get("files")
-    known = {_MARK, *files} if isinstance(files, list) else {_MARK}
+    if not (out / MARK).is_file():
+        raise FileExistsError(f"{out}: is no export (it has no {MARK}). {refused}")
+    files = read_json(out / MARK, _SCHEMA, refused).get("files")
+    known = {MARK, *files} if isinstance(files, list) else {MARK}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
         if name not in known and (path.is_symlink() or not path.is_dir()):
