@@ -14,7 +14,8 @@ import torch
 from hypothesis import settings
 from transformers import PreTrainedModel
 
-from plait.run import card, export, stock_check, train
+from plait.run import card, stock_check, train
+from plait.run.export import logits
 from plait.testing import tiny
 from tests.support import warm
 
@@ -34,7 +35,7 @@ def _exports_are_checked_in_warm_processes() -> Iterator[None]:
         return warm.python(*command[2:], peft=True, cwd=cwd)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "subprocess", SimpleNamespace(run=run))
+        patch.setattr(logits, "subprocess", SimpleNamespace(run=run))
         yield
 
 
