@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from plait.core.mix import TokenRouter
@@ -185,6 +186,16 @@ def test_autocast_is_plain(case: Case) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         assert float((one - other).float().norm()) <= 5e-2 * float(other.float().norm()) + 1e-3
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c}{len(c.options)}")
+def test_recomputation_saves_what_the_forward_saved(case: Case) -> None:
+    """Gradient checkpointing refuses another number of tensors; the first call fills plans."""
+    model, _ = one_delta(case)
+    ids = task_ids(model, 4)
+    x = tiny.numbers(4, 7).requires_grad_()
+    y = checkpoint(lambda x: model(x, **ids), x, use_reentrant=False)
+    y.sum().backward()
 
 
 # The Function by itself ---------------------------------------------------------------------------

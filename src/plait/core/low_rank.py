@@ -241,10 +241,14 @@ class LowRankDelta(Delta):
         whole = not (training and self.dropout and self.input_dropout)
         ready = self._ready(x, dtype, whole, graph)
         if ready is None:
-            declared = self.mix()
+            # Where the plan holds the mix, no graph of it is made: recomputation under gradient
+            # checkpointing finds the plan, makes none either, and must save equally many tensors.
+            held = len(self.closed or ()) > 2 and _facts(type(self)).closes
+            with torch.no_grad() if held else nullcontext():
+                declared = self.mix()
             kind = _kind(declared)
             if kind is None or not self._fuses(x):
-                update = self._plain(x, rows, as_mix(declared))
+                update = self._plain(x, rows, self.mixer)
                 y = F.linear(x, weight, bias) if weight is not None else y
                 return update if y is None else y + update.to(y.dtype)
             ready = self._prepared(x, dtype, whole, graph, kind, declared, rows)
