@@ -74,13 +74,13 @@ class DenseDelta(Delta):
         x = x.to(self.autocast() or x.dtype)
         training = self.training  # the backward may run after eval(); the gate is the forward's
 
-        def rows(start: int, stop: int) -> Tensor:
+        def rows_of(start: int, stop: int) -> Tensor:
             with mode(self, training):
                 return self._rows(start, stop)
 
         with torch.autocast(x.device.type, enabled=False):
             return DenseTiles.apply(
-                rows, self.base.out_features, height, x, weight, bias, *self.parameters()
+                rows_of, self.base.out_features, height, x, weight, bias, *self.parameters()
             )
 
     def _signed(

@@ -34,7 +34,7 @@ class FreeDelta(LowRankDelta):
     """A (r, in) or (n, r, in), B (out, r) or (n, out, r), all free and trained."""
 
     rank_axes: ClassVar[dict[str, int]] = {"A": -2, "B": -1, "A0": -2, "B0": -1}
-    reads = ("A", "B", "A0", "B0")
+    reads: ClassVar[tuple[str, ...] | None] = ("A", "B", "A0", "B0")
 
     config: Any  # a FreeConfig
     A0: Tensor | None

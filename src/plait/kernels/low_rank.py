@@ -12,7 +12,7 @@ are kept for the backward, h is not. A product whose gradient nobody needs is le
 cast to the dtype of the computation, x never is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -93,7 +93,7 @@ class Call(NamedTuple):
     kept: Tensor | None
     raised: float
     mask: Tensor | None
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]
     rows: Any
 
 
@@ -163,7 +163,7 @@ def shaped(out: Tensor, x: Tensor) -> Tensor:
 
 
 def _factors(
-    plan: Plan, dtype: torch.dtype, leaves: tuple[Tensor, ...]
+    plan: Plan, dtype: torch.dtype, leaves: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """A, B, the gate on the rank axis and M or G, in the dtype of the computation."""
     A, B, gate, M = plan.A, plan.B, plan.gate, plan.M
@@ -334,7 +334,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         else:
             dx = scaled_mm(both, A, last) if dx is None else dx.addmm_(both, A, alpha=last)
         if dlogits is not None and not plan.stacked:
-            dx.addmm_(dlogits, M)
+            dx.addmm_(dlogits, M)  # type: ignore[arg-type]
         if dx.dtype != ctx.x_dtype:
             dx = dx.to(ctx.x_dtype)
         if len(ctx.x_shape) != 2:
@@ -382,7 +382,7 @@ def _unrouted(
             dw = (parts * z.unflatten(-1, (plan.groups, -1))).sum(-1)
     dw = _as(dw, w)
     if plan.weigh is None:
-        return dz, _as(torch._softmax_backward_data(dw, w, -1, w.dtype), dh)
+        return dz, _as(torch._softmax_backward_data(dw, w, -1, w.dtype), dh)  # type: ignore[attr-defined]
     assert logits is not None
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()

@@ -116,7 +116,11 @@ class SignedTiles(torch.autograd.Function):
         needs, c, out_features, dtype = ctx.needs_input_grad, ctx.c, len(B), ctx.dtype
         height = min(ctx.height, out_features)
         dy = grads[0].reshape(-1, out_features)
-        dx = dA = dB = dC = dD = None
+        dx: Tensor | None = None
+        dA: Any = None
+        dB: Any = None
+        dC: Any = None
+        dD: Any = None
         trains = True in needs[8:]
         by_tile = needs[5] and ctx.whole is None
         if needs[5] and ctx.whole is not None:
@@ -126,11 +130,11 @@ class SignedTiles(torch.autograd.Function):
         if trains:
             dA, dB, dC, dD = (torch.zeros_like(A), torch.empty_like(B),
                               torch.zeros_like(C), torch.empty_like(D))  # fmt: skip
-        if trains or by_tile:
-            buffers = _Buffers(A, height, dtype)
-            G = None if not trains else A.new_empty(height, A.shape[1])
-            narrow = None if G is None or dtype == A.dtype else torch.empty_like(G, dtype=dtype)
-        for start, stop in tiles(out_features, height) if trains or by_tile else ():
+        rows_needed = tiles(out_features, height) if trains or by_tile else ()
+        buffers = _Buffers(A, height if rows_needed else 0, dtype)
+        G = A.new_empty(height if trains else 0, A.shape[1])
+        narrow = None if dtype == A.dtype else torch.empty_like(G, dtype=dtype)
+        for start, stop in rows_needed:
             R, Z, N = buffers.rows(A, B, C, D, start, stop)
             dy_rows = dy[:, start:stop]
             if by_tile:

@@ -92,7 +92,7 @@ def close_folds(plan: Any, V: Tensor, U: Tensor, r: int, share: Tensor | float |
 
 def _with_start(count: int, share: Tensor | float, h: Tensor) -> Tensor:
     own, start = h[:, :count], h[:, count:]
-    if isinstance(share, float):
+    if not isinstance(share, Tensor):
         return own + share * start
     shares = share.reshape(-1, 1).to(h.dtype)
     return (own.unflatten(1, (len(shares), -1)) + shares * start.unsqueeze(1)).flatten(1)

@@ -47,7 +47,7 @@ class Hydra(FreeDelta):
 
     mergeable: ClassVar[bool] = False
     exact_export: ClassVar[bool] = False
-    reads = (*FreeDelta.reads, "G")
+    reads = ("A", "B", "A0", "B0", "G")
     config: HydraLoraConfig
 
     def __init__(self, base: FrozenLinear, config: Any, gen: torch.Generator) -> None:

@@ -89,7 +89,7 @@ class MoLora(FreeDelta):
 
     mergeable: ClassVar[bool] = False
     exact_export: ClassVar[bool] = False
-    reads = (*FreeDelta.reads, "G")
+    reads = ("A", "B", "A0", "B0", "G")
     config: MoLoraConfig
 
     def __init__(self, base: FrozenLinear, config: Any, gen: torch.Generator) -> None:

@@ -64,7 +64,7 @@ class SharedB(FreeDelta):
 
     mergeable: ClassVar[bool] = False  # per task only
     exact_export: ClassVar[bool] = False
-    reads = (*FreeDelta.reads, "G")
+    reads = ("A", "B", "A0", "B0", "G")
     config: SharedBLoraConfig
 
     def __init__(self, base: FrozenLinear, config: SharedBLoraConfig, gen: torch.Generator) -> None:

@@ -295,7 +295,8 @@ class RunTrainer(Trainer):
             return True
         model.eval()
         try:
-            losses = [float(super(RunTrainer, self).compute_loss(model, i)) for i in (one, narrow)]
+            parent: Any = super()
+            losses = [float(parent.compute_loss(model, i)) for i in (one, narrow)]
         except (TypeError, ValueError):  # an argument that some part of the model refuses
             return False
         finally:
@@ -497,7 +498,7 @@ class _Rehearsal(RunTrainer):
 
 
 def _check_checkpointing(model: Any) -> None:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not base.supports_gradient_checkpointing:
         raise ValueError(
             f"training.gradient_checkpointing is true, and a {base.config.model_type} cannot "

@@ -14,7 +14,7 @@ the intervals of shares.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -269,7 +269,8 @@ def crossed_draws(
 
 def holm(p: Sequence[float]) -> list[float]:
     """Return the p-values of several arms, adjusted by Holm's method."""
-    return [float(q) for q in multipletests(p, method="holm")[1]] if p else []
+    adjusted: Any = multipletests(p, method="holm")[1] if p else []
+    return [float(q) for q in adjusted]
 
 
 def verdicts(
@@ -341,9 +342,10 @@ def _detectable(error: float, degrees: float, level: float, power: float = POWER
     most = 4.0
     while _power(most, degrees, level) < power:
         most *= 2
-    return error * float(
-        optimize.brentq(lambda shift: _power(shift, degrees, level) - power, 0.0, most, xtol=1e-6)
+    shift: Any = optimize.brentq(
+        lambda shift: _power(shift, degrees, level) - power, 0.0, most, xtol=1e-6
     )
+    return error * float(shift)
 
 
 # Shares of rows, without the rows -----------------------------------------------------------------
@@ -351,7 +353,8 @@ def _detectable(error: float, degrees: float, level: float, power: float = POWER
 
 def share_interval(share: float, rows: int, level: float = LEVEL) -> tuple[float, float]:
     """Return Wilson's interval of a share of test rows, such as an accuracy."""
-    low, high = proportion_confint(share * rows, rows, alpha=1 - level, method="wilson")
+    ends: Any = proportion_confint(share * rows, rows, alpha=1 - level, method="wilson")
+    low, high = ends
     return float(low), float(high)
 
 

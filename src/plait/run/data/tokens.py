@@ -127,13 +127,13 @@ def encode_texts(
     within = [_within(texts, data, row.where) for texts, row in zip(whole, rows, strict=True)]
 
     def ids_of(chosen: Sequence[int], **options: Any) -> Any:
-        texts = ([within[i][n] for i in chosen] for n in range(len(parts)))
-        return tokenizer(*texts, **options)
+        texts: list[Any] = [[within[i][n] for i in chosen] for n in range(len(parts))]
+        return tokenizer(texts[0], texts[1] if texts[1:] else None, **options)
 
     # The tokenizer cuts before it adds its closing special tokens.
     limit = data.max_length if data.truncate else None
     columns = ids_of(range(len(rows)), truncation=data.truncate, max_length=limit)
-    encoded = [
+    encoded: list[dict[str, Any]] = [
         {k: columns[k][i] for k in _COLUMNS if k in columns} | {CUT: within[i] is not whole[i]}
         for i in range(len(rows))
     ]

@@ -165,7 +165,7 @@ def _token(file: Path) -> Iterator[None]:
     loaded Ray before: then it would answer without the token that its workers ask for.
     """
     try:
-        from ray._raylet import AuthenticationTokenLoader, Config
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore
     except ImportError:  # older than 2.52
         yield
         return
