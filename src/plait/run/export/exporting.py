@@ -279,7 +279,7 @@ def _tasks(run: TrainedRun) -> list[str]:
 def _folders(place: Path, tasks: Sequence[str]) -> dict[str | None, Path]:
     """Task -> its folder below `place`; ValueError for a task whose name is none of a folder."""
     for task in tasks:
-        if task != Path(task).name or task in ("..", MARK):
+        if task != Path(task).name or task in ("", "..", MARK):
             raise ValueError(
                 f"task {task!r} cannot name a folder. Export each with --task NAME --out DIR."
             )
