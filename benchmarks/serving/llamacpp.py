@@ -147,7 +147,7 @@ def main() -> None:
     where = (
         f"A Llama of {numbers / 1e6:.0f} M parameters ({LAYERS} blocks of {HIDDEN}) in float32, "
         f"LoRA on all linear layers, a prompt of {PROMPT} tokens, {NEW} written one by one. "
-        f"{known['cpu_count']} CPU cores shared with other work, one thread, without native "
+        f"{known['cpu_count']} CPU cores that other work kept busy, one thread, without native "
         f"instructions (GGML_NATIVE=OFF), llama-cpp-python {used['llama-cpp-python']}, gguf "
         f"{used['gguf']}. Median (smallest to largest) of {rounds} rounds, in which the forms take "
         "turns."
