@@ -204,7 +204,14 @@ def test_colluders_in_a_round(tmp_path: Any) -> None:
             down = Order.unpack(frames["a"])[1]
             replies = {n: Reply.unpack(made.site.answer(x)) for n, x in frames.items()}
             sent = {n: unpack_tensors(reply.upload) for n, reply in replies.items()}
-            honest = {n: sent[n][1] for n in NAMES[2:]}
+            gen = torch.Generator().manual_seed(0)
+            common = {k: torch.randn(x.shape, generator=gen) for k, x in down.items()}
+            honest = {}
+            for name in NAMES[2:]:  # their rows have something in common
+                noise = {k: torch.randn(x.shape, generator=gen) for k, x in down.items()}
+                honest[name] = {k: x + common[k] + noise[k] for k, x in down.items()}
+                upload = pack_tensors(sent[name][0], honest[name])
+                replies[name] = replace(replies[name], upload=upload)
             mean = weighted_mean(honest, dict.fromkeys(honest, 0.125), {})
             for name in NAMES[:2]:
                 bad = {k: down[k] - 9.5 * (x - down[k]) for k, x in mean.items()}
