@@ -122,7 +122,7 @@ def weighted_sum() -> plait.LoraExport:
     model.load_adapter("adapters/sora_pissa", "two")
     model.add_weighted_adapter(["one", "two"], [0.75, -0.5], "sum")  # type: ignore[operator]
     model.set_adapter("sum")
-    return plait.to_lora(model, "sum")
+    return plait.to_lora(model, "sum", compact=True)  # the form that 0.1 wrote
 
 
 def content(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Options that several verbs have, and their bounds."""
 
 import argparse
+from typing import Any
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -28,3 +29,28 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name.replace("-", "_"))
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value} is below 1. Give 1 or more.")
+
+
+def add_form(parser: argparse.ArgumentParser, size: Any = None) -> None:
+    """Add the form of a plain LoRA; size: a group of options that exclude --max-rank."""
+    parser.add_argument(
+        "--for",
+        dest="server",
+        choices=("peft", "vllm", "sglang", "llamacpp", "all"),
+        default="all",
+        help="refuse what this reader would read wrong; default all: say what each makes of it",
+    )
+    (parser if size is None else size).add_argument(
+        "--max-rank", type=int, metavar="N", help="largest rank that the server takes"
+    )
+    parser.add_argument(
+        "--compact",
+        action="store_true",
+        help="keep each layer's own rank and scale: smaller, for stock peft and vLLM >= 0.33",
+    )
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="of the file; default: of the factors"
+    )
+    parser.add_argument(
+        "--lossy", action="store_true", help="write an export that loses more than it may"
+    )

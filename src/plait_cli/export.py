@@ -3,8 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from plait_cli._form import add_form
-from plait_cli._options import check_counts
+from plait_cli._options import add_form, check_counts
 
 if TYPE_CHECKING:
     from plait.run.export import ExportReport

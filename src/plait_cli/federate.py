@@ -7,7 +7,7 @@ import argparse
 import importlib
 import sys
 
-from plait_cli._form import add_form
+from plait_cli._options import add_form
 
 _FILE = "the config file; the same for the server and all clients, see examples/federated/"
 _MORE = """\

@@ -39,14 +39,17 @@ def write_logits(job):
     model = auto.from_pretrained(
         job["model"], trust_remote_code=job["trust_remote_code"], **options
     )
-    if (
-        job.get("pad") is not None
-    ):  # of the tokenizer, where the config of the base says another one
+    if job.get("pad") is not None:  # the tokenizer's; the config of the base may say another one
         model.config.pad_token_id = job["pad"]
     if job["adapter"]:
         model = PeftModel.from_pretrained(model, job["adapter"])
     if "plait" in sys.modules:
         raise RuntimeError("plait was imported; the check would show nothing.")
+    # On some CPUs bitsandbytes evaluates a 4-bit layer in bf16. plait switches that off, because
+    # the layer's gradients would stop; here it would hide what the export loses.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     inputs = {name: tensor.to(model.device) for name, tensor in load_file(job["inputs"]).items()}
     with torch.no_grad():
         logits = model.eval()(**inputs).logits
