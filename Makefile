@@ -59,7 +59,7 @@ test-simulations: $(VENV)/dev.stamp
 test-servers: $(VENV)/servers.stamp
 	PLAIT_SERVERS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving
 
-# Hostile files, kills, full disks, other users, colluding clients: under half an hour on two cores.
+# Hostile files, kills, full disks, other users, colluding clients.
 # FUZZ is the CPU time of each of ten targets in seconds. A full disk and another user need root.
 FUZZ ?= 120
 test-security: $(VENV)/dev.stamp
