@@ -70,13 +70,13 @@ def test_live_equals_stacked_equals_merged_equals_dense(
             with torch.no_grad():
                 module.weight += toys.dense(model, path).float()
     torch.testing.assert_close(toys.output(base), live, rtol=0, atol=2e-6)
-    for pad in (False, True):
-        folder = tmp_path / str(pad)
-        plait.chain.save_stacked(model, folder, pad=pad)
+    for compact in (False, True):
+        folder = tmp_path / str(compact)
+        plait.chain.save_stacked(model, folder, compact=compact)
         stock = PeftModel.from_pretrained(toys.Blocks(), str(folder))  # type: ignore[arg-type]
         config: Any = stock.peft_config["default"]
         assert not config.use_rslora
-        assert bool(config.rank_pattern) == (name == "xgb" and not pad)
+        assert bool(config.rank_pattern) == (name == "xgb" and compact)
         assert config.rank_pattern == config.alpha_pattern
         assert config.lora_alpha == config.r
         torch.testing.assert_close(toys.output(stock), live, rtol=0, atol=1e-6)

@@ -163,9 +163,10 @@ def test_a_fault_is_rejected_with_its_reason(fault: str) -> None:
 
 
 def test_every_reason_of_the_payload_was_injected() -> None:
-    """The two others are the guard's, tests/federated/test_guard.py."""
+    """The three others are the guard's, tests/federated/test_guard.py and test_agreement.py."""
     ours = {reason for reason, _ in FAULTS.values()}
-    assert set(Reason) - ours == {Reason.NORM_OUTLIER, Reason.QUARANTINED}
+    guards = {Reason.NORM_OUTLIER, Reason.OPPOSED, Reason.QUARANTINED}
+    assert set(Reason) - ours == guards
 
 
 def test_checks_come_in_order() -> None:

@@ -481,7 +481,7 @@ def test_bad_conversations(tokenizer):
     jsonl("a.jsonl", [turns("ab", "ba")])
     assert error(tokenizer, train="a.jsonl") == (
         "a.jsonl: line 1: the rows are messages, but the model's tokenizer has no chat template. "
-        "Use a chat model, or rows with prompt and completion."
+        "Give one, such as data.chat_template: chatml, or rows with prompt and completion."
     )
     tokenizer.chat_template = CHAT
     jsonl("a.jsonl", [turns("ab")])

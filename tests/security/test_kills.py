@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from benchmarks.federated.faults import kill_runs
-from plait.run import export
 from plait.run import train as train_module
-from plait.run.export import export_run
+from plait.run.export import export_run, exporting
+from plait.run.export.logits import logits_of
 from plait.run.train import train
 from plait_cli import main
 from tests.support.federated_runs import write
@@ -142,9 +142,9 @@ def no_stock_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check by stock peft is a process that loads torch: only in the long form."""
     if not LONG:
         monkeypatch.setattr(
-            export,
-            "_stock_logits",
-            lambda run, folder, to, inputs: export._logits(run.model, inputs),
+            exporting,
+            "read_without_plait",
+            lambda run, folders, to, inputs: {k: logits_of(run.model, inputs[k]) for k in folders},
         )
 
 

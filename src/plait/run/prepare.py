@@ -326,6 +326,9 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
             "training.push_to_hub is true, but would upload without the model card. Upload the "
             "finished adapter/ with: hf upload REPO RUN/adapter"
         )
+    if options.pop(PATIENCE, None) is not None:
+        _check_early_stopping(cfg)
+        options.setdefault("metric_for_best_model", "loss")
     _check_evaluates(cfg)
     baseline = BASELINES.get(cfg.method.name)
     if options.get("load_best_model_at_end") and baseline and baseline.no_best_checkpoint:
@@ -333,9 +336,6 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
             f"training.load_best_model_at_end does not work with {baseline.key}: "
             f"{baseline.no_best_checkpoint}. Set it to false."
         )
-    if options.pop(PATIENCE, None) is not None:
-        _check_early_stopping(cfg)
-        options.setdefault("metric_for_best_model", "loss")
     optimizer = OPTIMIZERS.get(cfg.optimizer.name)
     if optimizer is not None and not optimizer.clips:
         norm = options.get("max_grad_norm", TrainingArguments.max_grad_norm)

@@ -556,7 +556,10 @@ def writable(target: Path, checkpoints: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: RuntimeError
         last = latest_checkpoint(checkpoints)
         kept = f"{last} is kept: make room and resume." if last else "Make room and start again."
-        text = f"{target}: could not be written ({first_line(error)}). {kept}"
+        reason = first_line(error)
+        if isinstance(error, OSError) and error.strerror:  # the file is named already
+            reason = f"[Errno {error.errno}] {error.strerror}"
+        text = f"{target}: could not be written ({reason}). {kept}"
         raise unwritten(text, error) from error
 
 

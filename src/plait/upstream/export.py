@@ -350,7 +350,7 @@ def _other_tensors(model: PeftModel, adapter: str, summed: bool) -> dict[str, Te
     key = f"plait_{config.key}_delta" if own else ".lora_"
     saved = get_peft_model_state_dict(model, adapter_name=adapter)
     # peft also saves the frozen weight of an adapted lm_head or embedding.
-    parts = (key, ".base_layer.")
+    parts = (key, ".base_layer.weight")
     return {n: value for n, value in saved.items() if not any(part in n for part in parts)}
 
 

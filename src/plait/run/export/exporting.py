@@ -44,6 +44,7 @@ from plait.run.export.refusals import (
     LLAMACPP,
     check_max_rank,
     check_server,
+    dependence,
     loss_refused,
     readers_of,
     refuse_misread,
@@ -402,6 +403,11 @@ def _make(
         exact = max(lora.error, lora.rounding) <= EXACT and options.approx is None
         exact = exact and not options.distill
     else:
+        if options.approx is None and dependence(model) == "token":
+            raise NotMergeable(
+                f"{cfg.method.name} weighs its parts for each token, so no weight holds its "
+                "update. Give --approx mean for equal parts, or keep the run."
+            )
         exact = options.approx is None and _full_precision(run)
     split, rows = run.held_out_split, None
     # A loss by layer is refused before the metrics are measured.
