@@ -156,7 +156,7 @@ def test_a_killed_export_leaves_the_old_one_or_the_new_one(
         llama,
         rows,
         tmp_path / "run",
-        training={"max_steps": 1, "save_strategy": "no"},
+        training={"max_steps": 2, "save_strategy": "no"},
         evaluation=QUICK,
     )
     train(cfg)

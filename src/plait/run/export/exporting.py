@@ -390,8 +390,8 @@ def _make(
     if options.to != "merged":
         try:
             lora = _as_lora(run, options, choice)
-        except NotMergeable as error:
-            raise _no_server(run, inputs, trained, shift, error) from None
+        except NotMergeable:
+            raise _no_server(run, inputs, trained, shift) from None
         name_base(lora, cfg.model)
         if options.distill:
             lora = distilled(run, lora, _with_lora(run, lora), options.distill, task)
@@ -546,19 +546,20 @@ def _no_server(
     inputs: Mapping[str, Tensor],
     trained: Tensor,
     shift: float,
-    error: NotMergeable,
 ) -> NotMergeable:
     """The error of an update that depends on the input, with what the remedy costs."""
     model: Any = run.model
-    method = run.cfg.method.name
+    text = (
+        f"{run.cfg.method.name} weighs its parts for each token, so no plain LoRA holds its update "
+        "and no server (vLLM, SGLang, llama.cpp) nor stock peft reads it. Serve it with plait; or "
+        "take the router as uniform, --approx mean"
+    )
     try:
         lora = to_lora(model, approx="mean")
     except ValueError:
-        return error
+        return NotMergeable(f"{text}.")
     off = difference(logits_of(_with_lora(run, lora), inputs), trained)
     return NotMergeable(
-        f"{method} weighs its parts for each token, so no plain LoRA holds its update and no "
-        "server (vLLM, SGLang, llama.cpp) nor stock peft reads it. Serve it with plait; or take "
-        f"the router as uniform, --approx mean, which changes the logits by up to {off:.2g} on "
-        f"{len(trained)} rows, where the adapter itself moves them by up to {shift:.2g}."
+        f"{text}, which changes the logits by up to {off:.2g} on {len(trained)} rows, where the "
+        f"adapter itself moves them by up to {shift:.2g}."
     )
