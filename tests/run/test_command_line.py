@@ -78,6 +78,9 @@ def test_a_run_that_routes_asks_for_the_option(
             "plait export: shared_b has an update for each task, and a plain LoRA or a merged "
             "model holds one. Give --task NAME (copy, turn), or --task all for a folder each.\n"
         )
+        assert said([*export, to, "--task", "cpoy"], capsys).endswith(
+            f"{routed}: --task 'cpoy' is no task of this run. Give one of copy, turn.\n"
+        )
     for arguments in (
         ["generate", str(routed), "--prompt", "a"],
         ["chat", str(routed), "data.chat_template=chatml"],

@@ -372,8 +372,8 @@ def _make(
     """Make an export in memory and measure it. keeps: whether the run's model is needed again."""
     model, cfg = run.model, run.cfg
     tasks = _tasks(run)
-    if task is not None and isinstance(model, PeftModel):
-        model.set_task(task)
+    if task is not None:
+        run.set_task(task)
     elif tasks:
         raise NotMergeable(
             f"{cfg.method.name} has an update for each task, and a plain LoRA or a merged model "
