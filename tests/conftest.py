@@ -20,6 +20,7 @@ from plait.testing import tiny
 from tests.support import warm
 
 torch.set_num_threads(1)
+os.environ.setdefault("RAY_worker_niceness", "0")  # else its workers wait for the other tests
 torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
 # The same examples on every machine, however slow it is just now.
 settings.register_profile("same", deadline=None, derandomize=True, database=None)

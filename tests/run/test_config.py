@@ -37,6 +37,7 @@ from plait.run.config import (
 from plait.run.federated.config import FederateConfig
 from plait.run.folder import RunFolder, diff_configs, environment, replace_dir, write_atomic
 from plait.upstream.table import BASELINES
+from tests.support import warm
 
 
 @pytest.fixture(autouse=True)
@@ -509,9 +510,8 @@ def test_a_run_with_a_plugin_is_read_again_with_it_alone(tmp_path, capfd):
         )
 
     def plait_(*words):
-        done = subprocess.run(
-            [sys.executable, "-m", "plait", *words], capture_output=True, text=True
-        )
+        code = "import sys, plait_cli; sys.exit(plait_cli.main(sys.argv[1:]))"
+        done = warm.python(*words, code=code, peft=True)
         return done.returncode, done.stderr
 
     assert plait_("--import", "toy_three.py", "train", "run.yaml")[0] == 0
