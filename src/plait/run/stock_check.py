@@ -49,7 +49,7 @@ def write_logits(job):
     # the layer's gradients would stop; here it would hide what the export loses.
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore
     inputs = {name: tensor.to(model.device) for name, tensor in load_file(job["inputs"]).items()}
     with torch.no_grad():
         logits = model.eval()(**inputs).logits
