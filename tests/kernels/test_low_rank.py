@@ -38,6 +38,8 @@ CASES = [
     Case("fedalora_het", {"common_rank": 3}),
     Case("hydra", {"num_B": 3}),
     Case("hydra", {"num_B": 3, "init": "pissa", "gates": ["sora"]}),
+    Case("fedalora_het", {"common_rank": 3, "gates": ["sora"]}),
+    Case("fedalora_het", {"common_rank": 3, "gates": [{"name": "droplora", "scope": "step"}]}),
     Case("hydra", {"num_B": 2, "independent_dropout": True}),
     Case("molora", {"r": 2, "num_experts": 3}),
     Case("molora", {"r": 2, "num_experts": 3, "top_k": 2, "init": "pissa"}),
