@@ -248,11 +248,12 @@ class LowRankDelta(Delta):
                 declared = self.mix()
             kind = _kind(declared)
             if kind is None or not self._fuses(x):
-                update = self._plain(x, rows, self.mixer)
+                # The frozen layer first, as in upstream's LoRA: gradients of x are summed in order.
                 y = F.linear(x, weight, bias) if weight is not None else y
                 return update if y is None else y + update.to(y.dtype)
             ready = self._prepared(x, dtype, whole, graph, kind, declared, rows)
         plan, leaves, trains, tasks = ready
+                update = self._plain(x, rows, self.mixer)
         kept, raised, mask, index = None, 1.0, None, None
         if training and (not whole or self.gates or self.dropout) and x.numel():
             kept, raised, mask = self._draw(x, dtype)
