@@ -253,6 +253,30 @@ class CutsTheGradient(Plain):
 
 
 @caught_by(checks.fast_is_naive, "output differs")
+class ScalesTheJointForm(Plain):
+    def joint(self, *args: Any) -> Tensor:
+        return 1.001 * super().joint(*args)
+
+
+@caught_by(checks.fast_is_naive, "A differs")
+class StatesAnotherGradient(Plain):
+    closed = (("A",), ("B",))
+    reads = ("A", "B")
+
+    def close(self, plan: Any) -> None:
+        plan.pull_A = lambda leaves, dA: (1.001 * dA,)
+
+
+@caught_by(checks.optimizers_agree, "stale values after a step")
+class StatesHalfOfWhatItReads(Plain):
+    closed = (("A",), ("B",))
+    reads = ("A",)
+
+    def close(self, plan: Any) -> None:
+        pass
+
+
+@caught_by(checks.fast_is_naive, "output differs")
 @caught_by(checks.forward_is_weight, "forward is not the loop over terms")
 class RoutesWithoutSoftmax(Plain):
     """A router whose weights do not sum to one."""

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from plait.core.low_rank import LowRankDelta
 from plait.core.mix import TokenRouter
+from plait.core.route import NOWHERE
 from plait.kernels import configure
 from plait.kernels.cache import Kept
 from plait.kernels.low_rank import Call, Plan, fused
@@ -36,6 +38,8 @@ CASES = [
     Case("dual_module", {}),
     Case("dual_module", {"gates": ["droplora"]}),
     Case("fedalora_het", {"common_rank": 3}),
+    Case("fedalora_het", {"common_rank": 3, "gates": ["sora"]}),
+    Case("fedalora_het", {"common_rank": 3, "gates": [{"name": "droplora", "scope": "step"}]}),
     Case("hydra", {"num_B": 3}),
     Case("hydra", {"num_B": 3, "init": "pissa", "gates": ["sora"]}),
     Case("hydra", {"num_B": 2, "independent_dropout": True}),
@@ -97,6 +101,34 @@ def test_fused_is_plain(case: Case, training: bool, dropout: float) -> None:
         found = model(x, **ids)
     with torch.no_grad(), tiny.seed(4), plain():
         assert relative(found, model(x, **ids)) < 1e-12
+
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "forward": {"forward": lambda self, x, rows=NOWHERE: 2 * LowRankDelta.forward(self, x, rows)},
+    "down": {"down": lambda self, x, A: 2 * LowRankDelta.down(self, x, A)},
+    "factors": {"factors": lambda self: (2 * self.A, self.B)},
+    "gate": {"gate": lambda self: self.A.detach()[:, 0]},
+    "mix": {"mix": lambda self: 2 * torch.eye(len(self.A), dtype=self.A.dtype)},
+    "rank_mask": {"rank_mask": lambda self, z: z.new_full((*z.shape[:-1], len(self.A)), 2.0)},
+    "input_dropout": {"input_dropout": property(lambda self: 0.5)},
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_what_a_subclass_overrides_is_used(name: str, training: bool) -> None:
+    """A subclass that changes one part and states nothing computes what it says, twice in a row."""
+    outputs = []
+    for changes in ({}, OVERRIDES[name]):
+        model, delta = one_delta(Case("droplora", {"inner_dropout": 0.0, "lora_dropout": 0.0}))
+        delta.gates = []
+        delta.__class__ = type("Changed", (type(delta),), changes)
+        model.train(training)
+        for _ in range(2):
+            compare(model, delta)
+        outputs.append(results(model, delta)[0])
+    in_training = name in ("rank_mask", "input_dropout")
+    assert torch.equal(*outputs) == (in_training and not training)
 
 
 def test_a_frozen_adapter_passes_gradients_to_its_input() -> None:

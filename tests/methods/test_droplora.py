@@ -12,6 +12,7 @@ from torch import Tensor
 
 import plait
 from plait.core.init import seeded
+from plait.kernels.choose import switches
 from plait.testing import tiny
 from plait.testing.case import Case
 from plait.testing.helpers import (
@@ -91,8 +92,14 @@ def test_training_is_the_loop_over_ranks(
 
 @pytest.mark.parametrize("case", [TOKEN, STEP], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_evaluation_is_lora_and_p_0_is_lora_in_training(case: Case, dropout: float) -> None:
-    """Bit for bit against upstream's LoRA of the same weights, and against no gate at all."""
+def test_evaluation_is_lora_and_p_0_is_lora_in_training(
+    case: Case, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit against upstream's LoRA of the same weights, and against no gate at all.
+
+    One thing is not equal to the last bit: in training the fused form adds the update's share of a
+    gradient to that of the frozen layer within one product, which rounds once less than upstream.
+    """
     with tiny.seed():
         lora = get_peft_model(
             tiny.llama(),
@@ -122,17 +129,25 @@ def test_evaluation_is_lora_and_p_0_is_lora_in_training(case: Case, dropout: flo
     ungated = wrap(case, init_weights=False, lora_dropout=dropout, inner_dropout=0.0).train()
     for delta in deltas(ungated):
         delta.gates = []
-    ends = []
-    for one in (model, lora.train(), ungated):
+
+    def end(one: Any) -> list[Tensor]:
+        """Loss and gradients."""
+        one.zero_grad()
         with tiny.seed(3):
             loss = one(**batch(model)).loss
         loss.backward()
         gradients = [p.grad for _, p in sorted(trained(one).items()) if p.grad is not None]
-        ends.append([loss.detach(), *gradients])
-    for other in ends[1:]:
-        assert len(other) == 1 + 2 * 6
-        for found, wanted in zip(ends[0], other, strict=True):
-            assert torch.equal(found, wanted)
+        assert len(gradients) == 2 * 6
+        return [loss.detach(), *gradients]
+
+    expected = end(lora.train())
+    fused = end(model)
+    assert all(map(torch.equal, fused, end(ungated)))
+    for found, wanted in zip(fused, expected, strict=True):
+        assert relative(found, wanted) < 1e-6
+    monkeypatch.setattr(switches, "fused", False)
+    assert all(map(torch.equal, end(model), expected))
+    assert all(map(torch.equal, end(ungated), expected))
 
 
 def test_mean_over_masks_is_evaluation() -> None:

@@ -324,7 +324,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
 
     def _added(self, delta: Any, x: Tensor, rows: Rows, y: Tensor) -> Tensor:
         """The sum y (.., out) with one more update, in place where the Delta can."""
-        if delta.adds and _unwatched(delta):
+        if delta.adds and delta.joint_is_forward and _unwatched(delta):
             return delta.joint(x, None, None, rows, y)
         return y + delta(x, rows).to(y.dtype)
 
@@ -399,6 +399,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             and "_is_fsdp_managed_module" not in self.__dict__
             and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
             and _unwatched(base)
+            and delta.joint_is_forward
             and _unwatched(delta)
             and delta.joins(x, self.transposed)
         )

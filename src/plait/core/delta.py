@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from plait.core import events
 from plait.core.config import DeltaConfig
-from plait.core.gate import Gate
+from plait.core.gate import Gate, states
 from plait.core.init import svd_start
 from plait.core.rates import Rates
 from plait.core.route import NOWHERE, Rows
@@ -110,6 +110,8 @@ class Delta(nn.Module):
     no_pairs: ClassVar[str] = "it states no pairs of free factors"  # the reason that `pairs` gives
 
     acts: ClassVar[bool] = False  # whether it overrides what optimizer steps call
+    # Whether `joint` computes what `forward` does: who overrides forward states joint again.
+    joint_is_forward: ClassVar[bool] = True
 
     t: Tensor | None
 
@@ -118,6 +120,7 @@ class Delta(nn.Module):
         super().__init_subclass__(**facts)
         names = ("penalty", "after_step", "after_all", "before_step")
         cls.acts = any(vars_of(cls, name) is not vars_of(Delta, name) for name in names)
+        cls.joint_is_forward = states(cls, "joint", "forward")
 
     def __init__(self, base: FrozenLinear, config: DeltaConfig, gen: torch.Generator) -> None:
         """Set what all methods share; a subclass adds parameters drawn from `gen`."""

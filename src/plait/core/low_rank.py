@@ -213,7 +213,10 @@ class LowRankDelta(Delta):
     adds: ClassVar[bool] = True
 
     def joins(self, x: Tensor, transposed: bool) -> bool:
-        """Always; where the fused form does not apply, `joint` adds the two products."""
+        """Always; where the fused form does not apply, `joint` adds the two products.
+
+        A class that overrides `forward` alone is called, see core/bridge.py.
+        """
         return True
 
     def joint(
@@ -238,7 +241,7 @@ class LowRankDelta(Delta):
             self.check_training()
         graph = torch.is_grad_enabled()
         dtype = computes_in(x)
-        whole = not (training and self.dropout and self.input_dropout)
+        whole = not (training and self.input_dropout)
         ready = self._ready(x, dtype, whole, graph)
         if ready is None:
             # Where the plan holds the mix, no graph of it is made: recomputation under gradient
@@ -248,13 +251,15 @@ class LowRankDelta(Delta):
                 declared = self.mix()
             kind = _kind(declared)
             if kind is None or not self._fuses(x):
-                update = self._plain(x, rows, self.mixer)
+                # The frozen layer first, as in upstream's LoRA: gradients of x are summed in order.
                 y = F.linear(x, weight, bias) if weight is not None else y
+                update = self._plain(x, rows, self.mixer)
                 return update if y is None else y + update.to(y.dtype)
             ready = self._prepared(x, dtype, whole, graph, kind, declared, rows)
         plan, leaves, trains, tasks = ready
         kept, raised, mask, index = None, 1.0, None, None
-        if training and (not whole or self.gates or self.dropout) and x.numel():
+        draws = not whole or self.gates or self.dropout or _facts(type(self)).masks
+        if training and draws and x.numel():
             kept, raised, mask = self._draw(x, dtype)
         if plan.kind == "table":
             index = tasks.groups(x.shape[:-1], rows).reshape(-1).to(x.device)  # type: ignore
@@ -630,6 +635,7 @@ class _Facts(NamedTuple):
         reads: what the factors read is stated. knows_mix: and what the mix reads.
         plain_gate: the gate is the product of `gates`. spreads: and its gradient is stated.
         folds: all that evaluation reads is stated, gates apart.
+        masks: it draws masks of its own, which need neither a gate nor dropout.
     """
 
     standard: bool
@@ -639,6 +645,7 @@ class _Facts(NamedTuple):
     plain_gate: bool
     spreads: bool
     folds: bool
+    masks: bool
 
 
 @functools.cache
@@ -656,6 +663,7 @@ def _facts(cls: type) -> _Facts:
         plain_gate=plain_gate,
         spreads=states(cls, "unspread", "spread"),
         folds=knows_mix and plain_gate,
+        masks=cls.rank_mask is not LowRankDelta.rank_mask,
     )
 
 

@@ -41,7 +41,7 @@ class Plan:
         of_A, of_B: numbers of leaves of A and of B.
         pull_A: (leaves, gradient of the trained rows of A) -> a gradient for each leaf of A.
         pull_B: (leaves, gradient of the trained columns of B) -> a gradient for each leaf of B.
-        pull_M: (leaves, gradient of M) -> a gradient for each leaf of M.
+        pull_M: (leaves of M, gradient of M) -> a gradient for each of them.
         own_z: (T, R_in) -> the columns that belong to trained rows of A; None: all.
         own_h: (T, R_out) -> what trained columns of B are multiplied by, (T, ..); None: h.
         gated: whether there is a gate with a leaf.
@@ -290,7 +290,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if plan.kind == "matrix":
         if True in needs[_LEAVES + count + plan.gated :]:
             dM = torch.mm(dz.t(), gated)
-            found[count + plan.gated :] = [dM] if plan.pull_M is None else plan.pull_M(leaves, dM)
+            after = count + plan.gated
+            own = leaves[after:]
+            found[after:] = [dM] if plan.pull_M is None else plan.pull_M(own, dM)
         dz = torch.mm(dz, M)  # type: ignore[arg-type]
     elif plan.kind == "table":
         parts = dz.unsqueeze(1)  # (T, 1, r)

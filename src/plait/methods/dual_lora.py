@@ -116,9 +116,7 @@ class DualLora(DenseDelta):
 
     def signed(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float, bool]:
         """A, B, C, D, g s and whether sgn clips."""
-        c, full = self.scaling, self.config.gate_steps
-        if self.t is not None and full:
-            c *= min(1.0, (self.steps + int(self.training)) / full)
+        c = self.scaling * float(self.gate())
         return self.A, self.B, self.C, self.D, c, self.config.ste == "clip"
 
     def check_step(self) -> None:

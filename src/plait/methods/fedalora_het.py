@@ -84,7 +84,8 @@ class FedAloraHet(LowRankDelta):
         plan.keeps_leaves, plan.own_h = True, lambda h: h[:, q:]
 
         def pull_M(p: Any, d: Tensor) -> tuple[Tensor, Tensor]:
-            M, B1, d = p[2], p[3], d.to(p[2].dtype)
+            M, B1 = p
+            d = d.to(M.dtype)
             return d[:q] + B1.T @ d[q:], d[q:] @ M.T
 
         plan.pull_M = pull_M
