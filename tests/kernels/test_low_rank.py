@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -463,3 +465,74 @@ def test_a_method_of_ones_own_is_never_kept() -> None:
         for factor in (2.0, 3.0):
             delta.factor = factor
             compare(model, delta)
+
+
+# Tracers ---------------------------------------------------------------------------------------
+
+# Ids of tasks are checked by their numbers; a mask of the step has a generator of its own.
+RECORDABLE = [c for c in CASES if "tasks" not in c.options and c.options.get("scope") != "step"]
+BLIND = [c for c in RECORDABLE if c.key != "dual_lora"]  # its forward reads the count of steps
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", BLIND, ids=lambda c: f"{c}{len(c.options)}")
+def test_fake_tensors_leave_nothing(case: Case, training: bool) -> None:
+    """A step on fake tensors, before the first real one or after it, changes no later result."""
+    x = tiny.numbers(6, 7)
+    for warm in (False, True):
+        model, fresh = (one_layer(case, 7, 5)[0].train(training) for _ in range(2))
+        with tiny.seed(1):
+            expected = fresh(x)
+        if warm:
+            model(x)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            y = model(fake.from_tensor(x))
+            assert type(y) is FakeTensor
+            leaves = [p for p in model.parameters() if p.requires_grad]
+            grads = torch.autograd.grad(y.sum(), leaves, allow_unused=True)
+        for p, grad in zip(leaves, grads, strict=True):
+            assert grad is None or grad.shape == p.shape
+        for _ in range(2):
+            with tiny.seed(1):
+                assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", RECORDABLE, ids=lambda c: f"{c}{len(c.options)}")
+def test_a_recorded_graph_reads_the_weights(case: Case, training: bool) -> None:
+    """Whatever was kept before, it is no constant of a graph of make_fx."""
+    model, x = one_layer(case, 7, 5)[0].train(training), tiny.numbers(6, 7)
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+
+    def call(x: Tensor, *values: Tensor) -> Tensor:
+        named = dict(zip(weights, values, strict=True))
+        return torch.func.functional_call(model, named, (x,))
+
+    with torch.no_grad():
+        for _ in range(2):  # fills plans and notes with these very tensors
+            call(x, *weights.values())
+        graph = make_fx(call)(x, *weights.values())
+        for factor in (1.0, 1.5):
+            values = [factor * w for w in weights.values()]
+            with tiny.seed(1):
+                found = graph(x, *values)
+            with tiny.seed(1):
+                assert relative(found, call(x, *values)) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("key", ["alloc", "cola", "hydra", "nola", "sora"])
+def test_a_trace_of_jit_reads_the_weights(key: str) -> None:
+    """It shares the parameters with the layer, so it follows when they change."""
+    case = next(c for c in CASES if c.key == key)
+    host, x = one_layer(case, 7, 5)[1].eval(), tiny.numbers(6, 7)
+    delta: Any = host.plait_delta["default"]
+    with torch.no_grad():
+        for _ in range(2):
+            host(x)
+        trace: Any = torch.jit.trace(host, (x,), check_trace=False)
+        before = host(x)
+        for p in delta.parameters():
+            p.mul_(1.5)
+        assert relative(before, host(x)) > 1e-3
+        assert relative(trace(x), host(x)) < 1e-12

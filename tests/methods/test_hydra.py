@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 import plait
 from plait.testing import checks, tiny
@@ -29,6 +29,7 @@ from plait.testing.helpers import (
     wrap,
 )
 from plait.upstream.export import to_lora
+from tests.support.routers import Softmaxes, form
 from tests.support.starts import with_random_start
 
 CASE = Case("hydra", {"r": 2, "num_B": 3})
@@ -243,7 +244,7 @@ class Products(torch.utils._python_dispatch.TorchDispatchMode):
     ) -> Any:
         """Run and count."""
         name = func.overloadpacket.__name__
-        self.count += name in ("mm", "addmm", "bmm", "baddbmm", "mv", "linear", "dot")
+        self.count += name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "linear", "dot")
         return func(*args, **(kwargs or {}))
 
 
@@ -255,16 +256,37 @@ def products(model: Any, x: Tensor) -> int:
 
 
 @pytest.mark.parametrize("shape", [(6, 7), (2, 3, 7)])
-def test_products_do_not_grow_with_the_number_of_B(shape: tuple[int, ...]) -> None:
-    """A, the router, all B at once, and the base layer's own."""
-    found = {n: products(layer(num_B=n)[0], tiny.numbers(*shape)) for n in (1, 2, 5, 16)}
-    assert found == {1: 4, 2: 4, 5: 4, 16: 4}
+@pytest.mark.parametrize(
+    ("fused", "dropout", "expected"),
+    [
+        (True, 0.0, 3),  # A and the router in one product, all B at once, the base layer's own
+        (True, 0.5, 4),  # dropout is on the input of A, not on that of the router: two products
+        (False, 0.0, 4),
+        (False, 0.5, 4),
+    ],
+)
+def test_products_do_not_grow_with_the_number_of_B(
+    fused: bool, dropout: float, expected: int, shape: tuple[int, ...]
+) -> None:
+    with form(fused):
+        found = {
+            n: products(layer(num_B=n, lora_dropout=dropout)[0], tiny.numbers(*shape))
+            for n in (1, 2, 5, 16)
+        }
+    assert found == dict.fromkeys((1, 2, 5, 16), expected)
 
 
-def test_operations() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_operations(fused: bool) -> None:
     """2 tokens (r in + N in + N r out), beside the base layer's 2 tokens in out."""
     model, _ = layer(n_in=16, n_out=24, num_B=5, r=2)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+
+    def in_place(*shapes: Any, **_: Any) -> int:
+        return addmm_flop(*shapes)
+
+    lacking = {torch.ops.aten.addmm_: in_place}  # in torch's own table
+    counting = FlopCounterMode(display=False, custom_mapping=lacking)
+    with form(fused), torch.no_grad(), counting as counter:
         model(tiny.numbers(10, 16))
     expected = 2 * 10 * (2 * 16 + 5 * 16 + 5 * 2 * 24 + 16 * 24)
     assert counter.get_total_flops() == expected
@@ -290,23 +312,21 @@ def test_a_token_alone_decides() -> None:
             assert relative(model(input_ids=ids).logits[:, :cut], whole[:, :cut]) < 1e-5
 
 
-def test_router_is_fp32_under_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    softmax = Tensor.softmax
-
-    def spy(self: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-        found = softmax(self, dim, dtype=dtype)
-        seen.append((found.dtype, float((found.sum(-1) - 1).abs().max().detach())))
-        return found
-
-    monkeypatch.setattr(Tensor, "softmax", spy)
+@pytest.mark.parametrize("fused", [True, False])
+def test_router_is_fp32_under_bf16(fused: bool) -> None:
+    """In a bf16 layer and under bf16 autocast, in training and in evaluation."""
     model, _ = one_layer(CASE, 7, 5, torch.bfloat16)
-    assert model(tiny.numbers(6, 7).bfloat16()).dtype == torch.bfloat16
     plain, _ = one_layer(CASE, 7, 5, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        plain(tiny.numbers(6, 7, dtype=torch.float32))
-    assert [dtype for dtype, _ in seen] == [torch.float32] * 2
-    assert max(error for _, error in seen) < 1e-6
+    with form(fused), Softmaxes() as softmaxes:
+        for training in (True, False):
+            x = tiny.numbers(6, 7)
+            assert model.train(training)(x.bfloat16()).dtype == torch.bfloat16
+            with torch.autocast("cpu", torch.bfloat16):
+                assert plain.train(training)(x.float()).dtype == torch.bfloat16
+    assert len(softmaxes.seen) == 4
+    for weights in softmaxes.seen:
+        assert weights.computed_in == weights.dtype == torch.float32
+        assert weights.error < 1e-6
 
 
 def test_B_part_in_training() -> None:

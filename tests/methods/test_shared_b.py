@@ -25,6 +25,7 @@ from plait.testing.helpers import (
     update,
 )
 from plait.upstream.export import to_lora
+from tests.support.routers import Softmaxes, form
 
 TOKEN = Case("shared_b", {"r": 2, "num_A": 3})
 TASK = Case("shared_b", {"r": 2, "routing": "task", "tasks": ["law", "care", "maths"]})
@@ -176,18 +177,14 @@ def test_no_single_matrix_fits_a_live_router() -> None:
     assert float(rest.norm() / y.norm()) > 0.1
 
 
-def test_router_is_fp32_under_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    softmax = Tensor.softmax
-
-    def spy(self: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-        seen.append(softmax(self, dim, dtype=dtype).dtype)
-        return softmax(self, dim, dtype=dtype)
-
+@pytest.mark.parametrize("fused", [True, False])
+def test_router_is_fp32_under_bf16(fused: bool) -> None:
     model, _ = one_layer(TOKEN, 7, 5, torch.bfloat16)
-    monkeypatch.setattr(Tensor, "softmax", spy)
-    assert model(tiny.numbers(6, 7).bfloat16()).dtype == torch.bfloat16
-    assert seen == [torch.float32]
+    with form(fused), Softmaxes() as softmaxes:
+        assert model(tiny.numbers(6, 7).bfloat16()).dtype == torch.bfloat16
+    (weights,) = softmaxes.seen
+    assert weights.computed_in == weights.dtype == torch.float32
+    assert weights.error < 1e-6
 
 
 # Tasks -----------------------------------------------------------------------------------------

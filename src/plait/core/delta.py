@@ -109,7 +109,6 @@ class Delta(nn.Module):
     no_restart: ClassVar[str | None] = None  # why a chain cannot `restart` it; None: it can
     no_pairs: ClassVar[str] = "it states no pairs of free factors"  # the reason that `pairs` gives
 
-    acts: ClassVar[bool] = False  # whether it overrides what optimizer steps call
     # Whether `joint` computes what `forward` does: who overrides forward states joint again.
     joint_is_forward: ClassVar[bool] = True
 
@@ -118,8 +117,6 @@ class Delta(nn.Module):
     def __init_subclass__(cls, **facts: Any) -> None:
         """Note what the class overrides."""
         super().__init_subclass__(**facts)
-        names = ("penalty", "after_step", "after_all", "before_step")
-        cls.acts = any(vars_of(cls, name) is not vars_of(Delta, name) for name in names)
         cls.joint_is_forward = states(cls, "joint", "forward")
 
     def __init__(self, base: FrozenLinear, config: DeltaConfig, gen: torch.Generator) -> None:
@@ -351,7 +348,14 @@ class Delta(nn.Module):
     @property
     def needs_events(self) -> bool:
         """Whether training without optimizer-step events would be wrong."""
-        return self.t is not None or self.acts
+        cls = type(self)  # looked up at each call: a class may get a hook after it was made
+        return (
+            self.t is not None
+            or cls.penalty is not Delta.penalty
+            or cls.after_step is not Delta.after_step
+            or cls.before_step is not Delta.before_step
+            or vars_of(cls, "after_all") is not vars_of(Delta, "after_all")
+        )
 
     def autocast(self) -> torch.dtype | None:
         """The dtype of the autocast region that the call is in, or None."""

@@ -22,7 +22,7 @@ from plait.core.init import kaiming, seeded
 from plait.core.mix import Matrix, Mix, Pairing, TaskTable, TokenRouter, as_mix
 from plait.core.route import NOWHERE, Rows
 from plait.core.sharding import put, refuse_sharded
-from plait.kernels.cache import Notes, same
+from plait.kernels.cache import Notes, same, traced
 from plait.kernels.choose import switches
 from plait.kernels.low_rank import ROUTERS, Call, Kind, Plan, fused, product
 from plait.kernels.reference import up
@@ -285,6 +285,7 @@ class LowRankDelta(Delta):
             or x.ndim < 2
             or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
+            or traced()
         ):
             return None
         state, places, sources, copies, requires, result = noted

@@ -4,7 +4,8 @@ Weights change in ways that leave no trace: fused optimizers do not raise a tens
 writes through `.data`, or through NumPy's view of the memory, raise nothing and call no hook. So a
 value is kept with a copy of the numbers that it was computed from and is used again only where
 these are equal to the last bit. The comparison reads r (in + out) numbers. On accelerators it
-would wait for the device: nothing is kept there.
+would wait for the device: nothing is kept there. Nor is anything kept or used while a tracer is at
+work: its tensors hold no numbers, and a value from before would be a constant of its graph.
 """
 
 import ctypes
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 V = TypeVar("V")
 _PLAIN = (Tensor, nn.Parameter)
+_MODES = torch._C._TorchDispatchModeKey
+_TRACERS = (_MODES.FAKE, _MODES.PROXY, _MODES.FUNCTIONAL)
 
 try:  # of the C library: the fastest exact comparison of memory, some 3 times that of torch.equal
     _memcmp = ctypes.PyDLL(None).memcmp
@@ -55,6 +58,8 @@ class Kept:
 
     def copies(self, sources: Sequence[Tensor]) -> list[_Copy] | None:
         """The copies of a value that was computed from these tensors, or None."""
+        if traced():
+            return None
         for copies, _ in self.values.values():
             if copies and same(sources, copies):
                 return copies
@@ -63,18 +68,23 @@ class Kept:
     def get(self, key: Any, sources: Sequence[Tensor] | None, make: Callable[[], V]) -> V:
         """The value of a key: the kept one where all sources are as they were, else a new one.
 
+        Under a tracer it is always a new one, which is not kept.
+
         Args:
             key: all that the value depends on besides the sources.
             sources: tensors whose numbers it depends on; None: unknown, so it is computed anew.
             make: computes it; it runs without gradients.
         """
-        kept = self.values.get(key)
+        tracer = traced()
+        kept = None if tracer else self.values.get(key)
         if kept is not None and sources is not None and same(sources, kept[0]):
             return kept[1]
         self.made += 1
         # Leaving inference mode switches gradients on, so they are switched off inside.
         with torch.inference_mode(False), torch.no_grad():
             value = make()
+            if tracer:
+                return value
             if sources is None or not all(map(_comparable, sources)):
                 self.values.pop(key, None)
             else:
@@ -90,6 +100,19 @@ class Notes(dict):
 
     def __reduce__(self) -> Any:
         return Notes, ()
+
+
+def traced() -> bool:
+    """Whether the operations of this thread are recorded, or run on tensors without numbers.
+
+    So it is under fake tensors, make_fx and torch.jit.trace. Modes that only watch, such as
+    FlopCounterMode, do not count.
+    """
+    if torch._C._is_tracing():
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
 
 
 def _comparable(t: Tensor) -> bool:

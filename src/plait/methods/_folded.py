@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from plait.core import LowRankDelta
 from plait.core.low_rank import less_start
+from plait.kernels.cache import traced
 
 
 class Folded(LowRankDelta):
@@ -81,7 +82,9 @@ def close_folds(plan: Any, V: Tensor, U: Tensor, r: int, share: Tensor | float |
         plan.own_z = lambda dz: dz[:, : k * r]
         plan.own_h = partial(_with_start, k * r, share)
     of_A, of_B = _unfolding(V), _unfolding(U)
-    if k == 1 and bool((V == 1).all() and (U == 1).all()):  # all slices get the same gradient
+    if (
+        k == 1 and not traced() and bool((V == 1).all() and (U == 1).all())
+    ):  # all slices get the same gradient
         M, N = V.shape[1], U.shape[1]
         plan.pull_A = lambda _, dA: (dA.expand(M, -1, -1),)
         plan.pull_B = lambda _, dB: (dB.expand(N, -1, -1),)
@@ -101,6 +104,8 @@ def _with_start(count: int, share: Tensor | float, h: Tensor) -> Tensor:
 def _unfolding(V: Tensor) -> Callable[[Tensor], Tensor]:
     """grads -> V^T grads: from gradients (k, ..) of sums to those of the slices (n, ..)."""
     n = V.shape[1]
+    if traced():  # the numbers of V cannot be looked at
+        return lambda grads: torch.tensordot(V.t().to(grads.dtype), grads, 1)
     slices, sums = V.t().nonzero().unbind(1)
     values = V[sums, slices]
     alike = bool((values == 1).all())
