@@ -11,6 +11,7 @@ from plait.core.low_rank import LowRankDelta, less_start
 from plait.core.mix import Matrix, Mix, Pairing, TaskTable, TokenRouter
 from plait.core.registry import Method, find, list_methods, register
 from plait.core.sharding import put, whole
+from plait.kernels.cache import traced
 
 __all__ = [
     "Delta",
@@ -43,5 +44,6 @@ __all__ = [
     "register_gate",
     "seeded",
     "svd_start",
+    "traced",
     "whole",
 ]

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plait.core import LowRankDelta
+from plait.core import LowRankDelta, traced
 from plait.core.low_rank import less_start
-from plait.kernels.cache import traced
 
 
 class Folded(LowRankDelta):
