@@ -10,6 +10,7 @@ from plait.core.delta import Delta, computes_in, mode
 from plait.core.gate import states
 from plait.core.route import NOWHERE, Rows
 from plait.core.sharding import refuse_sharded
+from plait.kernels.cache import traced
 from plait.kernels.choose import switches
 from plait.kernels.dense_tiles import DenseTiles, tile_rows
 from plait.kernels.signed_tiles import SignedTiles, signed_weight
@@ -66,7 +67,7 @@ class DenseDelta(Delta):
         height = self.tile or tile_rows(self.base.in_features, x.device)
         form = (
             self.signed()
-            if switches.fused and states(type(self), "signed", "weight_rows")
+            if switches.fused and not traced() and states(type(self), "signed", "weight_rows")
             else None
         )
         if form is not None and _fuses(*form[:4]):

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from plait.core.delta import Delta
 from plait.run.data.bundle import DataBundle
 from plait.run.evaluate import batches
 from plait.run.model import context_of, recomputes
@@ -147,9 +146,6 @@ def _trace(run: Prepared, optimizer: torch.optim.Optimizer) -> tuple[int, int, i
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(fake):
         model, moving = copy.deepcopy((run.model, optimizer))
-    for module in model.modules():
-        if isinstance(module, Delta):
-            module.t = None  # steps done: they decide numbers, which are unknown here, and no size
     step_rows = _longest(run.data, run.arguments.per_device_train_batch_size)
     held_out = [_first(run, split) for split in run.data.splits() if split != "train"]
     known = [*model.parameters(), *model.buffers()]
