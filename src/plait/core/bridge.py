@@ -38,6 +38,7 @@ from peft.utils.other import (
 )
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -394,7 +395,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         weight = base._parameters.get("weight")
         return (
             (type(base) is nn.Linear or (self.transposed and type(base) is Conv1D))
-            and type(weight) is nn.Parameter
+            and type(weight) in (nn.Parameter, FakeTensor)  # no sharded or packed one
             and not weight.requires_grad
             and "_is_fsdp_managed_module" not in self.__dict__
             and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
