@@ -423,3 +423,13 @@ def test_check_reports_an_error_and_exits_with_2(models, rows, tmp_path, capsys)
         "plait check: data.max_length is 5 tokens: 20 of 20 train rows (100.0 %) are longer, the "
         "longest 6. Raise data.max_length, or cut them with data.truncate: true.\n"
     )
+
+
+@pytest.mark.parametrize("name", ["cola", "lora"])
+def test_layers_to_adapt_are_named(name, models, rows):
+    method = {"name": name, "r": 2, "target_modules": None}
+    text = error(run_config(models / "llama", rows, rows.parent / "run", method=method))
+    assert text == (
+        "method.target_modules is null. Name the layers to adapt, such as [q_proj, v_proj], or "
+        "give all-linear."
+    )

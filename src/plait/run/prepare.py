@@ -508,6 +508,11 @@ def method_config(
     if config is not None:
         baseline, values = BASELINES.get(cfg.method.name), config.to_dict()
         everywhere = values["target_modules"] == "all-linear"
+        if values["target_modules"] is None and not values.get("target_parameters"):
+            raise ValueError(
+                "method.target_modules is null. Name the layers to adapt, such as "
+                "[q_proj, v_proj], or give all-linear."
+            )
         targets = list(sizes) if everywhere else targeted(config, sizes)
         _check_called(base, targets)
         if baseline is not None and baseline.check_layers is not None:
