@@ -16,7 +16,6 @@ from plait.run.export.exporting import (
     name_base,
 )
 from plait.run.export.held_out import HeldOutRows
-from plait.run.export.logits import TOLERANCE
 from plait.run.export.place import check_replaceable, lock_for, mark_export
 from plait.run.export.refusals import (
     ALL,
@@ -32,7 +31,6 @@ from plait.run.export.report import ExportReport
 __all__ = [
     "ALL",
     "DTYPES",
-    "TOLERANCE",
     "ExportReport",
     "HeldOutRows",
     "check_max_rank",

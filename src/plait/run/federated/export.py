@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from plait.core.init import seeded
 from plait.federated.client import Site
@@ -34,7 +34,6 @@ from plait.run.config import REMOTE_CODE, check_remote_code, did_you_mean
 from plait.run.export import (
     ALL,
     DTYPES,
-    TOLERANCE,
     ExportReport,
     HeldOutRows,
     check_max_rank,
@@ -46,6 +45,7 @@ from plait.run.export import (
     readers_of,
     refuse_misread,
 )
+from plait.run.export.logits import base_shift, difference, logits_of, tolerance
 from plait.run.federated.config import FederateConfig, load_federate_config
 from plait.run.federated.folder import FederatedFolder
 from plait.run.federated.setup import Setup, prepare_federation
@@ -268,22 +268,17 @@ class _Check:
         base = copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})
         stock = PeftModel.from_pretrained(base, str(place)).eval()
         ids = torch.randint(model.config.vocab_size, _PROBE, generator=seeded("export"))
-        logits = _logits(model, ids)
-        with model.disable_adapter():
-            shift = float((_logits(model, ids) - logits).abs().max())
-        error = float((_logits(stock, ids) - logits).abs().max())
+        inputs = {"input_ids": ids}
+        logits = logits_of(model, inputs)
+        shift = base_shift(model, inputs, logits)
+        error = difference(logits_of(stock, inputs), logits)
         single = self.config.model.dtype == "float32"
-        if exact and single and error > TOLERANCE * max(float(logits.abs().max()), 1.0):
+        if exact and single and not error <= tolerance(logits):
             raise ValueError(
                 f"{place.name}: peft reads the export with logits off by {error:.2e}. Nothing was "
                 "written; please report this with the run's config."
             )
         return error, shift, stock
-
-
-@torch.no_grad()
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    return model(input_ids=ids.to(model.device)).logits.float().cpu()
 
 
 def _card(
