@@ -471,11 +471,10 @@ def test_a_method_of_ones_own_is_never_kept() -> None:
 
 # Ids of tasks are checked by their numbers; a mask of the step has a generator of its own.
 RECORDABLE = [c for c in CASES if "tasks" not in c.options and "step" not in str(c.options)]
-BLIND = [c for c in RECORDABLE if c.key != "dual_lora"]  # its forward reads the count of steps
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("case", BLIND, ids=lambda c: f"{c}{len(c.options)}")
+@pytest.mark.parametrize("case", RECORDABLE, ids=lambda c: f"{c}{len(c.options)}")
 def test_fake_tensors_leave_nothing(case: Case, training: bool) -> None:
     """A step on fake tensors, before the first real one or after it, changes no later result."""
     x = tiny.numbers(6, 7)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from plait.run import train as train_module
 from plait.run.data.templates import TEMPLATES, set_chat_template
 from plait.run.evaluate import evaluate_run
 from plait.run.generate import generate_run
@@ -42,14 +41,6 @@ OWN = (
     "{{ eos_token if m['role'] == 'assistant' else '' }}{% endfor %}"
     "{% if add_generation_prompt %}={% endif %}"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_picture() -> Any:
-    """Drawing takes half of a short run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,20 +12,11 @@ import pytest
 import transformers
 
 from plait.core.events import PlaitWarning
-from plait.run import train as train_module
 from plait.run.config import dump_config
 from plait.run.train import train
 from plait_cli import main
 from plait_cli._quiet import quiet
 from tests.support.runs import copy_rows, run_config, save_model, write_rows
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_picture() -> Any:
-    """Drawing takes half of a short run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
-        yield
 
 
 @pytest.fixture(scope="module")

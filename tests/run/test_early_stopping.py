@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from plait.run import train as train_module
 from plait.run import trainer as trainer_module
 from plait.run.config import dump_config
 from plait.run.folder import RunFolder
@@ -57,7 +56,6 @@ class Watch(TrainerCallback):
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     """Validation during training gives LOSSES; None among them is a metric that is undefined."""
     watch = Watch()
-    monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
 
     def evaluate(*args: Any, **kwargs: Any) -> dict[str, Any]:
         return {"rows": 8, "loss": LOSSES[watch.step - 1], "perplexity": None}
@@ -215,7 +213,6 @@ def test_the_verb_says_so(
     llama: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
     steps = iter(LOSSES)
     monkeypatch.setattr(
         trainer_module, "evaluate_model", lambda *a, **k: {"rows": 8, "loss": next(steps)}

@@ -1,7 +1,6 @@
 """On a half-precision base all that trains is fp32: it moves, saves and loads as it should."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import nn
 import plait
 from plait.core.precision import keep_wide
 from plait.run import export
-from plait.run import train as train_module
 from plait.run.config import method_names, method_options
 from plait.run.evaluate import evaluate_run
 from plait.run.export import exporting
@@ -55,12 +53,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("films") / "films.jsonl", film_rows())
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes half of a short run."""
-    monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
 
 
 # --------------------------------------------------------------------------------- every method
@@ -166,12 +158,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(
-    models: Path, rows: Path, films: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Runs]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
-        yield Runs(models, rows, films, tmp_path_factory.mktemp("runs"))
+def runs(models: Path, rows: Path, films: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(models, rows, films, tmp_path_factory.mktemp("runs"))
 
 
 def moved(runs: Runs, name: str, dtype: str) -> float:

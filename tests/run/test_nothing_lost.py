@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import yaml
 
-from plait.run import train as train_module
 from plait.run.check import check
 from plait.run.evaluate import evaluate_run
 from plait.run.export import check_replaceable, mark_export
@@ -41,9 +40,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(llama: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run; tests copy it."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
-        train(run_config(llama, rows, path, training=ONE_STEP, evaluation=QUICK))
+    train(run_config(llama, rows, path, training=ONE_STEP, evaluation=QUICK))
     return path
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from plait.run import train as train_module
 from plait.run.evaluate import evaluate_run
 from plait.run.generate import generate_run
 from plait.run.infer import predict as predict_module
@@ -18,14 +17,6 @@ from plait.run.prepare import load_run
 from plait.run.train import train
 from plait_cli import main
 from tests.support.runs import copy_rows, film_rows, run_config, save_model, write_rows
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_picture() -> Any:
-    """Drawing takes half of a short run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
-        yield
 
 
 @pytest.fixture(scope="module")

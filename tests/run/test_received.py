@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from plait.run import train as train_module
 from plait.run.check import check
 from plait.run.config import load_config
 from plait.run.folder import RunFolder
@@ -40,14 +39,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
     config = run_config(
         base, rows, tmp_path_factory.mktemp("run") / "run", training={"max_steps": 2}
     )
-    path = train(config).path
-    monkeypatch.undo()
-    return path
+    return train(config).path
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from plait.federated.guard import TooFewUpdates
 from plait.federated.payload import Rejected, Round, Upload, unpack
 from plait.federated.protocol import Reply
-from plait.run import train as train_module
 from plait.run.train import train
 from tests.support.federation import federation
 from tests.support.fuzz import ODD, changed, command, damaged, fuzz
@@ -58,9 +57,7 @@ def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("finished") / "run"
     rows = write_rows(path.parent / "rows.jsonl", copy_rows(8))
     options = {"max_steps": 1, "save_steps": 1}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
-        train(run_config(llama, rows, path, training=options, evaluation={"generate": False}))
+    train(run_config(llama, rows, path, training=options, evaluation={"generate": False}))
     return path
 
 

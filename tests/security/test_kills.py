@@ -20,7 +20,6 @@ import pytest
 import torch
 
 from benchmarks.federated.faults import kill_runs
-from plait.run import train as train_module
 from plait.run.export import export_run, exporting
 from plait.run.export.logits import logits_of
 from plait.run.train import train
@@ -37,11 +36,10 @@ QUICK = {"generate": False}
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A forked process cannot use the threads of torch; drawing takes half of a short run."""
+def one_thread() -> Iterator[None]:
+    """A forked process cannot use the threads of torch."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(train_module, "write_loss_curve", lambda folder, title: None)
     yield
     torch.set_num_threads(before)
 
