@@ -1,5 +1,6 @@
 """A run folder or an adapter that came from somebody else: what is in it is checked, never run."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -8,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
+from plait.run.adapter import load_adapter
 from plait.run.check import check
-from plait.run.config import load_config
+from plait.run.config import load_config, peft_config
 from plait.run.folder import RunFolder
-from plait.run.model import load_tokenizer
+from plait.run.model import load_base, load_tokenizer
 from plait.run.prepare import load_run
 from plait.run.train import train
 from plait_cli import main
@@ -93,12 +96,15 @@ SPOILT = {
     "alpha NaN": (spoil_config(lora_alpha=float("nan")), "lora_alpha is nan"),
     "alpha": (spoil_config(lora_alpha=64), "lora_alpha is 64, the run's config.yaml has 16"),
     "rank": (spoil_config(r=2), "r is 2, the run's config.yaml has 4"),
-    "no mapping": (spoil_config(alpha_pattern=None), "alpha_pattern is None, no mapping"),
+    "no mapping": (
+        spoil_config(alpha_pattern=None),
+        "alpha_pattern is None, the run's config.yaml has {}",
+    ),
     "a list": (spoil_file("[1]"), "is [1], no object. Save the adapter again."),
     "nested": (spoil_file("[" * 100_000), "is not JSON (maximum recursion depth"),
     "scaling": (spoil_config(use_rslora=True), "use_rslora is True, the run's config.yaml has"),
     "imports": (
-        spoil_config(megatron_config={}, megatron_core="antigravity"),
+        spoil_config(megatron_core="antigravity"),
         "megatron_core is 'antigravity', the run's config.yaml has 'megatron.core'",
     ),
 }
@@ -112,6 +118,45 @@ def test_a_spoilt_adapter_is_refused(
     spoil(run)
     for verb in ("evaluate", "generate", "export") if fault == "NaN" else ("export",):
         assert text in refused(run, verb, capsys)
+
+
+ODD_VALUES: list[Any] = [
+    *(None, True, -1, 10**30, 0.5, "", "x", "../x", "(a+)+$", "(", [], [None], [[1]], {}, ["x"]),
+    *({"": None, "0": None}, {"x": {"x": 1}}, {"auto": {"class": "x"}}, [0, "x"], "pissa"),
+]
+
+
+@pytest.mark.parametrize("method", [{}, {"name": "lora"}], ids=str)
+def test_each_option_of_an_adapter_is_read_as_it_is_or_refused(
+    base: Path, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    """No value of any key of an adapter_config.json ends otherwise, or makes another update."""
+    config = run_config(base, tmp_path / "unread", tmp_path / "run", method=method)
+    expected = peft_config(config.method, "causal_lm")
+    assert expected is not None
+    plain = load_base(config.model)
+    model = get_peft_model(copy.deepcopy(plain), copy.copy(expected))
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = torch.randn(p.shape, generator=generator)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    file = tmp_path / "adapter" / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    inputs = torch.arange(8)[None]
+    wanted = model.eval()(inputs).logits
+    refusals: list[str] = []
+    for name in saved:
+        for value in ODD_VALUES:
+            file.write_text(json.dumps(saved | {name: value}))
+            try:
+                loaded = load_adapter(copy.deepcopy(plain), tmp_path / "adapter", expected)
+            except (ValueError, FileNotFoundError) as error:
+                refusals.append(str(error))
+            else:
+                torch.testing.assert_close(loaded.eval()(inputs).logits, wanted)
+    assert len(refusals) > 10 * len(saved)
+    assert all(str(file.parent) in text for text in refusals)
 
 
 # Code that a model brings along -------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import json
 import math
 import pickle
+import re
+import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from plait.chain import chain_of
 from plait.core.bridge import keep_masters
 from plait.options import shown
 from plait.run.config import PEFT_INTERNAL, ModelConfig
+from plait.run.config.yaml import Source, bounded, check_value
 from plait.run.folder import replace_dir, write_atomic
 from plait.run.model import base_name
 from plait.upstream.adalora import upstream_noise
@@ -34,7 +37,7 @@ _REMEDY = "Copy it again, or train again."
 # Options that training, the data or the base model decide: an adapter may have others than the run.
 _DECIDED = PEFT_INTERNAL | {
     *("target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out", "rank_pattern"),
-    *("total_steps", "total_step", "tinit", "tfinal", "tasks", "init_lora_weights"),
+    *("total_steps", "total_step", "tinit", "tfinal", "tasks"),
 }
 _PICKLES = ("adapter_model.bin", "pytorch_model.bin", "adapter_model.pt", "adapter_model.pth")
 
@@ -100,7 +103,7 @@ def splits_base(model: nn.Module) -> bool:
 
 
 # What peft raises for options of another kind than it expects.
-_MISFITS = (TypeError, AttributeError, KeyError, IndexError)
+_MISFITS = (TypeError, AttributeError, KeyError, IndexError, re.error)
 
 
 def load_adapter(base: PreTrainedModel, path: Path, expected: PeftConfig) -> PeftModel:
@@ -116,8 +119,9 @@ def load_adapter(base: PreTrainedModel, path: Path, expected: PeftConfig) -> Pef
     with readable(path / WEIGHTS, _REMEDY), upstream_noise():
         try:
             model = PeftModel.from_pretrained(base, str(path), config=config)
-        except _MISFITS as error:
-            reason = f"{type(error).__name__}: {first_line(error)}"
+        except (ValueError, *_MISFITS) as error:
+            named = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            reason = f"{named}{first_line(error)}"
             raise ValueError(
                 f"{path / CONFIG}: makes no adapter of this base model ({reason}). {_REMEDY}"
             ) from error
@@ -180,12 +184,12 @@ def _read_config(path: Path, expected: PeftConfig) -> PeftConfig:
         raise ValueError(f"{file}: is {shown(saved)}, no object. Save the adapter again.")
     kind, asked = saved.get("peft_type"), str(expected.peft_type).removeprefix("PeftType.")
     if kind != asked:
-        known = kind in PEFT_TYPE_TO_CONFIG_MAPPING
+        named = kind if isinstance(kind, str) else shown(kind)
         raise ValueError(
-            f"{file}: the adapter is of type {kind}, the run's config.yaml asks for {asked}. "
+            f"{file}: the adapter is of type {named}, the run's config.yaml asks for {asked}. "
             + (
                 "Put the adapter of this run back, or correct method.name."
-                if known
+                if named in PEFT_TYPE_TO_CONFIG_MAPPING
                 else "That type is not known here; install what made it."
             )
         )
@@ -197,26 +201,35 @@ def _read_config(path: Path, expected: PeftConfig) -> PeftConfig:
 
 
 def _check_options(saved: Mapping[str, Any], expected: PeftConfig, file: Path) -> None:
-    """Raise if an adapter_config.json has other options than the run, or numbers that are none."""
-    options = saved_options(expected)
+    """Raise if an adapter_config.json has other options than the run, or values of another type.
+
+    Options that upstream knows and plait does not are no exception: one of them alone makes another
+    adapter of the same weights.
+    """
+    options = json.loads(json.dumps(saved_options(expected), default=list))
+    hints = typing.get_type_hints(type(expected))
     for name, value in saved.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{file}: {name} is {value}. {_REMEDY}")
-        wanted = options.get(name)
-        if isinstance(wanted, dict) and not isinstance(value, dict):
-            raise ValueError(f"{file}: {name} is {shown(value)}, no mapping. {_REMEDY}")
-        plain = isinstance(value, int | float | str | None) and not isinstance(wanted, dict | list)
-        if name in _DECIDED or name not in options or not plain or value == wanted:
-            continue
-        if not (
-            isinstance(value, int | float)
-            and isinstance(wanted, int | float)
-            and math.isclose(value, wanted, rel_tol=1e-6)
-        ):
+        if name not in options:
+            continue  # of another version of peft, which says so when it reads the file
+        if name in _DECIDED:
+            check_value(bounded(hints[name], {}), value, name, Source(str(file)))
+        elif not _equal(value, options[name]):
             raise ValueError(
-                f"{file}: {name} is {shown(value)}, the run's config.yaml has {shown(wanted)}. Put "
-                f"the adapter of this run back, or correct method.{name}."
+                f"{file}: {name} is {shown(value)}, the run's config.yaml has "
+                f"{shown(options[name])}. Put the adapter of this run back, or correct "
+                f"method.{name}."
             )
+
+
+def _equal(saved: Any, wanted: Any) -> bool:
+    """Whether two values of JSON are equal; numbers up to rounding."""
+    if isinstance(wanted, bool) or isinstance(saved, bool):
+        return saved is wanted
+    if isinstance(saved, int | float) and isinstance(wanted, int | float):
+        return math.isclose(saved, wanted, rel_tol=1e-6)
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        return saved.keys() == wanted.keys() and all(_equal(saved[n], wanted[n]) for n in saved)
+    return saved == wanted
 
 
 def check_finite(folder: Path) -> None:

@@ -291,4 +291,5 @@ def saved_options(config: Any) -> dict[str, Any]:
     if start_kind(config) == "residual":
         options["r"] *= 2
         options["lora_alpha"] *= 2**0.5 if options.get("use_rslora") else 2
+        options["init_lora_weights"] = True
     return options
