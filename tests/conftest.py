@@ -15,7 +15,7 @@ from hypothesis import settings
 from transformers import PreTrainedModel
 
 from plait.run import card, stock_check, train
-from plait.run.export import logits
+from plait.run.export import read_back
 from plait.testing import tiny
 from tests.support import warm
 
@@ -36,7 +36,7 @@ def _exports_are_checked_in_warm_processes() -> Iterator[None]:
         return warm.python(*command[2:], peft=True, cwd=cwd)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logits, "subprocess", SimpleNamespace(run=run))
+        patch.setattr(read_back, "subprocess", SimpleNamespace(run=run))
         yield
 
 

@@ -23,7 +23,7 @@ from benchmarks._common import table, write_results
 from plait.run.config import config_from_dict
 from plait.run.evaluate import evaluate_model
 from plait.run.export.fitting import MOMENT_BATCHES, distilled, training_batches
-from plait.run.export.logits import fresh_base
+from plait.run.export.making import fresh_base
 from plait.run.folder import environment
 from plait.run.prepare import TrainedRun, load_run
 from plait.run.train import train

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 import plait
 from plait.run.config import RunConfig
 from plait.run.export import HeldOutRows, export_run, export_tasks
-from plait.run.export.exporting import _folders
 from plait.run.export.held_out import noise_of
-from plait.run.export.logits import read_here
+from plait.run.export.place import task_folders
+from plait.run.export.read_back import reader_here
 from plait.run.folder import RunFolder
 from plait.run.metrics import causal_metrics
 from plait.run.model import load_base
@@ -73,9 +73,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read exports back in this process: a new one takes seconds, and another test has it."""
 
     def read(run: Any, folders: Any, to: str, inputs: Any) -> Any:
-        return {name: read_here(run, folder, inputs[name]) for name, folder in folders.items()}
+        return reader_here(run)(folders, inputs)
 
-    monkeypatch.setattr("plait.run.export.exporting.read_without_plait", read)
+    monkeypatch.setattr("plait.run.export.read_back.read_without_plait", read)
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -362,4 +362,4 @@ def test_merging_is_measured_too(runs: Any, place: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("task", ["a/b", "..", "", "plait_export.json"])
 def test_a_task_that_cannot_name_a_folder(task: str) -> None:
     with pytest.raises(ValueError, match=r"cannot name a folder\. Export each with --task NAME"):
-        _folders(Path("out"), ["copy", task])
+        task_folders(Path("out"), ["copy", task])

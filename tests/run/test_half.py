@@ -15,7 +15,7 @@ from plait.core.precision import keep_wide
 from plait.run import export
 from plait.run.config import method_names, method_options
 from plait.run.evaluate import evaluate_run
-from plait.run.export import exporting
+from plait.run.export import read_back
 from plait.run.folder import RunFolder
 from plait.run.prepare import load_run, prepare
 from plait.run.train import train
@@ -225,7 +225,7 @@ def test_export_says_what_the_run_says(
     folder, _ = runs(name, "bfloat16")
     if name == "full":  # the check in a fresh process is that of the other one
         skipped = lambda run, folders, *_: dict.fromkeys(folders, torch.zeros(()))  # noqa: E731
-        monkeypatch.setattr(exporting, "read_without_plait", skipped)
+        monkeypatch.setattr(read_back, "read_without_plait", skipped)
     out, report = export.export_run(folder.path, to)
     assert report.logit_error < 0.02
     file = out / ("model.safetensors" if name == "full" else "adapter_model.safetensors")

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from benchmarks.federated.faults import kill_runs
-from plait.run.export import export_run, exporting
+from plait.run.export import export_run, read_back
 from plait.run.export.logits import logits_of
 from plait.run.train import train
 from plait_cli import main
@@ -140,7 +140,7 @@ def no_stock_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check by stock peft is a process that loads torch: only in the long form."""
     if not LONG:
         monkeypatch.setattr(
-            exporting,
+            read_back,
             "read_without_plait",
             lambda run, folders, to, inputs: {k: logits_of(run.model, inputs[k]) for k in folders},
         )

@@ -1,23 +1,16 @@
-"""Logits of a run, of its export, and of the written folder as stock peft reads it."""
+"""Logits of a model, the rows that they are measured on, and how far apart they may be."""
 
-import json
-import subprocess
-import sys
-import tempfile
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plait.core.events import PlaitWarning
-from plait.run import stock_check
 from plait.run.data.bundle import DataBundle
-from plait.run.model import context_of, load_base, quantization_options, set_padding
+from plait.run.model import context_of
 from plait.run.prepare import TrainedRun
 
 PROBE_ROWS = 8
@@ -82,68 +75,3 @@ def difference(a: Tensor, b: Tensor) -> float:
 def tolerance(trained: Tensor) -> float:
     """What the logits of an exact fp32 export may differ by."""
     return TOLERANCE * max(float(trained.abs().max()), 1.0)
-
-
-def fresh_base(run: TrainedRun) -> Any:
-    """The base model of a run, newly loaded."""
-    causal = run.cfg.model.task == "causal_lm"
-    base = load_base(run.cfg.model, None if causal else run.model.config.num_labels, None)
-    if not causal:
-        set_padding(base, run.tokenizer)
-    return base
-
-
-def read_here(run: TrainedRun, folder: Path, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits of a written plain LoRA, loaded by peft in this process on a new base model."""
-    return logits_of(PeftModel.from_pretrained(fresh_base(run), str(folder)), inputs)
-
-
-def read_without_plait(
-    run: TrainedRun,
-    folders: Mapping[str, Path],
-    to: str,
-    inputs: Mapping[str, Mapping[str, Tensor]],
-) -> dict[str, Tensor]:
-    """Logits of written folders, by stock peft and transformers in one new process.
-
-    folders, inputs: by a name each.
-
-    Raises RuntimeError if stock peft cannot load one.
-    """
-    cfg = run.cfg.model
-    with tempfile.TemporaryDirectory() as scratch:
-        jobs = []
-        for i, (name, folder) in enumerate(folders.items()):
-            save_file(dict(inputs[name]), Path(scratch) / f"inputs{i}")
-            jobs.append(
-                {
-                    "model": str(folder.resolve()) if to == "merged" else run.source,
-                    "adapter": str(folder.resolve()) if to == "lora" else None,
-                    "task": cfg.task,
-                    "labels": None if cfg.task == "causal_lm" else run.model.config.num_labels,
-                    "dtype": "auto" if to == "merged" else cfg.dtype,  # as it was written
-                    "quantization": quantization_options(cfg) if to == "lora" else None,
-                    "trust_remote_code": cfg.trust_remote_code,
-                    "revision": cfg.revision if to == "lora" else None,
-                    "pad": None if cfg.task == "causal_lm" else run.tokenizer.pad_token_id,
-                    "inputs": str(Path(scratch) / f"inputs{i}"),
-                    "logits": str(Path(scratch) / f"logits{i}"),
-                }
-            )
-        file = Path(scratch) / "jobs"
-        file.write_text(json.dumps(jobs), encoding="utf-8")
-        done = subprocess.run(
-            # -P: or the folder of the script would hide modules of the standard library.
-            [sys.executable, "-P", str(stock_check.__file__), str(file)],
-            capture_output=True,
-            text=True,
-            cwd=scratch,
-        )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            named = ", ".join(map(str, folders.values()))
-            raise RuntimeError(f"{named}: stock peft could not load the export: {last}")
-        return {
-            name: load_file(job["logits"])["logits"]
-            for name, job in zip(folders, jobs, strict=True)
-        }

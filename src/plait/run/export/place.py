@@ -1,5 +1,6 @@
 """Where an export may be written, and the mark by which a later one recognises it."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,35 @@ def lock_for(out: Path, run: str | Path) -> AbstractContextManager[None]:
     folder = RunFolder.open(run).path
     inside = out.resolve().is_relative_to(folder.resolve())
     return lock(folder) if inside else nullcontext()
+
+
+def place_for(path: str | Path, to: str, out: str | Path | None, force: bool) -> Path:
+    """Return the folder that an export of the run at `path` writes.
+
+    out: as the caller gave it; None: the folder named by `to` in the run folder.
+
+    Raises:
+        FileExistsError: it is a part of the run, or may not be replaced.
+    """
+    place, own = Path(out) if out is not None else Path(path) / to, RunFolder(path)
+    if place.resolve() in [part.resolve() for part in (own.adapter, own.model, own.checkpoints)]:
+        raise FileExistsError(f"{place}: is a part of the run itself. Give another --out.")
+    check_replaceable(place, force)
+    return place
+
+
+def task_folders(place: Path, tasks: Sequence[str]) -> dict[str | None, Path]:
+    """Return the folder of each task below `place`.
+
+    Raises:
+        ValueError: a task whose name cannot be that of a folder.
+    """
+    for task in tasks:
+        if task != Path(task).name or task in ("", "..", MARK):
+            raise ValueError(
+                f"task {task!r} cannot name a folder. Export each with --task NAME --out DIR."
+            )
+    return {task: place / task for task in tasks}
 
 
 def mark_export(folder: Path, **facts: Any) -> None:

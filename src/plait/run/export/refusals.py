@@ -5,14 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from plait.core.delta import Delta
-from plait.options import did_you_mean
+from plait.core.delta import Delta, NotMergeable
 from plait.run.export.report import ExportReport
+from plait.run.prepare import TrainedRun
 from plait.upstream.export import LoraExport
-from plait.upstream.servers import READERS, SERVERS, VLLM_RANKS, max_lora_rank
-
-ALL = "all"  # --for: no server in particular
-LLAMACPP = "llamacpp"
+from plait.upstream.servers import READERS, VLLM_RANKS, max_lora_rank
 
 
 def dependence(model: nn.Module) -> str | None:
@@ -20,19 +17,14 @@ def dependence(model: nn.Module) -> str | None:
     return next((m.depends_on for m in model.modules() if isinstance(m, Delta)), None)
 
 
-def check_server(server: str) -> None:
-    """Raise ValueError for a server that plait does not know."""
-    if server not in (ALL, *SERVERS):
-        raise ValueError(f"--for {server} is not known. {did_you_mean(server, (ALL, *SERVERS))}")
-
-
-def check_max_rank(max_rank: int, server: str) -> None:
-    """Raise ValueError for a largest rank that a server cannot be started with."""
-    if max_rank < 1:
-        raise ValueError(f"--max-rank {max_rank}: give 1 or more.")
-    if server == "vllm" and max_rank not in VLLM_RANKS:
-        known = ", ".join(map(str, VLLM_RANKS))
-        raise ValueError(f"--max-rank {max_rank}: vLLM's --max-lora-rank is one of {known}.")
+def check_task(run: TrainedRun, task: str | None) -> None:
+    """Raise NotMergeable for a run that routes by task, if no task is given."""
+    if task is None and run.routed:
+        raise NotMergeable(
+            f"{run.cfg.method.name} has an update for each task, and a plain LoRA or a merged "
+            f"model holds one. Give --task NAME ({', '.join(run.tasks)}), or --task all for a "
+            "folder each."
+        )
 
 
 def readers_of(model: Any, lora: LoraExport) -> dict[str, list[str]]:
@@ -45,9 +37,12 @@ def readers_of(model: Any, lora: LoraExport) -> dict[str, list[str]]:
 
 
 def refuse_misread(
-    lora: LoraExport, readers: Mapping[str, list[str]], server: str, compact: bool
+    lora: LoraExport, readers: Mapping[str, list[str]], server: str, compact: bool, flag: str = ""
 ) -> None:
-    """Raise ValueError if the server that was asked for would read an export wrong."""
+    """Raise ValueError if the server that was asked for would read an export wrong.
+
+    flag: how the server was asked for, if not by --for.
+    """
     reader = next((reader for reader in READERS if reader.key == server), None)
     reasons = readers[reader.title] if reader is not None else []
     if reader is None or not reasons:
@@ -58,7 +53,8 @@ def refuse_misread(
         remedy = f"Give --max-rank {VLLM_RANKS[-1]}, or use --to merged"
     else:
         remedy = "Use --to merged"
-    raise ValueError(f"--for {server}: {reader.title}: {'; '.join(reasons)}. {remedy}.")
+    asked = flag or f"--for {server}"
+    raise ValueError(f"{asked}: {reader.title}: {'; '.join(reasons)}. {remedy}.")
 
 
 def loss_refused(report: ExportReport, method: str, remedy: str) -> str | None:
