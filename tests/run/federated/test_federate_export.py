@@ -223,3 +223,21 @@ def test_a_lossy_export_of_a_client_is_refused(tmp_path: Path) -> None:
     found = export_clients(folder.path, tmp_path / "small", choices=Choices(max_rank=1, lossy=True))
     assert all(x.error > 0.01 and any("loss" in text for text in x.held_out) for x in found)
     assert "On the clients' held-out rows" in (tmp_path / "small" / "README.md").read_text()
+
+
+def test_logits_that_are_no_numbers_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN compares as neither larger nor smaller, so a careless comparison lets it pass."""
+    run = ran(tmp_path / "run", "fedit")
+    read = PeftModel.from_pretrained
+
+    def damaged(*args: Any, **options: Any) -> PeftModel:
+        model = read(*args, **options)
+        next(p for n, p in model.named_parameters() if "lora_B" in n).data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr("plait.run.federated.export.PeftModel.from_pretrained", damaged)
+    with pytest.raises(ValueError, match="peft reads the export with logits off by nan"):
+        export_clients(run.path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
