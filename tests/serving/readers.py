@@ -97,12 +97,16 @@ def _check_vllm(saved: Saved) -> None:
         raise Refused("DoRA or a bias")
     if {*(config["modules_to_save"] or ())} - {*HEADS}:
         raise Refused("modules_to_save")
-    if config["init_lora_weights"] in ("pissa", "olora", "corda", "loftq"):
-        raise Refused("init_lora_weights: the base was changed")
+    init = config["init_lora_weights"]
+    if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal", "mica", "lora_ga"):
+        raise Refused(f"init_lora_weights={init}: the base was changed")
+    if config["alora_invocation_tokens"] or config["layer_replication"] or config["use_qalora"]:
+        raise Refused("aLoRA, layer replication or QALoRA")
     if max(len(A) for A, _ in saved.pairs().values()) > 512:
         raise Refused("rank above 512")
-    for name in saved.others():
-        if not {*name.split(".")} & {*HEADS}:
+    for name in saved.others():  # a head is known by the last part of its module's name alone
+        module = name.split(".")[-2]
+        if module not in HEADS or module not in (config["modules_to_save"] or ()):
             raise Refused(f"{name} is unsupported LoRA weight")
 
 
@@ -129,19 +133,25 @@ def old_vllm(saved: Saved) -> Reading:
 
 
 def sglang(saved: Saved) -> Reading:
-    """SGLang 0.5.23: srt/lora/lora.py (scaling), srt/lora/mem_pool.py (buffers of rank r, in which
+    """SGLang 0.5.23: srt/lora/lora.py (scaling; q, k, v and gate, up are stacked), mem_pool.py
 
-    other ranks do not fit), srt/lora/utils.py (the layers that it knows). A head belongs to no
-    block, and no module asks for it.
+    (buffers of rank r, in which other ranks do not fit), utils.py (the layers that it knows). A
+    head belongs to no block, and no module asks for it.
     """
     config = saved.config
     if config["use_dora"]:
         raise Refused("DoRA")
     known = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    updates = {}
-    for name, (A, B) in saved.pairs().items():
-        if name.rpartition(".")[2] not in known:
+    updates, pairs = {}, saved.pairs()
+    for name, (A, B) in pairs.items():
+        parent, _, last = name.rpartition(".")
+        if last not in known:
             raise Refused(f"does not recognize target_modules={name}")
+        if last == "q_proj" and f"{parent}.v_proj" not in pairs:
+            raise Refused(f"KeyError: {parent}.v_proj")
+        first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(last)
+        if first is not None and f"{parent}.{first}" not in pairs:
+            raise Refused(f"cannot find a target module name for {name}")
         if len(A) != config["r"]:
             raise Refused(f"{name}: rank {len(A)} does not fit a buffer of rank {config['r']}")
         updates[name] = config["lora_alpha"] / config["r"] * B @ A

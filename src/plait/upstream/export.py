@@ -7,7 +7,8 @@ dW, with its error measured. The finished links of a chain are stacked in front 
 
 Two forms, which stock peft reads alike:
 
-    default   one rank r in all layers, zeros fill up; s in B; lora_alpha = r; no patterns
+    default   one rank r in all layers, zeros fill up; s in B; lora_alpha = r; no patterns; where a
+              server stacks layers (q, k, v; gate, up), those without an update get zeros
     compact   each layer's own rank; s = alpha_i / r_i by rank_pattern and alpha_pattern
 
 Servers read the second one differently (see servers.py): many drop patterns without a word.
@@ -43,7 +44,7 @@ from plait.upstream.layers import (
     upstream_update,
 )
 from plait.upstream.moments import square_root
-from plait.upstream.servers import HEADS
+from plait.upstream.servers import HEADS, Base, stacked_with
 from plait.upstream.table import start_kind
 
 EXACT = 1e-6  # the part of a dW that rounding may cost: what an exact export stays below
@@ -147,7 +148,8 @@ def to_lora(
     """An adapter as a plain LoRA, the finished links of its chain included.
 
     All layers get one rank, zeros fill up, the scale goes into B, and lora_alpha equals r: stock
-    peft and every server read that alike.
+    peft and every server read that alike. Where SGLang stacks layers (q, k, v; gate, up), those
+    without an update get factors of zeros.
 
     Args:
         model: a PeftModel with an adapter of plait or of peft.
@@ -204,7 +206,10 @@ def to_lora(
             f"{method.lower()}: the update is zero in every layer. Train before export."
         )
     form: dict[str, Any]
-    form, pairs = _compact_form(factors) if compact else _one_rank_form(factors)
+    if compact:
+        form, pairs = _compact_form(factors)
+    else:
+        form, pairs = _one_rank_form({**factors, **_stacked_zeros(model, factors)})
     if dtype is not None:
         pairs, layers = _rounded(pairs, layers, dtype)
     tensors = _other_tensors(model, adapter, summed)
@@ -299,6 +304,20 @@ def _one_rank_form(
     return {"r": r, "lora_alpha": r}, pairs
 
 
+def _stacked_zeros(
+    model: PeftModel, factors: Mapping[str, tuple[Tensor, Tensor, float]]
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Factors of rank 0 of layers without an update that a server stacks with adapted ones."""
+    base, zeros = model.get_base_model(), {}
+    like = next(A for A, _, _ in factors.values())
+    for name in stacked_with(factors, Base.of(base)):
+        layer: Any = base.get_submodule(name)
+        layer = getattr(layer, "base_layer", layer)
+        A, B = like.new_zeros(0, layer.in_features), like.new_zeros(layer.out_features, 0)
+        zeros[name] = A, B, 1.0
+    return zeros
+
+
 def _compact_form(
     factors: Mapping[str, tuple[Tensor, Tensor, float]],
 ) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor]]]:
@@ -330,7 +349,7 @@ def _rounded(
             )
         rounded[name] = low
         difference = _norm(torch.cat([A, low[0].to(A)]), torch.cat([B, -low[1].to(B)], dim=1))
-        errors[name] = difference / _norm(A, B)
+        errors[name] = difference / max(_norm(A, B), torch.finfo(torch.float64).tiny)
     return rounded, [replace(layer, rounding=errors.get(layer.name, 0.0)) for layer in layers]
 
 

@@ -9,7 +9,7 @@ from plait.core.delta import Delta, NotMergeable
 from plait.run.export.report import ExportReport
 from plait.run.prepare import TrainedRun
 from plait.upstream.export import LoraExport
-from plait.upstream.servers import READERS, VLLM_RANKS, max_lora_rank
+from plait.upstream.servers import READERS, VLLM_RANKS, Base, max_lora_rank
 
 
 def dependence(model: nn.Module) -> str | None:
@@ -32,8 +32,8 @@ def readers_of(model: Any, lora: LoraExport) -> dict[str, list[str]]:
 
     model: that the export is of.
     """
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    return {r.title: r.reasons(lora.config, lora.tensors, tied) for r in READERS}
+    base = Base.of(model.get_base_model())
+    return {r.title: r.reasons(lora.config, lora.tensors, base) for r in READERS}
 
 
 def refuse_misread(

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from plait.upstream.export import LoraExport
-from plait.upstream.servers import READERS
+from plait.upstream.servers import READERS, Base
 
 FILE = "adapter.gguf"
 # Class of transformers -> name in gguf.MODEL_ARCH, and whether rows of q and k are interleaved.
@@ -153,8 +153,7 @@ def _heads(base: PreTrainedModel) -> dict[str, int]:
 
 def _names(lora: LoraExport, base: PreTrainedModel) -> dict[str, tuple[str, int]]:
     """peft's name of a tensor -> llama.cpp's name, and the heads of a B to interleave, else 0."""
-    tied = bool(base.config.tie_word_embeddings)
-    reasons = _READER.reasons(lora.config, lora.tensors, tied)
+    reasons = _READER.reasons(lora.config, lora.tensors, Base.of(base))
     if reasons:
         raise ValueError(f"{_READER.title}: {'; '.join(reasons)}. {_MERGE}")
     known, heads, names = _known_names(base), _heads(base), {}
