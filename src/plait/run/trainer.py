@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,7 +48,7 @@ from plait.run.folder import RunFolder, replace_dir
 from plait.run.model import recomputes
 from plait.run.optimizers import DEFAULT, make_optimizer
 from plait.run.parallel import ranks
-from plait.run.parallel.rows import IDLE, share
+from plait.run.parallel.rows import IDLE, Idling, share
 from plait.run.prepare import Prepared, prepare, upstream_refuses
 from plait.upstream.adalora import adalora_of, load_adalora, save_adalora, upstream_noise
 
@@ -113,11 +114,14 @@ class RunTrainer(Trainer):
         self.chain: ChainCallback | None = None
         if run.chain is not None:
             self.chain = ChainCallback(run.chain, checkpoint=self.checkpoint)
+        collator: Any = run.data.collator
+        if ranks.size() > 1:
+            collator = Idling(collator, run.data.train)
         with upstream_refuses("training"):
             super().__init__(
                 model=run.model,
                 args=run.arguments,
-                data_collator=run.data.collator,
+                data_collator=collator,
                 train_dataset=run.data.train,
                 eval_dataset=run.data.validation,
                 processing_class=run.tokenizer,
@@ -257,7 +261,7 @@ class RunTrainer(Trainer):
         An item is what the loss is a mean over: a target token, or a row of a classifier. Those of
         the other processes count, too.
         """
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        samples = list(islice(epoch_iterator, num_batches))
         items = ranks.total(sum(map(self._items, samples)))
         return samples, torch.tensor(items, device=device)
 

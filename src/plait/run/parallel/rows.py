@@ -5,7 +5,7 @@ same order. accelerate would fill up the last step of an epoch with rows of its 
 rows are shared out evenly, and a process that gets none computes on one row without any weight.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -42,9 +42,9 @@ class Shares(BatchSampler):
 
 
 class Idling:
-    """A collator that makes an idle batch, of a given row, where a process has no rows."""
+    """A collator that makes an idle batch, of the first of some rows, for a process without any."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any], rows: Sequence[Mapping[str, Any]]):
+    def __init__(self, collate: Callable[[list[Any]], Any], rows: Any) -> None:
         self.collate, self.rows = collate, rows
 
     def __call__(self, rows: list[Any]) -> Any:
@@ -67,6 +67,4 @@ def share(loader: DataLoader, size: int, rank: int) -> DataLoader:
     shard.batch_sampler = Shares(batches, size, rank)
     shard.num_processes, shard.process_index = 1, 0  # it passes on what it gets
     shard.batch_size, shard.even_batches = None, False
-    rows: Any = loader.dataset
-    loader.collate_fn = Idling(loader.collate_fn, rows)
     return loader
