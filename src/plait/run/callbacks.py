@@ -19,6 +19,7 @@ from rich.progress import (
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from plait.run.folder import RunFolder
+from plait.run.parallel.ranks import any_of
 
 _SILENT_LINES = 20  # lines that a whole run prints without a terminal
 
@@ -42,7 +43,8 @@ class MetricsFile(TrainerCallback):
             for row in self.folder.read_metrics()
             if row["step"] <= state.global_step and "train_loss" not in row
         ]
-        self.folder.write_metrics(kept)
+        if state.is_world_process_zero:
+            self.folder.write_metrics(kept)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -61,11 +63,16 @@ class StopOnSignal(TrainerCallback):
     """Turns Ctrl-C (and SIGTERM) into a checkpoint at the end of the running step.
 
     A context manager around training. Signals can only be caught in the main thread; in any other
-    it does nothing. A second Ctrl-C interrupts at once.
+    it does nothing. A second Ctrl-C interrupts at once. A signal to one of several processes stops
+    all of them.
+
+    Attributes:
+        requested: whether this process caught a signal.
+        stopping: whether training ends with this step, on all processes.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.stopping = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
@@ -93,7 +100,8 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save and stop if a signal came during this step."""
-        if self.requested:
+        self.stopping = any_of(self.requested)
+        if self.stopping:
             control.should_save = True
             control.should_training_stop = True
 

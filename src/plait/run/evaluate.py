@@ -8,6 +8,7 @@ metric is also given for each task and as the mean over tasks.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from torch import nn
 from torch.nn import functional
 
 from plait.core.files import unwritten
+from plait.core.sharding import is_shard
 from plait.run.config import REMOTE_CODE, RunConfig
 from plait.run.data.bundle import DataBundle, Split
 from plait.run.data.tokens import IGNORED
 from plait.run.generate import decode, generate_ids
 from plait.run.metrics import Rows, mean_metrics, metrics_of_rows
+from plait.run.parallel import ranks
 from plait.run.prepare import load_run
 
 Progress = Callable[[int, int], None]  # rows done, rows in all
@@ -110,6 +113,7 @@ def measure_rows(
 ) -> Rows:
     """Return what the metrics are computed from: name -> one value for each row of a split.
 
+    Several processes measure a part of the batches each, and all return the values of all rows.
     Arguments and errors are those of `evaluate_model`.
     """
     rows = getattr(data, split)
@@ -121,10 +125,11 @@ def measure_rows(
         cfg.evaluation.generate if generate is None else generate
     )
     total, done = len(rows) * (1 + generates), 0
+    parts = ranks.size() if splits(model) else 1
 
     def advance(count: int) -> None:
         nonlocal done
-        done += count
+        done = min(total, done + count * parts)
         if progress is not None:
             progress(done, total)
 
@@ -132,11 +137,12 @@ def measure_rows(
     model.eval()
     try:
         if cfg.model.task != "causal_lm":
-            return _encoder_rows(model, data, rows, cfg.evaluation.batch_size, advance)
-        values = _causal_rows(model, data, rows, cfg.evaluation.batch_size, advance)
-        if generates:
-            values["exact_match"] = _exact_matches(model, data, rows, cfg, advance)
-        return values
+            values = _encoder_rows(model, data, rows, cfg.evaluation.batch_size, advance)
+        else:
+            values = _causal_rows(model, data, rows, cfg.evaluation.batch_size, advance)
+            if generates:
+                values["exact_match"] = _exact_matches(model, data, rows, cfg, advance)
+        return ranks.add_up(values) if splits(model) else values
     finally:
         model.train(was_training)
 
@@ -149,6 +155,19 @@ def batches(rows: Dataset, lengths: Sequence[int], size: int) -> Iterator[list[i
     order = sorted(range(len(rows)), key=lambda i: -lengths[i])
     for start in range(0, len(order), size):
         yield order[start : start + size]
+
+
+def splits(model: nn.Module) -> bool:
+    """Whether processes measure different batches; a sharded model's forward takes them all."""
+    return not any(map(is_shard, model.parameters()))
+
+
+def own_batches(
+    model: nn.Module, rows: Dataset, lengths: Sequence[int], size: int
+) -> Iterator[list[int]]:
+    """Yield the row numbers of the batches that this process measures."""
+    every = batches(rows, lengths, size)
+    return islice(every, ranks.rank(), None, ranks.size()) if splits(model) else every
 
 
 def _forward(model: nn.Module, data: DataBundle, rows: Dataset, batch: list[int]) -> Any:
@@ -164,7 +183,7 @@ def _causal_rows(
 ) -> Rows:
     """Return nll (summed over a row's target tokens), tokens and correct, each (rows,)."""
     values = {name: np.zeros(len(rows)) for name in ("nll", "tokens", "correct")}
-    for batch in batches(rows, [len(ids) for ids in rows["input_ids"]], size):
+    for batch in own_batches(model, rows, [len(ids) for ids in rows["input_ids"]], size):
         logits, labels = _forward(model, data, rows, batch)
         for i, scores, targets in zip(batch, logits[:, :-1], labels[:, 1:], strict=True):
             kept = targets != IGNORED
@@ -181,7 +200,7 @@ def _encoder_rows(
 ) -> Rows:
     """Return label and predicted, each (rows,), and nll for classes."""
     label, predicted, nll = (np.zeros(len(rows)) for _ in range(3))
-    for batch in batches(rows, [len(ids) for ids in rows["input_ids"]], size):
+    for batch in own_batches(model, rows, [len(ids) for ids in rows["input_ids"]], size):
         logits, targets = _forward(model, data, rows, batch)
         logits = logits.float()
         if data.labels is not None:
@@ -208,7 +227,7 @@ def _exact_matches(
     """
     matches = np.zeros(len(rows))
     lengths = rows["prompt_length"]
-    for batch in batches(rows, lengths, cfg.evaluation.batch_size):
+    for batch in own_batches(model, rows, lengths, cfg.evaluation.batch_size):
         prompts = [rows[i]["input_ids"][: lengths[i]] for i in batch]
         extra = {}
         if data.collator.task_ids:

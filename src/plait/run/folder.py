@@ -43,6 +43,7 @@ _PACKAGES = ("plait", "torch", "peft", "transformers", "accelerate", "datasets",
 _FREE = (
     "evaluation.batch_size",
     "output.",
+    "parallel.processes",  # the folder's facts know how many there were
     "training.logging_",
     "training.log_level",
     "training.report_to",
@@ -61,7 +62,7 @@ _FACTS: dict[str, tuple[type, ...]] = {
     "tasks": (list, NoneType),
     "chat_template": (str, NoneType),
     **dict.fromkeys(("train_rows", "train_tokens", "trainable", "parameters"), (int,)),
-    **dict.fromkeys(("steps", "stored"), (int,)),
+    **dict.fromkeys(("steps", "stored", "processes"), (int,)),
     "seconds": (int, float),
 }
 

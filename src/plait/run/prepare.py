@@ -73,6 +73,8 @@ from plait.run.model import (
     to_device,
 )
 from plait.run.optimizers import OPTIMIZERS
+from plait.run.parallel import ranks
+from plait.run.parallel.arguments import group_options
 from plait.upstream.adalora import check_total_step
 from plait.upstream.export import trained_beside
 from plait.upstream.layers import targeted
@@ -215,7 +217,8 @@ def prepare(cfg: RunConfig, place: bool = True) -> Prepared:
         )
     set_seed(cfg.training["seed"])
     base = prepare_base(cfg, data)
-    steps = planned_steps(cfg.training, len(data.train))
+    processes = max(ranks.size(), cfg.parallel.processes or 1)
+    steps = planned_steps(cfg.training, len(data.train), processes)
     config = method_config(cfg, base, steps, data.tasks)
     if allocates(config) and data.validation is None:
         raise ValueError(
@@ -350,6 +353,8 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
     best = METRICS.get(best_metric(cfg) or "")
     if best is not None:  # upstream takes every name that does not end in "loss" for a score
         options.setdefault("greater_is_better", best.higher_is_better)
+    if ranks.size() > 1:
+        options |= group_options(cfg)
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # else torch warns
     options.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
     with upstream_refuses("training"):
@@ -361,10 +366,10 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
     for callback in get_reporting_integration_callbacks(args.report_to):
         with upstream_refuses("training.report_to"):
             callback()  # raises if its package is not installed
-    if args.world_size > 1:
+    if args.world_size != ranks.size():
         raise ValueError(
-            f"training: {args.world_size} processes were started, a run takes one. Start plait "
-            "train without a launcher."
+            f"training: {args.world_size} processes were started, and {ranks.size()} joined. Only "
+            "plait train runs on several."
         )
     args._n_gpu = min(args.n_gpu, 1)  # the Trainer would wrap the model in DataParallel
     return args
@@ -533,11 +538,11 @@ def _check_called(base: Base, targets: Iterable[str]) -> None:
         )
 
 
-def planned_steps(training: dict[str, Any], rows: int) -> int:
-    """Return the optimizer steps that the Trainer will make on one device."""
+def planned_steps(training: dict[str, Any], rows: int, processes: int = 1) -> int:
+    """Return the optimizer steps that the Trainer will make in so many processes."""
     if training.get("max_steps", -1) > 0:
         return training["max_steps"]
-    batches = rows / training["per_device_train_batch_size"]
+    batches = rows / (training["per_device_train_batch_size"] * processes)
     batches = math.floor(batches) if training.get("dataloader_drop_last") else math.ceil(batches)
     per_epoch = max(1, math.ceil(batches / training.get("gradient_accumulation_steps", 1)))
     return math.ceil(per_epoch * training["num_train_epochs"])

@@ -7,7 +7,7 @@ weights, bit for bit on the CPU, as a run that was never stopped.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from transformers import TrainerCallback
 
@@ -22,8 +22,10 @@ from plait.run.evaluate import Progress, evaluate_model
 from plait.run.export import export_trained
 from plait.run.folder import RunFolder, with_absolute_paths, write_atomic
 from plait.run.model import source_of
+from plait.run.parallel import ranks
+from plait.run.parallel.ranks import agreed, check_same
 from plait.run.prepare import Prepared, TrainedRun, load_run
-from plait.run.trainer import RunTrainer, latest_checkpoint, rehearse
+from plait.run.trainer import RunTrainer, clear_unfinished, latest_checkpoint, rehearse
 
 
 def train(
@@ -34,7 +36,9 @@ def train(
 ) -> RunFolder:
     """Train a run; return its folder, with the adapter (or model/), metrics, picture and card.
 
-    Nothing is written before all checks have passed. The folder is locked meanwhile.
+    Nothing is written before all checks have passed. The folder is locked meanwhile. Where a
+    launcher started several processes, all call this: they train together, the first one writes,
+    and an error of one before training is raised by all.
 
     Args:
         cfg: the run.
@@ -52,11 +56,17 @@ def train(
         OSError: a file cannot be written.
         KeyboardInterrupt: after a signal, when the checkpoint is written.
     """
+    ranks.join(cfg)
     absolute, path = with_absolute_paths(cfg), cfg.output.dir
     config, text = config_to_dict(absolute), dump_config(absolute)
-    with lock(path):
-        folder = RunFolder.unfinished(path, config) if resume else RunFolder.free(path)
-        run, _ = rehearse(cfg)
+    with ExitStack() as stack:
+        with agreed():
+            if ranks.is_first():
+                stack.enter_context(lock(path))
+                _ = RunFolder.unfinished(path, config) if resume else RunFolder.free(path)
+        folder = RunFolder(path)
+        with agreed():
+            run, _ = rehearse(cfg)
         with _undone(folder, resume):
             return _train(run, folder, text, callbacks, progress)
 
@@ -68,7 +78,7 @@ def _undone(folder: RunFolder, resume: bool) -> Iterator[None]:
         yield
     except (ValueError, TypeError, ImportError):
         trained = latest_checkpoint(folder.checkpoints) is not None or folder.read_metrics()
-        if not resume and not trained:
+        if ranks.is_first() and not resume and not trained:
             folder.discard()
         raise
 
@@ -82,34 +92,69 @@ def _train(
 ) -> RunFolder:
     """Train a prepared run; config: the YAML that the folder keeps."""
     cfg = run.cfg
-    folder.begin(config, run.seeds, run.facts)
-    keep_start(run.model, folder.start)
+    first = ranks.is_first()
+    with agreed():
+        if first:
+            folder.begin(config, run.seeds, {**run.facts, **_processes(folder)})
+            keep_start(run.model, folder.start)
+            clear_unfinished(folder.checkpoints)
+    checkpoint = latest_checkpoint(folder.checkpoints)
+    check_same(
+        "the last checkpoint",
+        checkpoint and checkpoint.name,
+        "Give an output.dir on a file system that all machines share.",
+    )
 
     split = run.data.held_out_split
-    if split is not None and "before" not in folder.read_evaluation():
+    if split is not None and ranks.of_first("before" not in folder.read_evaluation()):
         before = evaluate_model(run.model, run.data, split, cfg, progress=progress)
-        folder.write_evaluation(split=split, before=before)
+        if first:
+            folder.write_evaluation(split=split, before=before)
 
     # Made after the first evaluation: the Trainer seeds all generators.
     trainer = RunTrainer(run, folder, [MetricsFile(folder), PlaitCallback(), *callbacks])
     try:
         trainer.fit()
     except FloatingPointError:
-        write_loss_curve(folder, f"{folder.path.name}, stopped")
+        if first:
+            write_loss_curve(folder, f"{folder.path.name}, stopped")
         raise
     check_events(run.model)
     trainer.save()
 
     if split is not None:
         after = evaluate_model(run.model, run.data, split, cfg, progress=progress)
-        folder.write_evaluation(after=after)
+        if first:
+            folder.write_evaluation(after=after)
+    with agreed():
+        if first:
+            _finish(run, folder)
+    return folder
+
+
+def _finish(run: Prepared, folder: RunFolder) -> None:
+    """Write what is made of a trained adapter: the plain LoRA, the picture, the card."""
+    cfg = run.cfg
     if cfg.output.also:
         _write_lora(run, folder)
     write_loss_curve(folder, f"{cfg.method.name} on {cfg.model.name.rpartition('/')[2]}")
     card = write_card(folder, cfg)
     if folder.adapter.is_dir():  # peft's own card does not say what is needed to load this
         write_atomic(folder.adapter / "README.md", card)
-    return folder
+
+
+def _processes(folder: RunFolder) -> dict[str, int]:
+    """The fact `processes`; ValueError if a run began with another number of them."""
+    count = ranks.size()
+    began = folder.read_facts().get("processes", count if not folder.config.is_file() else 1)
+    if began != count:
+        raise ValueError(
+            f"{folder.path}: this run began with {began} processes, and {count} were started. Each "
+            "has random states and a share of the rows of its own. Resume with "
+            + ("one process" if began == 1 else f"--processes {began}")
+            + ", or train to another output.dir."
+        )
+    return {"processes": count} if count > 1 else {}
 
 
 def _write_lora(run: Prepared, folder: RunFolder) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -45,6 +47,8 @@ from plait.run.evaluate import evaluate_model
 from plait.run.folder import RunFolder, replace_dir
 from plait.run.model import recomputes
 from plait.run.optimizers import DEFAULT, make_optimizer
+from plait.run.parallel import ranks
+from plait.run.parallel.rows import IDLE, Idling, share
 from plait.run.prepare import Prepared, prepare, upstream_refuses
 from plait.upstream.adalora import adalora_of, load_adalora, save_adalora, upstream_noise
 
@@ -100,23 +104,24 @@ class RunTrainer(Trainer):
         """Make the Trainer of a run; it starts from the folder's last complete checkpoint."""
         self.cfg, self.data, self.trained, self.steps = run.cfg, run.data, run.model, run.steps
         self.folder, self.checkpoints = folder, folder.checkpoints
-        for unfinished in self.checkpoints.glob(f".{PREFIX_CHECKPOINT_DIR}-*"):
-            put_back(self.checkpoints / unfinished.name.split(".")[1])
-            shutil.rmtree(unfinished, ignore_errors=True)
         self.checkpoint = latest_checkpoint(self.checkpoints)
         if self.checkpoint is not None:
             check_state(self.checkpoint)
         self.stop = StopOnSignal()
         self.patience = early_stopping(run.cfg.training.get(PATIENCE), self.checkpoint)
         self._staging: Path | None = None
+        self._bad_loss: str | None = None  # of a micro-batch of this step
         self.chain: ChainCallback | None = None
         if run.chain is not None:
             self.chain = ChainCallback(run.chain, checkpoint=self.checkpoint)
+        collator: Any = run.data.collator
+        if ranks.size() > 1:
+            collator = Idling(collator, run.data.train)
         with upstream_refuses("training"):
             super().__init__(
                 model=run.model,
                 args=run.arguments,
-                data_collator=run.data.collator,
+                data_collator=collator,
                 train_dataset=run.data.train,
                 eval_dataset=run.data.validation,
                 processing_class=run.tokenizer,
@@ -149,16 +154,26 @@ class RunTrainer(Trainer):
             self.load_weights(self._best_checkpoint() or self.checkpoint)
         else:
             earlier, began = self.folder.read_facts().get("seconds", 0.0), time.monotonic()
+            self._seed_apart()
             with self.stop:
                 self.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
-            self.folder.note(seconds=earlier + time.monotonic() - began)
+            if ranks.is_first():
+                self.folder.note(seconds=earlier + time.monotonic() - began)
             done = self.state.global_step >= self.steps or self.stopped_early
-            if self.stop.requested and not done:
+            if self.stop.stopping and not done:
                 raise KeyboardInterrupt(
                     f"training: stopped after step {self.state.global_step} of {self.steps}; "
                     f"{latest_checkpoint(self.checkpoints)} is complete."
                 )
         self.check_finite()
+
+    def _seed_apart(self) -> None:
+        """Let each of several processes draw dropout masks of its own for its own rows.
+
+        What they draw together, such as the order of rows or ranks, comes from generators.
+        """
+        if ranks.size() > 1:
+            torch.manual_seed(self.args.seed + 1_000_003 * ranks.rank())
 
     @property
     def stopped_early(self) -> bool:
@@ -172,6 +187,11 @@ class RunTrainer(Trainer):
         """Save the trained adapter, or the whole model, and note its size and the steps."""
         # Off with the autocast of mixed precision: the model is measured as it will be loaded.
         self.accelerator.unwrap_model(self.trained, keep_fp32_wrapper=False)
+        with ranks.agreed():
+            if ranks.is_first():
+                self._save_trained()
+
+    def _save_trained(self) -> None:
         full = not isinstance(self.trained, PeftModel)
         to = self.folder.model if full else self.folder.adapter
         with writable(to, self.checkpoints):
@@ -228,17 +248,26 @@ class RunTrainer(Trainer):
         with upstream_refuses("training"):
             return super().create_scheduler(num_training_steps, optimizer)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Load the training rows; of several processes each gets a part of those of every step."""
+        loader = super().get_train_dataloader()
+        return share(loader, ranks.size(), ranks.rank()) if ranks.size() > 1 else loader
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """Return the micro-batches of an optimizer step and the number of items in them.
+        """Return the micro-batches of an optimizer step and the number of items in all of them.
 
-        An item is what the loss is a mean over: a target token, or a row of a classifier.
+        An item is what the loss is a mean over: a target token, or a row of a classifier. Those of
+        the other processes count, too.
         """
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return samples, torch.tensor(sum(map(self._items, samples)), device=device)
+        samples = list(islice(epoch_iterator, num_batches))
+        items = ranks.total(sum(map(self._items, samples)))
+        return samples, torch.tensor(items, device=device)
 
     def _items(self, inputs: Mapping[str, Any]) -> int:
+        if IDLE in inputs:
+            return 0
         labels = inputs["labels"]
         causal = self.cfg.model.task == "causal_lm"
         return int(labels[..., 1:].ne(IGNORED).sum()) if causal else len(labels)
@@ -258,13 +287,19 @@ class RunTrainer(Trainer):
         if num_items_in_batch is None or return_outputs:
             return super().compute_loss(model, inputs, return_outputs)
         items, total = self._items(inputs), int(num_items_in_batch)
+        inputs = {name: value for name, value in inputs.items() if name != IDLE}
         inputs = self._narrowed(model, inputs)
-        if items and items != total and self._divides_loss is None:
-            self._divides_loss = self._measure_division(model, inputs, items)
-        if self._divides_loss or (items == total and self._divides_loss is None):
+        if self._divides_loss is None and (ranks.size() > 1 or (items and items != total)):
+            found = ranks.gather(self._measure_division(self.trained, inputs, max(1, items)))
+            self._divides_loss = next((one for one in found if one is not None), None)
+        if items and (self._divides_loss or (items == total and self._divides_loss is None)):
             return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        loss: Any = super().compute_loss(model, inputs)
-        return loss * (items / total) if items else torch.zeros_like(loss, requires_grad=True)
+        parent: Any = super()
+        loss, outputs = parent.compute_loss(model, inputs, return_outputs=True)
+        if not items:  # a loss of 0 that the gradients of all processes still meet in
+            return outputs.logits.sum() * 0.0
+        # Gradients are averaged over the processes, and theirs are to be added up.
+        return loss * (items * ranks.size() / total)
 
     def _narrowed(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """Inputs for which the output layer runs on target positions only, where that pays.
@@ -315,14 +350,22 @@ class RunTrainer(Trainer):
         ]
         half, whole = map(float, losses)
         model.train()
-        return math.isclose(2 * half, whole, rel_tol=1e-3) if whole else None
+        known = whole and math.isfinite(whole)
+        return math.isclose(2 * half, whole, rel_tol=1e-3) if known else None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Do upstream's step; raise FloatingPointError if the loss is NaN or infinite."""
+        """Do upstream's step; raise FloatingPointError if the loss is NaN or infinite.
+
+        Processes meet once in an optimizer step, at its last micro-batch, and all raise.
+        """
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
+            self._bad_loss = f"{loss.item()}"
+        if self.accelerator.sync_gradients and ranks.any_of(self._bad_loss is not None):
             step = self.state.global_step + 1
-            raise FloatingPointError(self._broken(f"the loss is {loss.item()} in step {step}"))
+            bad = self._bad_loss or "not finite in another process"
+            error = FloatingPointError(self._broken(f"the loss is {bad} in step {step}"))
+            raise ranks.told(error)
         return loss
 
     def _broken(self, what: str) -> str:
@@ -387,26 +430,33 @@ class RunTrainer(Trainer):
         """Write a checkpoint under a temporary name and rename it: it is whole or absent."""
         step = self.state.global_step
         self.check_finite()
-        if self.stop.requested:  # a checkpoint without optimizer state cannot be resumed
+        if self.stop.stopping:  # a checkpoint without optimizer state cannot be resumed
             self.args.save_only_model = False
         target = self.checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        with writable(target, self.checkpoints):
-            replace_dir(target, lambda folder: self._fill(folder, model, trial))
-        rotate_checkpoints(
-            output_dir=str(self.checkpoints),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-        )
+        if ranks.is_first():
+            with writable(target, self.checkpoints):
+                replace_dir(target, lambda folder: self._fill(folder, model, trial))
+            rotate_checkpoints(
+                output_dir=str(self.checkpoints),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        else:
+            self._fill(None, model, trial)
+        self.state.best_model_checkpoint = ranks.of_first(self.state.best_model_checkpoint)
 
-    def _fill(self, folder: Path, model: nn.Module, trial: Any) -> None:
-        """Let the Trainer write its checkpoint into `folder`."""
+    def _fill(self, folder: Path | None, model: nn.Module, trial: Any) -> None:
+        """Let the Trainer write its checkpoint into `folder`, which the first process knows."""
         step = self.state.global_step
         name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        self._staging = folder
+        self._staging = Path(ranks.of_first(str(folder)))
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
+        ranks.gather(None)  # all have written
+        if folder is None:
+            return
         best = self.checkpoints / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if best.name == name or best.is_dir():  # upstream looked for it below the temporary name
             self.state.best_model_checkpoint = str(best)
@@ -418,6 +468,8 @@ class RunTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with upstream_noise():
             super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         folder = self.checkpoints if output_dir is None else Path(output_dir)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if isinstance(self.trained, PeftModel):
@@ -561,6 +613,13 @@ def writable(target: Path, checkpoints: Path) -> Iterator[None]:
             reason = f"[Errno {error.errno}] {error.strerror}"
         text = f"{target}: could not be written ({reason}). {kept}"
         raise unwritten(text, error) from error
+
+
+def clear_unfinished(checkpoints: Path) -> None:
+    """Put back or remove what a killed process left while it wrote a checkpoint."""
+    for unfinished in checkpoints.glob(f".{PREFIX_CHECKPOINT_DIR}-*"):
+        put_back(checkpoints / unfinished.name.split(".")[1])
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -36,6 +36,7 @@ from plait.run.config.sections import (
     ModelTask,
     OptimizerConfig,
     OutputConfig,
+    ParallelConfig,
 )
 from plait.run.config.starter import starter_config
 from plait.run.config.training import PATIENCE, TRAINING_DEFAULTS
@@ -55,6 +56,7 @@ __all__ = [
     "OptimizerConfig",
     "Option",
     "OutputConfig",
+    "ParallelConfig",
     "RunConfig",
     "allocates",
     "check_method",

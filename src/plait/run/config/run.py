@@ -23,6 +23,7 @@ from plait.run.config.sections import (
     ModelConfig,
     OptimizerConfig,
     OutputConfig,
+    ParallelConfig,
 )
 from plait.run.config.training import check_training_section
 from plait.run.config.yaml import Source, check_section, check_sections, dump, override, read
@@ -33,6 +34,7 @@ SECTIONS = (
     "optimizer",
     "data",
     "training",
+    "parallel",
     "evaluation",
     "chain",
     "output",
@@ -52,6 +54,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: dict[str, Any] = field(default_factory=dict)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     chain: ChainConfig | None = None
     output: OutputConfig = field(default_factory=OutputConfig)
@@ -97,6 +100,7 @@ def config_from_dict(
         optimizer=check_optimizer_section(section["optimizer"], source),
         data=data,
         training=check_training_section(section["training"], data.validation is not None, source),
+        parallel=check_section(ParallelConfig, section["parallel"], "parallel", source),
         evaluation=check_section(EvaluationConfig, section["evaluation"], "evaluation", source),
         chain=check_section(ChainConfig, section["chain"], "chain", source) if has_chain else None,
         output=check_section(OutputConfig, section["output"], "output", source),

@@ -177,6 +177,32 @@ DECODING = (
 
 
 @dataclass(kw_only=True)
+class ParallelConfig:
+    """The processes that train one run together; see docs/scale.md."""
+
+    kind: Literal["auto", "ddp", "fsdp2", "deepspeed"] = option(
+        "auto",
+        "ddp: each process holds the whole model; fsdp2: each holds a part of it, on GPUs; auto: "
+        "ddp. deepspeed is refused.",
+    )
+    processes: int | None = option(
+        None,
+        "Processes of the run. `plait train` starts them on this machine, unless a launcher such "
+        "as torchrun did; null: one, or those of the launcher.",
+        least=1,
+        most=65_536,
+    )
+
+    def __post_init__(self) -> None:
+        if self.kind == "deepspeed":
+            raise ValueError(
+                "parallel.kind is deepspeed, which hides its optimizer steps from the schedules "
+                "and penalties of methods. Set it to ddp, or to fsdp2 for a model that one GPU "
+                "does not hold."
+            )
+
+
+@dataclass(kw_only=True)
 class OutputConfig:
     """Where the run goes."""
 

@@ -16,6 +16,7 @@ from plait.run.config.sections import (
     ModelConfig,
     OptimizerConfig,
     OutputConfig,
+    ParallelConfig,
 )
 
 _WIDTH, _COLUMN = 100, 30  # of a line, and where its comment starts
@@ -57,6 +58,7 @@ def starter_config() -> str:
         "optimizer:\n" + _lines(OptimizerConfig, leave_out=("options",)),
         "data:\n" + _lines(DataConfig, _DATA),
         _TRAINING,
+        "parallel:\n" + _lines(ParallelConfig),
         "evaluation:\n" + _lines(EvaluationConfig),
         "# Train the method as a chain of links, see docs/chains.md.\n# chain:\n"
         + _lines(ChainConfig, commented="# "),
