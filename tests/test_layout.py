@@ -52,6 +52,7 @@ ONLY = {
     "accelerate": {"run"},
     "matplotlib": {
         "run/card.py",
+        "run/compare/pictures.py",
         "run/demo.py",
         "run/inspect/pictures.py",
         "run/federated/pictures.py",
@@ -59,6 +60,7 @@ ONLY = {
     "jinja2": {
         "run/card.py",
         "run/compare/page.py",
+        "run/compare/report.py",
         "run/data/templates.py",
         "run/data/tokens.py",
     },

@@ -1,6 +1,8 @@
 """Options that several verbs have, and their bounds."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -54,3 +56,17 @@ def add_form(parser: argparse.ArgumentParser, size: Any = None) -> None:
     parser.add_argument(
         "--lossy", action="store_true", help="write an export that loses more than it may"
     )
+
+
+@contextmanager
+def need_compare(verb: str) -> Iterator[None]:
+    """Name the extra if a package of the statistics is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("scipy", "statsmodels"):
+            raise
+        raise ImportError(
+            f'{verb} needs {package}. Install it with: pip install "plait[compare]"'
+        ) from None

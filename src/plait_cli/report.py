@@ -1,32 +1,35 @@
-"""`plait report`: what published results say, with intervals."""
+"""`plait report`: what a comparison found, or what published results say, with intervals."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
+from plait_cli._options import need_compare
+
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:
     """Describe the verb."""
     parser = subparsers.add_parser(
         "report",
-        help="published results with intervals and verdicts",
-        description="Compare published runs with one of them: the interval of each accuracy and "
-        "of each difference, p-values adjusted for the number of runs, a verdict, and the "
-        "difference that such a test can see.",
+        help="the report of a comparison, or published results with intervals and verdicts",
+        description="Show what `plait compare` found. With --peft-results: compare published runs "
+        "with one of them: the interval of each accuracy and of each difference, p-values adjusted "
+        "for the number of runs, a verdict, and the difference that such a test can see.",
+    )
+    parser.add_argument(
+        "study", nargs="?", metavar="DIR", help="the folder of a comparison, or its results.json"
     )
     parser.add_argument(
         "--peft-results",
         nargs="+",
         metavar="FILE",
-        required=True,
         help="result files of peft's method_comparison: .json with one run, .jsonl with one a line",
     )
     parser.add_argument(
         "--reference",
         metavar="NAME",
-        required=True,
-        help="the run to compare with: its experiment's name, or the end of it",
+        help="the published run to compare with: its experiment's name, or the end of it",
     )
     parser.add_argument(
         "--test-rows",
@@ -55,19 +58,37 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare; print the report, or write it."""
-    try:
+    """Print a report, or write it."""
+    if (args.study is None) == (args.peft_results is None):
+        raise ValueError("Give the folder of a comparison, or --peft-results and --reference.")
+    return _published(args) if args.study is None else _study(args)
+
+
+def _study(args: argparse.Namespace) -> int:
+    with need_compare("plait report"):
+        from plait.run.compare import outcome, tables
+    from plait.core.files import check_place
+    from plait.run.compare.report import markdown, write_report
+
+    results = outcome.read(args.study)
+    if args.out is None:
+        sys.stdout.write(markdown(results))
+        return 0
+    page = write_report(results, check_place(args.out))
+    for sentence in tables.conclusions(results):
+        print(sentence)
+    print(f"report: {page}, and as .md and in peft's form beside it")
+    return 0
+
+
+def _published(args: argparse.Namespace) -> int:
+    with need_compare("plait report"):
         from plait.run.compare.published import compare_published, read_published
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in ("scipy", "statsmodels"):
-            raise
-        raise ImportError(
-            f'plait report needs {package}. Install it with: pip install "plait[compare]"'
-        ) from None
     from plait.core.files import check_place, write_atomic
     from plait.run.compare import page
 
+    if args.reference is None:
+        raise ValueError("--reference is missing. Give the run to compare with.")
     if args.test_rows is not None and args.test_rows < 1:
         raise ValueError(f"--test-rows is {args.test_rows}. Give 1 or more.")
     study = compare_published(

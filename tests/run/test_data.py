@@ -911,3 +911,39 @@ def test_a_digest_tells_rows_apart_that_have_equal_counts(tokenizer):
         {**a, "completion": b["completion"]} for a, b in zip(PAIRS, PAIRS[::-1], strict=True)
     ]
     assert digest(swapped) != first
+
+
+# ------------------------------------------------------------------------------------------- noise
+
+
+def test_label_noise_exchanges_answers_of_train_rows_alone(tokenizer):
+    rows = [{"prompt": f"{a}{b}>", "completion": a + b} for a in "abcdef" for b in "abcdef"]
+    jsonl("r.jsonl", rows)
+    jsonl("t.jsonl", rows[:9])
+    noisy = {x: load(tokenizer, train="r.jsonl", test="t.jsonl", label_noise=x) for x in (0.2, 0.6)}
+    wrong = {
+        x: [i for i, row in enumerate(data.train) if row["prompt"] != row["completion"] + ">"]
+        for x, data in noisy.items()
+    }
+    assert len(wrong[0.2]) < len(wrong[0.6])
+    assert {*wrong[0.2]} < {*wrong[0.6]}  # more noise adds rows
+    assert 0.3 * 36 < len(wrong[0.6]) < 0.9 * 36
+    answers = {row["completion"] for row in rows}
+    assert {row["completion"] for row in noisy[0.6].train} <= answers
+    assert all(row["prompt"] == row["completion"] + ">" for row in noisy[0.6].test)
+    plain = load(tokenizer, train="r.jsonl", test="t.jsonl")
+    assert plain.digest("train") != noisy[0.2].digest("train")
+    assert plain.digest("test") == noisy[0.2].digest("test")
+
+
+def test_label_noise_stays_within_a_task_and_needs_answers(tokenizer):
+    rows = [
+        {"prompt": "a>", "completion": c, "task": t} for t, c in ("xa", "xb", "yc") for _ in "1234"
+    ]
+    jsonl("r.jsonl", rows)
+    data = load(tokenizer, train="r.jsonl", label_noise=0.9)
+    assert {r["completion"] for r in data.train if r["task"] == "x"} == {"a", "b"}
+    assert {r["completion"] for r in data.train if r["task"] == "y"} == {"c"}
+    jsonl("t.jsonl", [{"text": "abc"}])
+    text = error(tokenizer, train="t.jsonl", label_noise=0.5)
+    assert "data.label_noise is 0.5, and the rows are of the kind text" in text

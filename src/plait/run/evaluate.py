@@ -86,7 +86,15 @@ def evaluate_model(
     `task_mean`. A metric that is not defined on these rows is None.
     Raises ValueError when the split is not there.
     """
-    values = measure_rows(model, data, split, cfg, generate, progress)
+    return metrics_of_split(
+        data, split, cfg, measure_rows(model, data, split, cfg, generate, progress)
+    )
+
+
+def metrics_of_split(
+    data: DataBundle, split: Split, cfg: RunConfig, values: Rows
+) -> dict[str, Any]:
+    """Return what `evaluate_model` returns; values: of `measure_rows`."""
     metrics: dict[str, Any] = {"rows": len(getattr(data, split))}
     metrics |= metrics_of_rows(cfg.model.task, values)
     if data.tasks is not None:

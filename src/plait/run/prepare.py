@@ -192,11 +192,30 @@ class TrainedRun:
         return data
 
 
-def prepare(cfg: RunConfig, place: bool = True) -> Prepared:
+class Loader:
+    """Where a run's tokenizer, rows and base model come from: they are loaded anew.
+
+    A process that trains several runs has one that keeps them: see compare/warm.py.
+    """
+
+    def tokenizer(self, cfg: RunConfig) -> PreTrainedTokenizerBase:
+        """Return the tokenizer, with the chat template of the config."""
+        return load_tokenizer(cfg.model, cfg.data.chat_template)
+
+    def data(self, cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> DataBundle:
+        """Return the rows of all splits."""
+        return load_data(cfg, tokenizer, head=head_labels(cfg.model))
+
+    def base(self, cfg: RunConfig, data: DataBundle) -> Base:
+        """Return the base model, for the caller to change; the caller has seeded."""
+        return prepare_base(cfg, data)
+
+
+def prepare(cfg: RunConfig, place: bool = True, loader: Loader | None = None) -> Prepared:
     """Load and check everything that training takes.
 
     Sets the global seed to `training.seed`, from which new modules and the adapter are drawn.
-    place: move the model to its device.
+    place: move the model to its device. loader: of what the run reads; None: a new one.
 
     Raises:
         FileNotFoundError: a model, weights or rows that are not there.
@@ -208,15 +227,16 @@ def prepare(cfg: RunConfig, place: bool = True) -> Prepared:
     arguments = training_arguments(cfg)
     check_config(cfg)
     plan = None if cfg.chain is None else cfg.chain.build()
-    tokenizer = load_tokenizer(cfg.model, cfg.data.chat_template)
-    data = load_data(cfg, tokenizer, head=head_labels(cfg.model))
+    loader = Loader() if loader is None else loader
+    tokenizer = loader.tokenizer(cfg)
+    data = loader.data(cfg, tokenizer)
     if best_metric(cfg) == "exact_match" and data.kind not in ("completion", "messages"):
         raise ValueError(
             "training.metric_for_best_model: exact_match needs rows with a prompt and a "
             f"completion, and the rows of data.train are of the kind {data.kind}. Use loss."
         )
     set_seed(cfg.training["seed"])
-    base = prepare_base(cfg, data)
+    base = loader.base(cfg, data)
     processes = max(ranks.size(), cfg.parallel.processes or 1)
     steps = planned_steps(cfg.training, len(data.train), processes)
     config = method_config(cfg, base, steps, data.tasks)

@@ -6,8 +6,9 @@ weights, bit for bit on the CPU, as a run that was never stopped.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -18,14 +19,25 @@ from plait.run.adapter import keep_start, splits_base
 from plait.run.callbacks import MetricsFile
 from plait.run.card import write_card, write_loss_curve
 from plait.run.config import RunConfig, config_to_dict, dump_config
+from plait.run.data.bundle import Split
 from plait.run.evaluate import Progress, evaluate_model
 from plait.run.export import export_trained
 from plait.run.folder import RunFolder, with_absolute_paths, write_atomic
 from plait.run.model import source_of
 from plait.run.parallel import ranks
 from plait.run.parallel.ranks import agreed, check_same
-from plait.run.prepare import Prepared, TrainedRun, load_run
+from plait.run.prepare import Loader, Prepared, TrainedRun, load_run
 from plait.run.trainer import RunTrainer, clear_unfinished, latest_checkpoint, rehearse
+
+# Measures a prepared run: (occasion, the run, split, progress) -> metrics.
+Measure = Callable[[str, Prepared, Split, Progress | None], dict[str, Any]]
+
+
+def measure(
+    occasion: str, run: Prepared, split: Split, progress: Progress | None
+) -> dict[str, Any]:
+    """Return the metrics of a run's model on a split. occasion: before or after training."""
+    return evaluate_model(run.model, run.data, split, run.cfg, progress=progress)
 
 
 def train(
@@ -33,6 +45,8 @@ def train(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
+    loader: Loader | None = None,
+    measure: Measure = measure,
 ) -> RunFolder:
     """Train a run; return its folder, with the adapter (or model/), metrics, picture and card.
 
@@ -46,6 +60,8 @@ def train(
             if there is none yet.
         callbacks: further Trainer callbacks, such as a progress bar.
         progress: called while the held-out metric is taken, with (rows done, rows in all).
+        loader: of what the run reads; None: everything is loaded anew.
+        measure: takes the held-out metric.
 
     Raises:
         FileExistsError: output.dir holds something and resume is False, or another process writes
@@ -66,9 +82,9 @@ def train(
                 _ = RunFolder.unfinished(path, config) if resume else RunFolder.free(path)
         folder = RunFolder(path)
         with agreed():
-            run, _ = rehearse(cfg)
+            run, _ = rehearse(cfg, loader=loader)
         with _undone(folder, resume):
-            return _train(run, folder, text, callbacks, progress)
+            return _train(run, folder, text, callbacks, progress, measure)
 
 
 @contextmanager
@@ -89,6 +105,7 @@ def _train(
     config: str,
     callbacks: Sequence[TrainerCallback],
     progress: Progress | None,
+    measure: Measure,
 ) -> RunFolder:
     """Train a prepared run; config: the YAML that the folder keeps."""
     cfg = run.cfg
@@ -107,7 +124,7 @@ def _train(
 
     split = run.data.held_out_split
     if split is not None and ranks.of_first("before" not in folder.read_evaluation()):
-        before = evaluate_model(run.model, run.data, split, cfg, progress=progress)
+        before = measure("before", run, split, progress)
         if first:
             folder.write_evaluation(split=split, before=before)
 
@@ -123,7 +140,7 @@ def _train(
     trainer.save()
 
     if split is not None:
-        after = evaluate_model(run.model, run.data, split, cfg, progress=progress)
+        after = measure("after", run, split, progress)
         if first:
             folder.write_evaluation(after=after)
     with agreed():

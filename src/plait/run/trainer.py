@@ -49,7 +49,7 @@ from plait.run.model import recomputes
 from plait.run.optimizers import DEFAULT, make_optimizer
 from plait.run.parallel import ranks
 from plait.run.parallel.rows import IDLE, Idling, share
-from plait.run.prepare import Prepared, prepare, upstream_refuses
+from plait.run.prepare import Loader, Prepared, prepare, upstream_refuses
 from plait.upstream.adalora import adalora_of, load_adalora, save_adalora, upstream_noise
 
 _REMEDY = "Remove that checkpoint to resume from the one before it."
@@ -508,19 +508,21 @@ class RunTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
 
-def rehearse(cfg: RunConfig, place: bool = True) -> tuple[Prepared, torch.optim.Optimizer]:
+def rehearse(
+    cfg: RunConfig, place: bool = True, loader: Loader | None = None
+) -> tuple[Prepared, torch.optim.Optimizer]:
     """Prepare a run, and make its Trainer, batches, optimizer and schedule once, to refuse early.
 
     `plait train` and `plait check` both begin here, so that one refuses what the other does.
     Nothing is written but a temporary folder. The model keeps no trace, and the optimizer is for
     looking at: training makes its own.
 
-    place: as for `prepare`.
+    place, loader: as for `prepare`.
 
     Raises what `prepare` raises, and ValueError or ImportError for values of `training`,
     `optimizer` and `method.lr_scale` that upstream or the optimizer refuse.
     """
-    run = prepare(cfg, place)
+    run = prepare(cfg, place, loader)
     before = [(p, p.requires_grad, p._post_accumulate_grad_hooks) for p in run.model.parameters()]
     with TemporaryDirectory(prefix="plait-") as folder:
         arguments = copy.copy(run.arguments)

@@ -19,6 +19,7 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 from plait.run.compare.statistics import (
     Components,
     Difference,
+    _power,
     assumed_components,
     crossed_draws,
     detectable_difference,
@@ -233,6 +234,19 @@ def test_more_of_either_helps_and_pairing_does() -> None:
     assert detectable_difference(assumed_components(0.5, 0.8), 5, 200) < small
     few = detectable_difference(Components(0.01, 0.0, 0.0), 3, 200)
     assert few > 2 * detectable_difference(Components(0.01, 0.0, 0.0), 6, 200)
+
+
+def test_power_is_known_for_few_degrees_of_freedom() -> None:
+    """scipy's noncentral t is NaN on its far side; here against an integral over the variance."""
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    for degrees in (1.0, 2.03, 3.28, 8.0):
+        spread = np.sqrt(stats.chi2.ppf((nodes + 1) / 2, degrees) / degrees)
+        quantile = stats.t.isf(0.025, degrees)
+        for shift in (0.5, 4.0, 8.0, 16.0):
+            above = stats.norm.sf(quantile * spread - shift)
+            below = stats.norm.cdf(-quantile * spread - shift)
+            expected = float((weights / 2 * (above + below)).sum())
+            assert _power(shift, degrees, 0.95) == pytest.approx(expected, abs=1e-5)
 
 
 # ------------------------------------------------------------------------------ shares without rows

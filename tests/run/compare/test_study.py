@@ -1,72 +1,58 @@
-"""The file of a comparison, its runs, and what they say."""
+"""The file of a comparison, the runs that it stands for, and the choice of ranks."""
 
 import dataclasses
 import json
-import multiprocessing
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("statsmodels")
 
-from plait.run.compare import outcome, runner
-from plait.run.compare.study import Study, read_study
-from plait.run.metrics import metrics_of_rows
-from tests.support.runs import copy_rows, film_rows, save_model, write_rows
+from plait.run.compare.match import choose, match_arms
+from plait.run.compare.study import duration, read_study
+from plait.run.config import RunConfig
+from tests.support.runs import copy_rows, write_rows
+from tests.support.studies import ARMS, sections, study_of, write_study
 
-
-def write(path: Path, content: dict[str, Any]) -> Path:
-    path.write_text(json.dumps(content))
-    return path
-
-
-def sections(**data: Any) -> dict[str, Any]:
-    return {
-        "model": {"name": "builtin:tiny"},
-        "data": {"train": "rows.jsonl", "test": "test.jsonl", "validation": 0.2, **data},
-        "training": {"seed": 7},
-    }
-
-
-ARMS = {"lora": {"name": "lora", "r": 4}, "dual": {"name": "dual_lora", "r": 4}}
-
-
-def study_of(tmp_path: Path, arms: Any = None, base: Any = None, **compare: Any) -> Study:
-    content = {
-        "base": sections() if base is None else base,
-        "arms": ARMS if arms is None else arms,
-        "compare": compare,
-    }
-    return read_study(write(tmp_path / "study.yaml", content))
-
-
-# ---------------------------------------------------------------------------------------- the file
+GRID = {"learning_rate": [1e-2, 1e-3]}
 
 
 def test_arms_differ_in_their_method_and_share_seeds(tmp_path: Path) -> None:
-    study = study_of(tmp_path, learning_rates=[1e-3, 1e-2], seeds=3, tuning_seeds=2)
-    assert (study.reference, study.metric) == ("lora", "exact_match")
+    study = study_of(tmp_path, tune={**GRID, "seeds": 2}, seeds=3)
+    assert (study.reference, study.metrics) == ("lora", ["exact_match"])
+    assert study.rates == [1e-3, 1e-2]
     assert study.seeds == [7, 8, 9]
-    tuning = study.tuning()
-    assert len(tuning) == 2 * 2 * 2
+    tuning = study.tuning("dual", "", 1e-2, steps=5)
+    assert [t.seed for t in tuning] == [7, 8]
     assert all(t.config.data.test is None for t in tuning)
-    compared = study.compared({"lora": 1e-3, "dual": 1e-2})
+    assert tuning[0].config.training["max_steps"] == 5
+    compared = study.compared({("lora", ""): 1e-3, ("dual", ""): 1e-2})
     assert [(t.arm, t.rate, t.seed) for t in compared] == [
-        (arm, rate, seed) for arm, rate in (("lora", 1e-3), ("dual", 1e-2)) for seed in (7, 8, 9)
+        (arm, rate, seed) for seed in (7, 8, 9) for arm, rate in (("lora", 1e-3), ("dual", 1e-2))
     ]
-    first, other = compared[0].config, compared[3].config
+    first, other = compared[0].config, compared[1].config
     assert first.data == other.data
     assert first.training | {"learning_rate": 1e-2} == other.training
-    assert len({t.key for t in (*tuning, *compared)}) == 8 + 6
-    assert study_of(tmp_path, seeds=2).tuning() == []
+    assert len({t.key for t in (*tuning, *compared)}) == 2 + 6
+    assert study.compared({("lora", ""): None, ("dual", ""): 1e-2})[0].arm == "dual"
+
+
+def test_factors_make_cells(tmp_path: Path) -> None:
+    study = study_of(tmp_path, vary={"train_rows": [50, 200], "label_noise": [0, 0.2]})
+    assert list(study.cells) == [
+        "train rows 50, label noise 0",
+        "train rows 50, label noise 0.2",
+        "train rows 200, label noise 0",
+        "train rows 200, label noise 0.2",
+    ]
+    data = study.config("dual", "train rows 50, label noise 0.2").data
+    assert (data.limit, data.label_noise) == (50, 0.2)
 
 
 def test_a_base_is_a_file_or_stands_in_it(tmp_path: Path) -> None:
-    write(tmp_path / "run.yaml", {**sections(), "method": {"name": "sora"}, "output": {"dir": "x"}})
+    run = {**sections(), "method": {"name": "sora"}, "output": {"dir": "x"}}
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
     study = study_of(tmp_path, base="run.yaml")
     assert study.config("dual").method.name == "dual_lora"
     with pytest.raises(FileNotFoundError, match=r"no\.yaml"):
@@ -92,13 +78,20 @@ def test_a_run_is_named_by_what_decides_its_result(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows = write_rows(tmp_path / "rows.jsonl", copy_rows(8))
-    (first, *_) = study_of(tmp_path, seeds=1).compared({"lora": 1e-3, "dual": 1e-3})
-    key = first.key
-    other = study_of(tmp_path, seeds=4, dir="elsewhere").compared({"lora": 1e-3, "dual": 1e-3})[0]
-    assert other.key == key
-    assert dataclasses.replace(first, config=study_of(tmp_path).config("lora", 2e-3, 7)).key != key
+    rates: Any = dict.fromkeys([("lora", ""), ("dual", "")], 1e-3)
+    first = study_of(tmp_path, seeds=1).compared(rates)[0]
+    assert study_of(tmp_path, seeds=4, dir="elsewhere").compared(rates)[0].key == first.key
+    changed = dataclasses.replace(first, config=study_of(tmp_path).config("lora", "", 2e-3, 7))
+    assert changed.key != first.key
     write_rows(rows, copy_rows(9))
-    assert first.key != key
+    assert study_of(tmp_path, seeds=1).compared(rates)[0].key != first.key
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    base = {**sections(), "model": {"name": str(model)}}
+    known = study_of(tmp_path, base=base).compared(rates)[0].key
+    (model / "config.json").write_text("{} ")
+    assert study_of(tmp_path, base=base).compared(rates)[0].key != known
 
 
 @pytest.mark.parametrize(
@@ -110,170 +103,103 @@ def test_a_run_is_named_by_what_decides_its_result(
         ({"base": 3, "arms": ARMS}, "base is 3. Give a run file or its sections."),
         ({"base": sections(test=None), "arms": ARMS}, "base: data.test is not set"),
         (
-            {
-                "base": sections(validation=None),
-                "arms": ARMS,
-                "compare": {"learning_rates": [1e-3, 1e-2]},
-            },
+            {"base": sections(validation=None), "arms": ARMS, "tune": GRID},
             "A rate is chosen on validation rows",
         ),
         (
-            {"base": sections(), "arms": ARMS, "compare": {"reference": "loar"}},
-            "compare.reference is 'loar', which is no arm. Did you mean lora?",
+            {"base": sections(), "arms": ARMS, "reference": "loar"},
+            "reference is 'loar', which is no arm. Did you mean lora?",
         ),
         (
-            {"base": sections(), "arms": ARMS, "compare": {"metric": "accuracy"}},
-            "compare.metric is 'accuracy', which a causal_lm run does not measure.",
+            {"base": sections(), "arms": ARMS, "metrics": ["accuracy"]},
+            "metrics: 'accuracy' is not measured by a causal_lm run.",
         ),
+        ({"base": sections(), "arms": ARMS, "seeds": 0}, "seeds is 0. It should be"),
+        ({"base": sections(), "arms": ARMS, "tune": {"budget": "half"}}, "tune.budget is 'half'"),
+        ({"base": sections(), "arms": ARMS, "match": "time"}, "match is time, which this plait"),
+        ({"base": sections(), "arms": ARMS, "engine": "ray"}, "engine is ray, which is not built"),
+        ({"base": sections(), "arms": ARMS, "budget": "soon"}, "budget is 'soon'. Give a time"),
         (
-            {"base": sections(), "arms": ARMS, "compare": {"seeds": 0}},
-            "compare.seeds",
+            {"base": sections(), "arms": ARMS, "tune": {"learning_rate": [1e-3, 1e-3]}},
+            "a rate stands twice",
         ),
-        (
-            {"base": sections(), "arms": {**ARMS, "x": {"name": "lora", "rnk": 3}}},
-            "arms.x",
-        ),
+        ({"base": sections(), "arms": {**ARMS, "x": {"name": "lora", "rnk": 3}}}, "arms.x"),
         (
             {"base": sections(), "arms": {f"a{i}": {"name": "lora"} for i in range(200)},
-             "compare": {"seeds": 1000}},
+             "seeds": 1000},
             "200,000 runs. Give at most 100,000.",
         ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, content: Any, text: str) -> None:
-    path = write(tmp_path / "study.yaml", content)
+    path = tmp_path / "study.yaml"
+    path.write_text(json.dumps(content))
     with pytest.raises(ValueError) as caught:
         read_study(path)
     assert text in str(caught.value)
     assert str(path) in str(caught.value)
 
 
-# ----------------------------------------------------------------------------------------- parts
+def test_times_are_read() -> None:
+    assert [duration(t) for t in ("90s", "30m", "1.5h", "2 d")] == [90, 1800, 5400, 172_800]
+    for text in ("0m", "3", "-2h", "1h30m"):
+        with pytest.raises(ValueError, match="Give a time such as 90s"):
+            duration(text)
 
 
-def test_the_mean_of_the_parts_is_the_metric() -> None:
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1, 9, 20).astype(float)
-    causal = {
-        "nll": rng.random(20) * tokens, "tokens": tokens, "correct": np.floor(tokens / 2),
-        "exact_match": (rng.random(20) < 0.3).astype(float),
-    }  # fmt: skip
-    classes = {
-        "label": rng.integers(0, 3, 20).astype(float),
-        "predicted": rng.integers(0, 3, 20).astype(float),
-        "nll": rng.random(20),
-    }
-    numbers = {"label": rng.random(20), "predicted": rng.random(20)}
-    for task, rows in (
-        ("causal_lm", causal), ("classification", classes), ("regression", numbers),
-    ):  # fmt: skip
-        for metric, value in metrics_of_rows(task, rows).items():
-            parts = runner.parts_of(task, metric, rows)
-            assert parts.mean() == pytest.approx(value), metric
-            alone = metric in ("perplexity", "macro_f1", "matthews", "pearson", "spearman")
-            assert len(parts) == (1 if alone else 20), metric
+# ----------------------------------------------------------------------------------------- ranks
 
 
-# ------------------------------------------------------------------------------------------ runs
+def _count(config: RunConfig) -> int:
+    """Parameters as of a method whose every rank costs 10, or 7, or which has none."""
+    name, rank = config.method.name, config.method.options.get("r", 8)
+    if name == "dual_lora" and rank % 2:
+        raise ValueError("an odd rank")
+    return {"lora": 10 * rank, "dual_lora": 7 * rank + 2, "cola": rank * rank, "full": 999}[name]
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """A classifier on eight words: two arms, two rates of which one diverges, two seeds."""
-    folder = tmp_path_factory.mktemp("study")
-    save_model("bert", folder / "bert")
-    write_rows(folder / "rows.jsonl", film_rows(24))
-    write_rows(folder / "test.jsonl", film_rows(16))
+ALL = {
+    "lora": {"name": "lora", "r": 8},
+    "dual": {"name": "dual_lora", "r": 32},
+    "cola": {"name": "cola", "r": 2},
+    "full": {"name": "full"},
+}
+
+
+def test_ranks_are_chosen_for_equal_parameters(tmp_path: Path) -> None:
+    arms = choose(study_of(tmp_path, ALL, match="parameters"), _count)
+    assert [(arm.name, arm.rank, arm.parameters) for arm in arms] == [
+        ("lora", 8, 80), ("dual", 12, 86), ("cola", 9, 81), ("full", None, 999),
+    ]  # fmt: skip
+    assert arms[2].gap == pytest.approx(1 / 80)
+    assert str(arms[1]) == "dual: r = 12, 86 trained parameters, +7.5% against the reference"
+    assert "no rank to choose" in str(arms[3])
+
+
+def test_ranks_are_those_of_the_reference_or_stay(tmp_path: Path) -> None:
+    arms = choose(study_of(tmp_path, ALL, match="rank"), _count)
+    assert [arm.rank for arm in arms] == [8, 8, 8, None]
+    arms = choose(study_of(tmp_path, ALL), _count)
+    assert [arm.rank for arm in arms] == [8, 32, 2, None]
+    with pytest.raises(ValueError, match="match is rank, and the reference full has none"):
+        choose(study_of(tmp_path, ALL, match="rank", reference="full"), _count)
+
+
+def test_sizes_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", copy_rows(24))
     base = {
-        "model": {"name": str(folder / "bert"), "task": "classification"},
-        "data": {
-            "train": str(folder / "rows.jsonl"),
-            "test": str(folder / "test.jsonl"),
-            "validation": 0.25,
-        },
-        "training": {
-            "max_steps": 3, "per_device_train_batch_size": 8, "use_cpu": True,
-            "save_strategy": "no", "eval_strategy": "no", "max_grad_norm": 0.0,
-        },
-    }  # fmt: skip
-    return study_of(
-        folder, {"lora": {"name": "lora", "r": 2}, "full": {"name": "full"}}, base,
-        learning_rates=[1e-2, 1e30], seeds=2, dir=str(folder / "out"),
-    )  # fmt: skip
-
-
-def test_a_study_runs_once(small: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, float, int]] = []
-
-    def note(trial: Any, done: int, of: int) -> None:
-        seen.append((trial.arm, trial.rate, done))
-
-    made = outcome.run_study(small, note)
-    assert [number for *_, number in seen] == [1, 2, 3, 4, 1, 2, 3, 4]
-    reference, full = made.arms
-    assert (reference.arm, reference.verdict, reference.rate) == ("lora", None, 1e-2)
-    assert reference.tuned[1e30] is None  # diverged: a result
-    assert full.difference is not None
-    assert full.difference.rows == 16
-    values = [value for value in full.values if value is not None]
-    others = [value for value in reference.values if value is not None]
-    assert full.difference.mean == pytest.approx(np.mean(values) - np.mean(others))
-    text = outcome.markdown(made)
-    assert "| lora | 0.01 |" in text
-    assert "reference" in text
-    assert "diverged" in text
-
-    def never(*args: Any) -> None:
-        raise AssertionError("trained again")
-
-    monkeypatch.setattr(runner, "train", never)
-    monkeypatch.setattr(runner, "load_run", never)
-    assert outcome.markdown(outcome.run_study(small)) == text
-
-
-def test_a_killed_run_is_finished_and_the_table_is_the_same(
-    small: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last file of a run is missing: it is measured, and not trained, again."""
-    first = outcome.markdown(outcome.run_study(small))
-    trial = small.compared({"lora": 1e-2, "full": 1e-2})[0]
-    rows = Path(small.compare.dir) / "runs" / trial.key / "rows.json"
-    kept = rows.read_text()
-    rows.unlink()
-    monkeypatch.setattr(runner, "train", None)
-    assert outcome.markdown(outcome.run_study(small)) == first
-    assert json.loads(rows.read_text()) == json.loads(kept)
-    rows.write_text(kept[: len(kept) // 2])
-    with pytest.raises(ValueError, match=r"rows\.json: damaged .* Remove it; the run is kept\."):
-        outcome.run_study(small)
-    rows.write_text(kept)
-
-
-def _kill(raw: dict[str, Any], path: str) -> None:
-    """A worker that is killed at its first trial."""
-    mark = Path(raw["data"]["train"]).parent / "killed"
-    if not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    (Path(path)).mkdir(parents=True, exist_ok=True)
-    (Path(path) / "rows.json").write_text("{}")
-
-
-def _always(raw: dict[str, Any], path: str) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_workers_that_are_killed_are_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = sections(train=str(tmp_path / "rows.jsonl"))
-    trials = study_of(tmp_path, base=base, seeds=2).compared({"lora": 1e-3, "dual": 1e-3})
-    fork = multiprocessing.get_context("fork")  # spawned workers would import torch
-    monkeypatch.setattr(runner, "get_context", lambda kind: fork)
-    monkeypatch.setattr(runner, "run_trial", _kill)
-    seen: list[int] = []
-    runner.run_trials(trials, tmp_path, 2, lambda trial, done, of: seen.append(done))
-    assert seen == [1, 2, 3, 4]
-    monkeypatch.setattr(runner, "run_trial", _always)
-    with pytest.raises(RuntimeError, match=r"^3 worker processes were killed without a finished"):
-        runner.run_trials(trials, tmp_path / "other", 2)
+        "model": {"name": "builtin:tiny"},
+        "data": {"train": str(rows), "test": str(rows), "validation": 0.25},
+        "training": {"max_steps": 3, "use_cpu": True, "save_strategy": "no", "eval_strategy": "no"},
+    }
+    path = write_study(tmp_path, {**ARMS, "cola": {"name": "cola", "r": 1}}, base, match="rank")
+    study, sizes = match_arms(read_study(path))
+    assert study.arms["cola"]["r"] == 4
+    assert sizes.steps == {"": 3}
+    assert sizes.rows == {"": {"train": 18, "validation": 6, "test": 24}}
+    monkeypatch.setattr("plait.run.compare.match._look", None)
+    assert match_arms(read_study(path)) == (study, sizes)
+    file = tmp_path / "out" / "arms.json"
+    file.write_text(file.read_text()[:40])
+    with pytest.raises(ValueError, match=r"arms\.json: damaged"):
+        match_arms(read_study(path))

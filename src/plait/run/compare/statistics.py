@@ -12,7 +12,7 @@ the intervals of shares.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ POWER = 0.8
 _DRAWS = 2000
 _NOTHING = 1e-12  # a spread that is rounding, relative to the largest difference
 _NORMAL = 1e4  # degrees of freedom from which Student's t is normal
+_FAR = 5.0  # standard errors
 _CHUNK = 2**22  # numbers of a block of draws
 
 
@@ -327,13 +328,44 @@ def planned_power(
     return _power(abs(difference) / error, degrees, level)
 
 
+def needed(
+    difference: float, parts: Components, seeds: int, rows: int, power: float = POWER
+) -> tuple[int | None, int | None]:
+    """Return the seeds, with as many rows, and the rows, with as many seeds, that detect it.
+
+    difference: a true one. seeds, rows: of the study that was made. None: 1,000 times as many do
+    not, such as more rows where seeds differ.
+    """
+
+    def least(enough: Callable[[int], bool], start: int) -> int | None:
+        low, high = 1, max(start, 2)
+        while not enough(high):
+            low, high = high, 2 * high
+            if high > 1000 * start:
+                return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if enough(middle) else (middle, high)
+        return high
+
+    return (
+        least(lambda n: planned_power(difference, parts, n, rows) >= power, seeds),
+        least(lambda n: planned_power(difference, parts, seeds, n) >= power, rows)
+        if rows > 1 and seeds > 1
+        else None,
+    )
+
+
 def _power(shift: float, degrees: float, level: float) -> float:
     """Return the power of a two-sided t-test whose mean is `shift` standard errors from zero."""
     if degrees > _NORMAL:
         quantile = stats.norm.isf((1 - level) / 2)
         return float(stats.norm.sf(quantile - shift) + stats.norm.cdf(-quantile - shift))
     quantile = stats.t.isf((1 - level) / 2, degrees)
-    return float(stats.nct.sf(quantile, degrees, shift) + stats.nct.cdf(-quantile, degrees, shift))
+    power = float(stats.nct.sf(quantile, degrees, shift))
+    if shift < _FAR:  # beyond, the other side has a chance below 1e-6, which scipy gives as NaN
+        power += float(stats.nct.cdf(-quantile, degrees, shift))
+    return power
 
 
 def _detectable(error: float, degrees: float, level: float, power: float = POWER) -> float:

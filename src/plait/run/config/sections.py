@@ -128,6 +128,13 @@ class DataConfig:
     limit: int | None = option(None, "Rows of train, drawn with the seed; null: all.", least=1)
     validation_limit: int | None = option(None, "Rows of validation; null: all.", least=1)
     test_limit: int | None = option(None, "Rows of test; null: all.", least=1)
+    label_noise: float | None = option(
+        None,
+        "Share of the train rows that get a wrong label or completion, drawn with the seed; null: "
+        "none.",
+        least=0,
+        below=1,
+    )
     seed: int = option(0, "Seed of the validation split, the limits and the generators.")
 
 

@@ -248,7 +248,7 @@ def check_sections(raw: Any, known: Iterable[str], source: Source) -> dict[str, 
 
 
 def check_section(section: Any, raw: dict[str, Any], prefix: str, source: Source) -> Any:
-    """Make a section's dataclass from keys and values.
+    """Make a section's dataclass from keys and values; prefix: its dotted key, or nothing.
 
     Raises:
         ValueError: a line for every unknown key and for every value of a wrong type or range; or
@@ -256,9 +256,10 @@ def check_section(section: Any, raw: dict[str, Any], prefix: str, source: Source
     """
     hints = typing.get_type_hints(section, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(section)}
+    before = f"{prefix}." if prefix else ""
     problems = [
         source.unknown(
-            f"{prefix}.{str(key)[:_PROBLEM]}",
+            f"{before}{str(key)[:_PROBLEM]}",
             fields,
             f"Keys of {prefix}: `plait init FILE` lists them.",
         )
@@ -269,7 +270,7 @@ def check_section(section: Any, raw: dict[str, Any], prefix: str, source: Source
     for name, f in fields.items():
         if name not in raw:
             continue
-        key, hint = f"{prefix}.{name}", hints[name]
+        key, hint = f"{before}{name}", hints[name]
         try:
             if dataclasses.is_dataclass(hint) and isinstance(raw[name], dict):
                 values[name] = check_section(hint, raw[name], key, source)

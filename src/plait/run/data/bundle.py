@@ -2,6 +2,7 @@
 
 rows     one file, hub set or generator -> rows, split and limited
 reader   rows -> texts, labels, tasks, by the columns of the config
+noise    some train rows get a wrong answer, if the config asks for it
 tokens   texts -> token ids and the loss mask
 """
 
@@ -17,6 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from plait.run.config import RunConfig
+from plait.run.data.noise import add_label_noise
 from plait.run.data.reader import Columns, Kind, read_columns
 from plait.run.data.rows import read_splits
 from plait.run.data.tokens import Collator, tokenize
@@ -117,6 +119,7 @@ def load_data(
     columns = read_columns(
         data, config.model.task, config.method, source, rows, labels, head, facts
     )
+    add_label_noise(columns, data)
     splits = tokenize(columns, data, causal, tokenizer)
     if config.evaluation.generate and columns.kind in ("completion", "messages"):
         _check_prompts(columns, splits)

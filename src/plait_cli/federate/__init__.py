@@ -1,6 +1,6 @@
 """`plait federate ACTION`: federated runs, simulated on this machine or on a network.
 
-`_runs` holds what the actions on this machine and on run folders do, `_network` those of a network.
+`runs` holds what the actions on this machine and on run folders do, `network` those of a network.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     Returns 1 if Flower fails, 2 for a damaged state, 3 after too few updates, 130 after Ctrl-C.
     """
-    act = getattr(importlib.import_module(f"plait_cli.{args.module}"), args.action)
+    act = getattr(importlib.import_module(f"plait_cli.federate.{args.module}"), args.action)
     try:
         return act(args)
     except RuntimeError as error:
@@ -80,7 +80,7 @@ def _add_runs(actions: "argparse._SubParsersAction") -> list[argparse.ArgumentPa
     add_form(export)
     _add_overrides(export, "model.trust_remote_code=true, to run code that the base brings along")
     for action in (simulate, report, export):
-        action.set_defaults(module="_runs")
+        action.set_defaults(module="runs")
     return [simulate, report, export]
 
 
@@ -91,7 +91,7 @@ def _add_overrides(action: argparse.ArgumentParser, help: str = "set a key of th
 def _add_network(actions: "argparse._SubParsersAction") -> list[argparse.ArgumentParser]:
     added = []
 
-    def add(name: str, help: str, text: str, module: str = "_network") -> argparse.ArgumentParser:
+    def add(name: str, help: str, text: str, module: str = "network") -> argparse.ArgumentParser:
         action = actions.add_parser(
             name,
             help=help,
@@ -175,7 +175,7 @@ def _add_network(actions: "argparse._SubParsersAction") -> list[argparse.Argumen
         "show runs, rounds, clients, rejections and bytes",
         "Show the runs that the server knows, if it answers, and the rounds, clients, rejections\n"
         "and bytes recorded in the run folder.",
-        "_runs",
+        "runs",
     )
     status.add_argument("file", help="the config file, or a run folder", metavar="FILE|DIR")
 
@@ -184,7 +184,7 @@ def _add_network(actions: "argparse._SubParsersAction") -> list[argparse.Argumen
         "continue after the last checkpoint of the server",
         "Continue a run after its last checkpoint: on a network as `run` does, or as\n"
         "`simulate --resume` if the run folder has the private states of a simulation.",
-        "_runs",
+        "runs",
     )
     resume.add_argument("file", help="the config file, or a run folder", metavar="FILE|DIR")
     resume.add_argument(

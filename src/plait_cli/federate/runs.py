@@ -19,9 +19,10 @@ from plait.run.federated.report import (
     tables,
     write_comparison,
 )
-from plait_cli import _network, console
-from plait_cli._network import config_of
+from plait_cli import console
 from plait_cli._show import Status
+from plait_cli.federate import network
+from plait_cli.federate.network import config_of
 
 TOO_FEW = 3  # exit code of a round with too few updates
 
@@ -131,7 +132,7 @@ def resume(args: argparse.Namespace) -> int:
     if args.local or folder.clients.is_dir():  # private states are those of a simulation
         args.resume = True
         return simulate(args)
-    return _network.run(args, resume=True)
+    return network.run(args, resume=True)
 
 
 def _show(runs: list[str]) -> list[Summary]:
