@@ -50,6 +50,7 @@ from plait.core.mix import task_index
 from plait.core.precision import keep_wide
 from plait.core.route import BASE, NOWHERE, Route, Rows, split_bias, split_saved
 from plait.core.sharding import refuse_sharded
+from plait.kernels.grouped import Segments, segments
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -242,6 +243,8 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         if len(deltas) < 2 or torch.compiler.is_compiling():
             return
         for name, delta in deltas.items():
+            if not self._may_copy(delta):
+                continue
             for source, original in deltas.items():
                 again = delta.state_from == "copy" and delta is not used
                 if delta is original or again or not delta.copies(original):
@@ -256,6 +259,17 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
                     )
                 delta.adopt(original)
                 break
+
+    def _may_copy(self, delta: Any) -> bool:
+        """Whether an adapter may be a copy, and there is something to copy beside its parameters."""
+        if delta.stepped or delta.state_from == "file":
+            return False
+        return bool(
+            self.plait_trunk is not None
+            or delta.awaits_weights
+            or delta._modules
+            or any(b is not None for b in delta._buffers.values())
+        )
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -376,13 +390,29 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
                 f"{x.shape[0]} rows. Give one name for each row; leave layers without rows, such "
                 "as those of relative positions, out of target_modules."
             )
+        deltas: Any = self.plait_delta._modules
+        parts = segments(names, frozenset(deltas))  # the other rows: BASE, or not of this layer
+        used = [deltas[name] for name in parts.adapters]
+        copies = [delta for delta in deltas.values() if self._may_copy(delta)]
+        for delta in used:
+            self._begin(delta, deltas if copies else {})
+        grouped: Any = _one_kind(used, x)
+        joins = grouped and not (args or kwargs) and self._can_join(used[0], self.base_layer, x)
+        if joins:
+            base: Any = self.base_layer._parameters
+            weight = base["weight"].t() if self.transposed else base["weight"]
+            y = grouped.together(used, parts, x, weight, base["bias"])
+            if y is not None:
+                return y
         y = self.base_layer(x, *args, **kwargs)
-        for name in dict.fromkeys(names):
-            if name not in self.plait_delta:  # BASE, or an adapter that leaves this layer alone
-                continue
-            index = torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-            self._begin(self.plait_delta[name], self.plait_delta)
-            update = self._update(self.plait_delta[name], x[index], rows.of(index))
+        if grouped and not joins:
+            own = y.clone(memory_format=torch.contiguous_format)  # others may hold y
+            summed = grouped.together(used, parts, x, None, None, own)
+            if summed is not None:
+                return summed
+        for delta, own in zip(used, parts.rows, strict=True):
+            index = torch.tensor(own, device=x.device)
+            update = self._update(delta, x[index], rows.of(index))
             y = y.index_add(0, index, update.to(y.dtype))
         return y
 
@@ -802,6 +832,14 @@ def keep_masters(model: Any) -> list[str]:
         for name, parameters in trained.items()
         for parameter in keep_wide(named[name], parameters, memo)
     ]
+
+
+def _one_kind(deltas: Sequence[Any], x: Tensor) -> type[Delta] | None:
+    """The class of Deltas that `together` may compute for x (rows, .., in); None: one by one."""
+    cls: Any = type(deltas[0]) if deltas else None
+    if cls is None or not cls.joint_is_forward or not x.is_floating_point() or not x.numel():
+        return None
+    return cls if all(type(d) is cls and _unwatched(d) for d in deltas) else None
 
 
 def _unwatched(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from plait.core.rates import Rates
 from plait.core.route import NOWHERE, Rows
 from plait.core.sharding import whole
 from plait.kernels.cache import Kept
+from plait.kernels.grouped import Segments
 
 _order = itertools.count()
 
@@ -200,6 +201,32 @@ class Delta(nn.Module):
     ) -> Tensor:
         """x (W + dW)^T + b, (.., out), where `joins`; with `y` x dW^T added to it, if `adds`."""
         raise NotImplementedError
+
+    @classmethod
+    def together(
+        cls,
+        deltas: Sequence[Any],
+        rows: Segments,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor | None = None,
+    ) -> Tensor | None:
+        """The layer's output for a batch of several adapters, each row with its own dW.
+
+        Args:
+            deltas: those of `rows.adapters`, all of this class.
+            rows: which adapter each row has.
+            x: (rows, .., in).
+            weight: frozen base weight (out, in), or None.
+            bias: (out,), only with a weight.
+            y: (rows, .., out), the output without updates, only without a weight; it may be changed
+                in place.
+
+        Returns:
+            (rows, .., out), or None where these adapters cannot be computed together.
+        """
+        return None
 
     def weight(self, **choice: Any) -> Tensor:
         """dW (out, in), scaled, in the factors' dtype.

@@ -22,8 +22,10 @@ from plait.core.init import kaiming, seeded
 from plait.core.mix import Matrix, Mix, Pairing, TaskTable, TokenRouter, as_mix
 from plait.core.route import NOWHERE, Rows
 from plait.core.sharding import put, refuse_sharded
+from plait.kernels import grouped
 from plait.kernels.cache import Notes, same, traced
 from plait.kernels.choose import switches
+from plait.kernels.grouped import Segments
 from plait.kernels.low_rank import ROUTERS, Call, Kind, Plan, fused, product
 from plait.kernels.reference import up
 
@@ -236,31 +238,17 @@ class LowRankDelta(Delta):
             rows: as in `forward`.
             y: (.., out), only without a weight; it may be changed in place.
         """
-        training = self.training
-        if training:
-            self.check_training()
         graph = torch.is_grad_enabled()
         dtype = computes_in(x)
-        whole = not (training and self.input_dropout)
-        ready = self._ready(x, dtype, whole, graph)
+        ready = self._planned(x, dtype, graph, rows)
         if ready is None:
-            # Where the plan holds the mix, no graph of it is made: recomputation under gradient
-            # checkpointing finds the plan, makes none either, and must save equally many tensors.
-            held = len(self.closed or ()) > 2 and _facts(type(self)).closes
-            with torch.no_grad() if held else nullcontext():
-                declared = self.mix()
-            kind = _kind(declared)
-            if kind is None or not self._fuses(x):
-                # The frozen layer first, as in upstream's LoRA: gradients of x are summed in order.
-                y = F.linear(x, weight, bias) if weight is not None else y
-                update = self._plain(x, rows, self.mixer)
-                return update if y is None else y + update.to(y.dtype)
-            ready = self._prepared(x, dtype, whole, graph, kind, declared, rows)
+            # The frozen layer first, as in upstream's LoRA: gradients of x are summed in order.
+            y = F.linear(x, weight, bias) if weight is not None else y
+            update = self._plain(x, rows, self.mixer)
+            return update if y is None else y + update.to(y.dtype)
         plan, leaves, trains, tasks = ready
-        kept, raised, mask, index = None, 1.0, None, None
-        draws = not whole or self.gates or self.dropout or _facts(type(self)).masks
-        if training and draws and x.numel():
-            kept, raised, mask = self._draw(x, dtype)
+        kept, raised, mask = self._draw(x, dtype)
+        index = None
         if plan.kind == "table":
             index = tasks.groups(x.shape[:-1], rows).reshape(-1).to(x.device)  # type: ignore
         call = Call(plan, dtype, kept, raised, mask, index, rows)
@@ -272,6 +260,67 @@ class LowRankDelta(Delta):
         ):
             return fused(call, x, weight, bias, y, *leaves)
         return product(call, x, weight, bias, y, leaves)[0]
+
+    @classmethod
+    def together(
+        cls,
+        deltas: Sequence[Any],
+        rows: Segments,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor | None = None,
+    ) -> Tensor | None:
+        """As `joint`, by stacked factors; see kernels/grouped.py."""
+        dtype, graph = computes_in(x), torch.is_grad_enabled()
+        plans, leaves = [], []
+        for delta in deltas:
+            ready = delta._planned(x, dtype, graph, None)
+            if ready is None:
+                return None
+            plans.append(ready[0])
+            leaves.append(ready[1])
+        if not grouped.alike(plans, leaves):
+            return None
+        drawn = [
+            delta._draw(x[: len(own)], dtype) for delta, own in zip(deltas, rows.rows, strict=True)
+        ]
+        dropped = any(kept is not None for kept, _, _ in drawn)
+        call = grouped.Batch(
+            tuple(plans),
+            tuple(map(len, leaves)),
+            tuple(map(grouped.ranks, plans, leaves)),
+            rows,
+            dtype,
+            rows.spread([kept for kept, _, _ in drawn]),
+            tuple(raised for _, raised, _ in drawn) if dropped else None,
+            rows.spread([mask for _, _, mask in drawn]),
+        )
+        flat = [leaf for own in leaves for leaf in own]
+        needed = (x, bias, y, *flat) if graph else ()
+        if any(t is not None and t.requires_grad for t in needed):
+            return grouped.Grouped.apply(call, x, weight, bias, y, *flat)  # type: ignore
+        return grouped.product(call, x, weight, bias, y, flat)[0]
+
+    def _planned(
+        self, x: Tensor, dtype: torch.dtype, graph: bool, rows: Rows | None
+    ) -> tuple[Plan, tuple[Tensor, ...], bool, Any] | None:
+        """As `_prepared`, or None where the fused form does not apply; for tasks it needs rows."""
+        if self.training:
+            self.check_training()
+        whole = not (self.training and self.input_dropout)
+        ready = self._ready(x, dtype, whole, graph)
+        if ready is not None:
+            return ready
+        # Where the plan holds the mix, no graph of it is made: recomputation under gradient
+        # checkpointing finds the plan, makes none either, and must save equally many tensors.
+        held = len(self.closed or ()) > 2 and _facts(type(self)).closes
+        with torch.no_grad() if held else nullcontext():
+            declared = self.mix()
+        kind = _kind(declared)
+        if kind is None or not self._fuses(x) or (rows is None and kind == "table"):
+            return None
+        return self._prepared(x, dtype, whole, graph, kind, declared, rows or NOWHERE)
 
     def _ready(
         self, x: Tensor, dtype: torch.dtype, whole: bool, graph: bool
@@ -380,6 +429,9 @@ class LowRankDelta(Delta):
 
     def _draw(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float, Tensor | None]:
         """The random masks of a call: inputs that are kept with their factor; a factor on z."""
+        draws = self.input_dropout or self.gates or self.dropout or _facts(type(self)).masks
+        if not (self.training and draws and x.numel()):
+            return None, 1.0, None
         kept, p = None, self.input_dropout
         if p:
             shape = (x.numel() // x.shape[-1], x.shape[-1])
