@@ -59,14 +59,15 @@ def model_of(
         else:
             model.add_adapter(name, config)
     model.base_model.set_adapter(NAMES)
-    for delta in layers(model)[0].plait_delta.values():
+    deltas: Any = layers(model)[0].plait_delta.values()
+    for delta in deltas:
         delta.state_from = "file"  # as if they came from files, so that none is another's copy
     return model.train()
 
 
 def results(model: Any, names: list[str], axes: int = 3) -> list[Tensor]:
     """Output and gradients of x and of all parameters, with masks from one seed."""
-    dtype = layers(model)[0].get_base_layer().weight.dtype
+    dtype: Any = layers(model)[0].get_base_layer().weight.dtype
     lead = [len(names), 3, 2][: axes - 1]
     x = tiny.numbers(*lead, 7).to(dtype).requires_grad_()
     with tiny.seed(3):

@@ -343,7 +343,8 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | N
             if any(id(p) in held for p in listener.parameters()):
                 listener.skipped_step(optimizer)
         return None
-    for delta in [d for d in _untrained if not d.needs_events and not held.isdisjoint(_trained([d]))]:
+    eventless = [delta for delta in _untrained if not delta.needs_events]
+    for delta in [d for d in eventless if not held.isdisjoint(_trained([d]))]:
         delta.stepped = True
         _untrained.discard(delta)
     closure = args[1] if len(args) > 1 else kwargs.get("closure")

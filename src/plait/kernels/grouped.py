@@ -358,7 +358,7 @@ _LEAVES = 5  # arguments of the Function before the leaves
 
 
 def _owned(call: Batch, t: Tensor, which: Literal["own_z", "own_h"]) -> Tensor:
-    """What trained rows of A or columns of B meet, (groups, tokens, ..) of t (groups, tokens, R)."""
+    """What trained rows of A or columns of B meet: (groups, tokens, ..) of (groups, tokens, R)."""
     if getattr(call.plans[0], which) is None:
         return t
     order, side = call.segments.order or range(len(call.plans)), which == "own_h"
