@@ -48,7 +48,7 @@ def model_of(
     case: Case, dtype: torch.dtype = torch.float64, base: nn.Module | None = None, **options: Any
 ) -> Any:
     """A layer 7 -> 5 with three random adapters, of unlike ranks and scales where that can be."""
-    ranks = [{}, {"r": 4, "lora_alpha": 3.0}, {}] if case.key in RANKED else [{}] * 3
+    ranks = [{}, {"r": 6, "lora_alpha": 3.0}, {}] if case.key in RANKED else [{}] * 3
     model: Any = None
     for seed, (name, own) in enumerate(zip(NAMES, ranks, strict=True)):
         shared = {"target_modules": ["linear"], "task_type": None, "init_weights": False}

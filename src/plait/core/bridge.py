@@ -412,7 +412,8 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
                 return summed
         for delta, own in zip(used, parts.rows, strict=True):
             index = torch.tensor(own, device=x.device)
-            update = self._update(delta, x[index], rows.of(index))
+            with delta.drawing(x.device):
+                update = self._update(delta, x[index], rows.of(index))
             y = y.index_add(0, index, update.to(y.dtype))
         return y
 

@@ -284,7 +284,10 @@ class LowRankDelta(Delta):
         kept, mask, raised = None, None, None
         if crew.draws:
             sizes = zip(deltas, rows.rows, strict=True)
-            drawn = [delta._draw(x[: len(own)], dtype) for delta, own in sizes]
+            drawn = []
+            for delta, own in sizes:
+                with delta.drawing(x.device):
+                    drawn.append(delta._draw(x[: len(own)], dtype))
             kept, mask = (rows.spread([part[i] for part in drawn]) for i in (0, 2))
             raised = None if kept is None else tuple(part[1] for part in drawn)
         call = grouped.Batch(crew.plans, crew.counts, crew.ranks, rows, dtype, kept, raised, mask)
@@ -409,7 +412,7 @@ class LowRankDelta(Delta):
         return bool(self._modules) and any(p.requires_grad for p in self.parameters())
 
     @property
-    def _draws(self) -> bool:
+    def draws(self) -> bool:
         """Whether a call may draw masks."""
         if not self.training:
             return False
@@ -419,7 +422,7 @@ class LowRankDelta(Delta):
 
     def _draw(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float, Tensor | None]:
         """The random masks of a call: inputs that are kept with their factor; a factor on z."""
-        if not (self._draws and x.numel()):
+        if not (self.draws and x.numel()):
             return None, 1.0, None
         kept, p = None, self.input_dropout
         if p:
@@ -765,7 +768,7 @@ def _crew(deltas: Sequence[Any], x: Tensor, dtype: torch.dtype, graph: bool) -> 
         watched=[(note[2], note[3]) for note in noted if note[3] is not None],
         requires=[leaf.requires_grad for leaf in flat],
         checks=[d for d in deltas if d.training and (trains or d.owner)],
-        draws=any(delta._draws for delta in deltas),
+        draws=any(delta.draws for delta in deltas),
         trains=graph and any(leaf.requires_grad for leaf in flat),
         plans=tuple(plans),
         counts=tuple(map(len, leaves)),

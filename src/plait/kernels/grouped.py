@@ -70,9 +70,10 @@ class Segments:
         if first is None:
             return None
         k, like = first
-        if self.sorted and all(p is not None for p in parts):
+        widths = {None if p is None else p.shape[1] for p in parts}
+        if self.sorted and widths == {like.shape[1]}:
             return torch.cat(parts)  # type: ignore[arg-type]
-        width = max(p.shape[1] for p in parts if p is not None)
+        width = max(width for width in widths if width is not None)
         tokens = len(like) // len(self.rows[k])
         whole = like.new_ones(self.count, tokens, width)
         for rows, part in zip(self.rows, parts, strict=True):
@@ -327,7 +328,7 @@ class Grouped(torch.autograd.Function):
             source = x if call.kept is None else (tokens * call.kept).view(x.shape)
             trained = _owned(call, dz, "own_z")
             if first.stacked:
-                trained = torch.cat([trained, dlogits], dim=-1)  # type: ignore[list-item]
+                trained = torch.cat([trained, dlogits], dim=-1)  # type: ignore[list-item, arg-type]
             dA = of_each(torch.bmm(trained.mT, source))
             if first.stacked:
                 dA, dG = dA[:, : -first.groups], dA[:, -first.groups :]
@@ -396,7 +397,7 @@ def _input_gradient(
     else:
         dx.addcmul_(torch.bmm(both, own.A).view(dx.shape), call.kept.to(dx.dtype))
     if dlogits is not None and not call.plans[0].stacked:
-        parts.baddbmm_(dlogits, own.M)
+        parts.baddbmm_(dlogits, own.M)  # type: ignore[arg-type]
     return dx
 
 
