@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AllocLoraConfig",
+    "Arm",
     "ChainCallback",
     "ChainPlan",
     "ColaConfig",
@@ -63,6 +64,7 @@ __all__ = [
     "set_development_batch",
     "set_micro_batches",
     "to_lora",
+    "train_together",
 ]
 
 _PARTS = {"chain", "core", "gates", "kernels", "methods", "optim", "upstream"}

@@ -34,5 +34,6 @@ from plait.methods.shared_b import SharedBLoraConfig
 from plait.methods.sora import SoraConfig
 from plait.methods.tied import TiedLoraConfig
 from plait.optim import create_lora_rite_optimizer, create_lorsum_optimizer
+from plait.together import Arm, train_together
 from plait.upstream.adalora import drive_adalora
 from plait.upstream.export import LoraExport, to_lora

@@ -6,7 +6,7 @@ its mathematics. What both kinds share is here: facts of the layer, counting, sa
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +21,8 @@ from plait.core.rates import Rates
 from plait.core.route import NOWHERE, Rows
 from plait.core.sharding import whole
 from plait.kernels.cache import Kept
+from plait.kernels.grouped import Segments
+from plait.kernels.stream import Stream
 
 _order = itertools.count()
 
@@ -133,6 +135,7 @@ class Delta(nn.Module):
         self.state_from: Literal["start", "file", "copy"] = "start"  # where its buffers come from
         self.adopted: list[float] = []  # fingerprint of the parameters when its state was copied
         self.gates: list[Gate] = []
+        self.stream: Stream | None = None  # of its random masks in mixed batches; None: torch's
         self.kept = Kept()  # what calls with the same weights have in common
         self.owner: list[Delta] = []  # the Delta that holds the shared tensors, if not this one
         self.register_buffer("t", None)
@@ -200,6 +203,32 @@ class Delta(nn.Module):
     ) -> Tensor:
         """x (W + dW)^T + b, (.., out), where `joins`; with `y` x dW^T added to it, if `adds`."""
         raise NotImplementedError
+
+    @classmethod
+    def together(
+        cls,
+        deltas: Sequence[Any],
+        rows: Segments,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor | None = None,
+    ) -> Tensor | None:
+        """The layer's output for a batch of several adapters, each row with its own dW.
+
+        Args:
+            deltas: those of `rows.adapters`, all of this class.
+            rows: which adapter each row has.
+            x: (rows, .., in).
+            weight: frozen base weight (out, in), or None.
+            bias: (out,), only with a weight.
+            y: (rows, .., out), the output without updates, only without a weight; it may be changed
+                in place.
+
+        Returns:
+            (rows, .., out), or None where these adapters cannot be computed together.
+        """
+        return None
 
     def weight(self, **choice: Any) -> Tensor:
         """dW (out, in), scaled, in the factors' dtype.
@@ -361,6 +390,15 @@ class Delta(nn.Module):
         """The dtype of the autocast region that the call is in, or None."""
         device = next(self.parameters()).device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+    @property
+    def draws(self) -> bool:
+        """Whether a call may draw random masks."""
+        return self.training and bool(self.dropout)
+
+    def drawing(self, device: torch.device) -> AbstractContextManager[Any]:
+        """A context in which masks are drawn from the stream of its own, if it has one."""
+        return nullcontext() if self.stream is None else self.stream.on(device)
 
     def randomize(self, gen: torch.Generator) -> None:
         """A random start with dW != 0 (`init_weights=False`, for tests)."""

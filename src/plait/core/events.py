@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 MANY_FORWARDS = 50  # more training forwards without an event than accumulation explains
 
 _deltas: "WeakSet[Delta]" = WeakSet()
+_untrained: "WeakSet[Delta]" = WeakSet()  # those of which no step was seen, without events too
 _listeners: "WeakSet[Listener]" = WeakSet()
 _installed: list[Any] = []
 _stepping: list[Any] = []  # the optimizers whose step is being completed
@@ -98,10 +99,12 @@ def listen(listener: Listener) -> None:
 
 
 def watch(delta: "Delta") -> None:
-    """Fire the events of a Delta from now on, if it has any."""
+    """Fire the events of a Delta from now on, if it has any, and note when it is trained."""
     if delta.needs_events:
         _deltas.add(delta)
-        _install()
+    if not delta.stepped:
+        _untrained.add(delta)
+    _install()
 
 
 def _install() -> None:
@@ -340,6 +343,10 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | N
             if any(id(p) in held for p in listener.parameters()):
                 listener.skipped_step(optimizer)
         return None
+    eventless = [delta for delta in _untrained if not delta.needs_events]
+    for delta in [d for d in eventless if not held.isdisjoint(_trained([d]))]:
+        delta.stepped = True
+        _untrained.discard(delta)
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     joined = _join(optimizer, held, closure is not None)
     if joined:
@@ -474,6 +481,7 @@ def after_step_of(deltas: list["Delta"]) -> None:
             delta.t += 1
         delta.forwards = 0
         delta.stepped, delta.fresh = True, False
+        _untrained.discard(delta)
         delta.after_step()
         for gate in delta.gates:
             gate.after_step(delta)  # type: ignore[arg-type]

@@ -22,8 +22,10 @@ from plait.core.init import kaiming, seeded
 from plait.core.mix import Matrix, Mix, Pairing, TaskTable, TokenRouter, as_mix
 from plait.core.route import NOWHERE, Rows
 from plait.core.sharding import put, refuse_sharded
+from plait.kernels import grouped
 from plait.kernels.cache import Notes, same, traced
 from plait.kernels.choose import switches
+from plait.kernels.grouped import Segments
 from plait.kernels.low_rank import ROUTERS, Call, Kind, Plan, fused, product
 from plait.kernels.reference import up
 
@@ -45,7 +47,9 @@ class LowRankDelta(Delta):
     def __init__(self, base: FrozenLinear, config: DeltaConfig, gen: torch.Generator) -> None:
         super().__init__(base, config, gen)
         self.gates = gates_of(config, type(self))
-        self.noted: dict[bool, Any] = Notes()  # by whether gradients are on, see _prepared
+        # By whether gradients are on; see _prepared and together.
+        self.noted: dict[bool, Any] = Notes()
+        self.crews: dict[bool, _Crew] = Notes()
         self.ranks = type(self).slots_of(config)
         for gate in self.gates:
             gate.prepare(self, self.ranks, seeded(config.seed, base.name, gate.key))
@@ -236,31 +240,17 @@ class LowRankDelta(Delta):
             rows: as in `forward`.
             y: (.., out), only without a weight; it may be changed in place.
         """
-        training = self.training
-        if training:
-            self.check_training()
         graph = torch.is_grad_enabled()
         dtype = computes_in(x)
-        whole = not (training and self.input_dropout)
-        ready = self._ready(x, dtype, whole, graph)
+        ready = self._planned(x, dtype, graph, rows)
         if ready is None:
-            # Where the plan holds the mix, no graph of it is made: recomputation under gradient
-            # checkpointing finds the plan, makes none either, and must save equally many tensors.
-            held = len(self.closed or ()) > 2 and _facts(type(self)).closes
-            with torch.no_grad() if held else nullcontext():
-                declared = self.mix()
-            kind = _kind(declared)
-            if kind is None or not self._fuses(x):
-                # The frozen layer first, as in upstream's LoRA: gradients of x are summed in order.
-                y = F.linear(x, weight, bias) if weight is not None else y
-                update = self._plain(x, rows, self.mixer)
-                return update if y is None else y + update.to(y.dtype)
-            ready = self._prepared(x, dtype, whole, graph, kind, declared, rows)
+            # The frozen layer first, as in upstream's LoRA: gradients of x are summed in order.
+            y = F.linear(x, weight, bias) if weight is not None else y
+            update = self._plain(x, rows, self.mixer)
+            return update if y is None else y + update.to(y.dtype)
         plan, leaves, trains, tasks = ready
-        kept, raised, mask, index = None, 1.0, None, None
-        draws = not whole or self.gates or self.dropout or _facts(type(self)).masks
-        if training and draws and x.numel():
-            kept, raised, mask = self._draw(x, dtype)
+        kept, raised, mask = self._draw(x, dtype)
+        index = None
         if plan.kind == "table":
             index = tasks.groups(x.shape[:-1], rows).reshape(-1).to(x.device)  # type: ignore
         call = Call(plan, dtype, kept, raised, mask, index, rows)
@@ -273,20 +263,70 @@ class LowRankDelta(Delta):
             return fused(call, x, weight, bias, y, *leaves)
         return product(call, x, weight, bias, y, leaves)[0]
 
+    @classmethod
+    def together(
+        cls,
+        deltas: Sequence[Any],
+        rows: Segments,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor | None = None,
+    ) -> Tensor | None:
+        """As `joint`, by stacked factors; see kernels/grouped.py."""
+        dtype, graph = computes_in(x), torch.is_grad_enabled()
+        crew = deltas[0].crews.get(graph)
+        if crew is None or not crew.holds(deltas, dtype):
+            crew = _crew(deltas, x, dtype, graph)
+            if crew is None:
+                return None
+            deltas[0].crews[graph] = crew
+        kept, mask, raised = None, None, None
+        if crew.draws:
+            sizes = zip(deltas, rows.rows, strict=True)
+            drawn = []
+            for delta, own in sizes:
+                with delta.drawing(x.device):
+                    drawn.append(delta._draw(x[: len(own)], dtype))
+            kept, mask = (rows.spread([part[i] for part in drawn]) for i in (0, 2))
+            raised = None if kept is None else tuple(part[1] for part in drawn)
+        call = grouped.Batch(crew.plans, crew.counts, crew.ranks, rows, dtype, kept, raised, mask)
+        flat = crew.leaves
+        if graph and (
+            crew.trains
+            or x.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (y is not None and y.requires_grad)
+        ):
+            return grouped.Grouped.apply(call, x, weight, bias, y, *flat)  # type: ignore
+        return grouped.product(call, x, weight, bias, y, flat)[0]
+
+    def _planned(
+        self, x: Tensor, dtype: torch.dtype, graph: bool, rows: Rows | None
+    ) -> tuple[Plan, tuple[Tensor, ...], bool, Any] | None:
+        """As `_prepared`, or None where the fused form does not apply; for tasks it needs rows."""
+        if self.training:
+            self.check_training()
+        whole = not (self.training and self.input_dropout)
+        ready = self._ready(x, dtype, whole, graph)
+        if ready is not None:
+            return ready
+        # Where the plan holds the mix, no graph of it is made: recomputation under gradient
+        # checkpointing finds the plan, makes none either, and must save equally many tensors.
+        held = len(self.closed or ()) > 2 and _facts(type(self)).closes
+        with torch.no_grad() if held else nullcontext():
+            declared = self.mix()
+        kind = _kind(declared)
+        if kind is None or not self._fuses(x) or (rows is None and kind == "table"):
+            return None
+        return self._prepared(x, dtype, whole, graph, kind, declared, rows or NOWHERE)
+
     def _ready(
         self, x: Tensor, dtype: torch.dtype, whole: bool, graph: bool
     ) -> tuple[Plan, tuple[Tensor, ...], bool, Any] | None:
         """What `_prepared` returned before, where everything that it depends on is as it was."""
         noted = self.noted.get(graph)
-        if (
-            noted is None
-            or not switches.fused
-            or torch.compiler.is_compiling()
-            or x.ndim < 2
-            or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-            or traced()
-        ):
+        if noted is None or x.ndim < 2 or not _calm():
             return None
         state, places, sources, copies, requires, result = noted
         if state != (self.training, dtype, whole, self.scaling):
@@ -296,8 +336,7 @@ class LowRankDelta(Delta):
                 return None
         if graph and requires != [leaf.requires_grad for leaf in result[1]]:
             return None
-        own = self.__dict__
-        if "down" in own or "factors" in own or "mix" in own or "gate" in own:
+        if not _REPLACED.isdisjoint(self.__dict__):
             return None
         return result if copies is None or same(sources, copies) else None
 
@@ -319,7 +358,8 @@ class LowRankDelta(Delta):
         trains = graph and self._trains()
         sources, task = None, None
         known = self._folds() and self.reads is not None
-        if self.training or trains or not known:
+        opened = self.training or trains or not known
+        if opened:
             plan, leaves, sources = self._open(dtype, kind, declared, whole)
         else:
             if kind == "table":
@@ -333,7 +373,9 @@ class LowRankDelta(Delta):
         found = {id(t): (d, n, t) for d in (own["_parameters"], own["_buffers"])
                  for n, t in d.items()}  # fmt: skip
         tensors = [*leaves, *(sources or [])]
-        if known and task is None and all(id(t) in found for t in tensors):
+        # A table's plan in evaluation depends on the tasks of the batch; one history must not
+        # give other roundings than another.
+        if known and (kind != "table" or opened) and all(id(t) in found for t in tensors):
             state = (self.training, dtype, whole, self.scaling)
             places = [found[id(t)] for t in tensors]
             copies = None if sources is None else self.kept.copies(sources)
@@ -352,8 +394,7 @@ class LowRankDelta(Delta):
 
     def _fuses(self, x: Tensor) -> bool:
         """Whether the fused form applies: what the method overrides and who is calling allow it."""
-        own = self.__dict__
-        if not switches.fused or torch.compiler.is_compiling() or not _facts(type(self)).standard:
+        if x.ndim < 2 or not _facts(type(self)).standard or not _calm(traces=True):
             return False
         if self.training:
             if not self.one_mask:
@@ -361,15 +402,7 @@ class LowRankDelta(Delta):
             for gate in self.gates:
                 if gate.sees:
                     return False
-        return not (
-            "down" in own
-            or "factors" in own
-            or "mix" in own
-            or "gate" in own
-            or x.ndim < 2
-            or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-        )
+        return _REPLACED.isdisjoint(self.__dict__)
 
     def _trains(self) -> bool:
         """Whether anything of it needs a gradient."""
@@ -378,8 +411,19 @@ class LowRankDelta(Delta):
                 return True
         return bool(self._modules) and any(p.requires_grad for p in self.parameters())
 
+    @property
+    def draws(self) -> bool:
+        """Whether a call may draw masks."""
+        if not self.training:
+            return False
+        if self.input_dropout or self.dropout or _facts(type(self)).masks:
+            return True
+        return any(type(gate).mask is not Gate.mask for gate in self.gates)
+
     def _draw(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float, Tensor | None]:
         """The random masks of a call: inputs that are kept with their factor; a factor on z."""
+        if not (self.draws and x.numel()):
+            return None, 1.0, None
         kept, p = None, self.input_dropout
         if p:
             shape = (x.numel() // x.shape[-1], x.shape[-1])
@@ -625,6 +669,112 @@ class LowRankDelta(Delta):
         if M is not None:
             inner = int(torch.linalg.matrix_rank(M.float()))
         return min(inner, self.base.in_features, self.base.out_features)
+
+
+_REPLACED = frozenset(("down", "factors", "mix", "gate"))  # by attributes of an object, as in tests
+
+
+def _calm(traces: bool = False) -> bool:
+    """Whether the fused form may run: it is switched on, and nobody transforms the operations.
+
+    Args:
+        traces: whether a tracer may be at work.
+    """
+    return not (
+        not switches.fused
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (not traces and traced())
+    )
+
+
+class _Crew(NamedTuple):
+    """Adapters of one layer that are computed together, and what tells that they are as they were.
+
+    Attributes:
+        deltas: in the order of the stacks.
+        dtype: of the computation.
+        noted: what each of them noted, see LowRankDelta._prepared; None: not noted.
+        training, scaling: of each.
+        places: where all their tensors must be found.
+        watched: tensors that must hold the same bits, with their copies, of each.
+        requires: whether each leaf needs a gradient.
+        checks: those whose class, or whose owner of shared tensors, checks training forwards.
+        draws: whether one of them draws masks.
+        trains: whether one of the leaves needs a gradient.
+        plans, counts, ranks, leaves: for kernels/grouped.py.
+    """
+
+    deltas: list[Any]
+    dtype: torch.dtype
+    noted: bool
+    training: list[bool]
+    scaling: list[float]
+    places: list[tuple[dict[str, Any], str, Tensor]]
+    watched: list[tuple[list[Tensor], Any]]
+    requires: list[bool]
+    checks: list[Any]
+    draws: bool
+    trains: bool
+    plans: tuple[Plan, ...]
+    counts: tuple[int, ...]
+    ranks: tuple[tuple[int, int], ...]
+    leaves: list[Tensor]
+
+    def holds(self, deltas: Sequence[Any], dtype: torch.dtype) -> bool:
+        """Whether all that it was made of is as it was."""
+        if not self.noted or self.deltas != deltas or self.dtype != dtype or not _calm():
+            return False
+        for delta, training, scaling in zip(deltas, self.training, self.scaling, strict=True):
+            own = delta.__dict__
+            if own["training"] != training or own["scaling"] != scaling:
+                return False
+            if not _REPLACED.isdisjoint(own):
+                return False
+        for where, name, tensor in self.places:
+            if where.get(name) is not tensor:
+                return False
+        if self.requires != [leaf.requires_grad for leaf in self.leaves]:
+            return False
+        for delta in self.checks:
+            delta.check_training()
+        return all(same(sources, copies) for sources, copies in self.watched)
+
+
+def _crew(deltas: Sequence[Any], x: Tensor, dtype: torch.dtype, graph: bool) -> _Crew | None:
+    """The adapters of a mixed batch with their plans, or None if they cannot be grouped."""
+    plans, leaves, notes = [], [], []
+    for delta in deltas:
+        ready = delta._planned(x, dtype, graph, None)
+        if ready is None:
+            return None
+        plans.append(ready[0])
+        leaves.append(ready[1])
+        note = delta.noted.get(graph)
+        notes.append(note if note is not None and note[-1] is ready else None)
+    if not grouped.alike(plans, leaves):
+        return None
+    flat = [leaf for own in leaves for leaf in own]
+    noted = [note for note in notes if note is not None]
+    trains = type(deltas[0]).check_step is not Delta.check_step
+    return _Crew(
+        deltas=list(deltas),
+        dtype=dtype,
+        noted=len(noted) == len(deltas),
+        training=[delta.training for delta in deltas],
+        scaling=[delta.scaling for delta in deltas],
+        places=[place for note in noted for place in note[1]],
+        watched=[(note[2], note[3]) for note in noted if note[3] is not None],
+        requires=[leaf.requires_grad for leaf in flat],
+        checks=[d for d in deltas if d.training and (trains or d.owner)],
+        draws=any(delta.draws for delta in deltas),
+        trains=graph and any(leaf.requires_grad for leaf in flat),
+        plans=tuple(plans),
+        counts=tuple(map(len, leaves)),
+        ranks=tuple(map(grouped.ranks, plans, leaves)),
+        leaves=flat,
+    )
 
 
 class _Facts(NamedTuple):

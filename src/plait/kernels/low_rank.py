@@ -125,7 +125,7 @@ def product(
     tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if tokens.dtype != dtype:
         tokens = tokens.to(dtype)
-    A, B, gate, M = _factors(plan, dtype, leaves)
+    A, B, gate, M = factors_of(plan, dtype, leaves)
     z, logits, w = F.linear(tokens if kept is None else tokens * kept, A), None, None
     if plan.stacked:
         z, logits = z[:, : -plan.groups], z[:, -plan.groups :]
@@ -138,7 +138,7 @@ def product(
         else:
             lead = (*x.shape[:-1], logits.shape[-1])
             w = plan.weigh(logits.view(lead), rows).reshape(logits.shape)
-    h = _mixed(plan, z, w, mask, gate, M, index)[0]
+    h = mixed(plan, z, w, mask, gate, M, index)[0]
     scale = plan.scale
     if weight is not None:
         if weight.dtype != dtype:
@@ -162,7 +162,7 @@ def shaped(out: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view.default(out, [*x.shape[:-1], out.shape[-1]])
 
 
-def _factors(
+def factors_of(
     plan: Plan, dtype: torch.dtype, leaves: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """A, B, the gate on the rank axis and M or G, in the dtype of the computation."""
@@ -185,7 +185,7 @@ def _factors(
     return A, B, gate, M
 
 
-def _mixed(
+def mixed(
     plan: Plan,
     z: Tensor,
     w: Tensor | None,
@@ -272,10 +272,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     plan, dtype, kept, raised, mask, index, rows = ctx.call
     tokens, z, logits, w, weight, *leaves = ctx.saved_tensors
     needs, count, scale = ctx.needs_input_grad, plan.of_A + plan.of_B, plan.scale
-    A, B, gate, M = _factors(plan, dtype, leaves)
+    A, B, gate, M = factors_of(plan, dtype, leaves)
     dy = grad if grad.ndim == 2 else grad.reshape(-1, B.shape[0])
     found: list[Tensor | None] = [None] * len(leaves)
-    h, gated = _mixed(plan, z, w, mask, gate, M, index)
+    h, gated = mixed(plan, z, w, mask, gate, M, index)
     if True in needs[_LEAVES + plan.of_A : _LEAVES + count]:
         own = h if plan.own_h is None else plan.own_h(h)
         dB = scaled_mm(dy.t(), own, scale)
@@ -299,7 +299,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dz = dz.new_zeros(dz.shape[0], plan.groups, dz.shape[1])
         dz = dz.scatter_(1, _entries(index, parts), parts).flatten(1)
     elif plan.kind != "none":
-        dz, dlogits = _unrouted(plan, dz, gated, logits, w, ctx.x_shape[:-1], rows)
+        dz, dlogits = unrouted(plan, dz, gated, logits, w, ctx.x_shape[:-1], rows)
     if gate is not None:
         if plan.gated and needs[_LEAVES + count]:
             dg = (dz * (z if mask is None else z * mask)).sum(0)
@@ -361,7 +361,7 @@ def scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.addmm(b[:1], a, b, beta=0, alpha=scale)  # with beta = 0 the first is not read
 
 
-def _unrouted(
+def unrouted(
     plan: Plan,
     dh: Tensor,
     z: Tensor,
