@@ -68,6 +68,7 @@ def _facts(report: "CheckReport") -> list[tuple[str, str]]:
         facts.append(("also trained", f"{', '.join(report.new)}, saved with the adapter"))
     facts += [
         ("rows", _counted(report.rows)),
+        *([("form", report.form)] if report.form else []),
         ("longest row", f"{report.longest} tokens (data.max_length {config.data.max_length})"),
     ]
     if any(report.cut.values()):

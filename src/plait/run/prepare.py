@@ -112,6 +112,7 @@ class Prepared:
         trainable, total = parameter_counts(self.model)
         return {
             "kind": self.data.kind,
+            "form": self.data.form,
             "labels": self.data.labels,
             "tasks": self.data.tasks,
             "train_rows": len(self.data.train),

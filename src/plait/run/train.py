@@ -6,7 +6,7 @@ weights, bit for bit on the CPU, as a run that was never stopped.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from transformers import TrainerCallback
@@ -31,6 +31,7 @@ def train(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> RunFolder:
     """Train a run; return its folder, with the adapter (or model/), metrics, picture and card.
 
@@ -42,6 +43,7 @@ def train(
             if there is none yet.
         callbacks: further Trainer callbacks, such as a progress bar.
         progress: called while the held-out metric is taken, with (rows done, rows in all).
+        announce: called before training with one line that says what the rows are.
 
     Raises:
         FileExistsError: output.dir holds something and resume is False, or another process writes
@@ -57,6 +59,7 @@ def train(
     with lock(path):
         folder = RunFolder.unfinished(path, config) if resume else RunFolder.free(path)
         run, _ = rehearse(cfg)
+        announce(run.data.summary)
         with _undone(folder, resume):
             return _train(run, folder, text, callbacks, progress)
 

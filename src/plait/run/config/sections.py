@@ -17,6 +17,7 @@ if typing.TYPE_CHECKING:
 _NAME = 255  # bytes of a file's name
 
 ModelTask = Literal["causal_lm", "classification", "regression"]
+Form = Literal["messages", "conversations", "alpaca", "prompt-completion", "text"]
 
 
 @dataclass(kw_only=True)
@@ -83,9 +84,15 @@ class DataConfig:
 
     train: str | list[str] = option(
         "builtin:shift",
-        "Files (jsonl, json, csv, tsv, txt, parquet), a hub id, or a generator, "
-        "builtin:NAME?key=value. SOURCE#PART names the split of a hub set, or the key of a JSON "
-        "object of lists.",
+        "Files (jsonl, json, csv, tsv, txt, parquet), a folder of save_to_disk, a hub id, or a "
+        "generator, builtin:NAME?key=value. SOURCE#PART names the split of a set, or the key of a "
+        "JSON object of lists; `data/*.jsonl` is all files that match.",
+    )
+    mix: list[float] | None = option(
+        None,
+        "Weights of the sources of train, in their order: rows are drawn in these proportions "
+        "until a source is used up; null: all rows of all sources.",
+        above=0,
     )
     validation: float | str | list[str] | None = option(
         None, "A source, or a fraction of train such as 0.1; null: none.", above=0, below=1
@@ -102,6 +109,11 @@ class DataConfig:
     subset: str | None = option(None, "Configuration of a hub set.")
     format: Literal["jsonl", "json", "csv", "tsv", "txt", "parquet"] | None = option(
         None, "Format of the files; null: by their endings."
+    )
+    form: Form | None = option(
+        None,
+        "Form of the rows of a causal model; null: by their columns, and an error where they could "
+        "be two.",
     )
     delimiter: str | None = option(
         None,

@@ -16,7 +16,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from plait.run.config import RunConfig
+from plait.run.config import Form, RunConfig
+from plait.run.data.forms import described
 from plait.run.data.reader import Columns, Kind, read_columns
 from plait.run.data.rows import read_splits
 from plait.run.data.tokens import Collator, tokenize
@@ -35,8 +36,9 @@ class DataBundle:
     first `prompt_length` ids are the prompt), or `text`, `text_pair`, `label`. With tasks, `task`
     is the name and `task_id` its index in `tasks`.
 
-    labels: class names by index, classification only. tasks: task names by index, those of the
-    training rows first. longest: longest row in tokens, of all splits that were read; largest_id:
+    form: how the rows of a causal model came, see plait.run.data.forms. labels: class names by
+    index, classification only. tasks: task names by index, those of the training rows first.
+    longest: longest row in tokens, of all splits that were read; largest_id:
     largest token id in them. train: without rows if it was not read.
     """
 
@@ -44,6 +46,7 @@ class DataBundle:
     validation: Dataset | None
     test: Dataset | None
     kind: Kind
+    form: Form | None
     collator: Collator
     tokenizer: PreTrainedTokenizerBase
     labels: list[str] | None
@@ -56,6 +59,13 @@ class DataBundle:
         train = self.train if len(self.train) else None
         every = {"train": train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in every.items() if split is not None}
+
+    @property
+    def summary(self) -> str:
+        """How many rows of which form each split has, on one line."""
+        counts = ", ".join(f"{name} {len(rows):,}" for name, rows in self.splits().items())
+        form = self.form and described(self.form, self.kind == "messages")
+        return f"rows: {counts}" + (f"; each has {form}" if form else "")
 
     def digest(self, split: Split) -> str | None:
         """Return a digest of a split as a model reads it, in order; None without that split."""
@@ -126,6 +136,7 @@ def load_data(
         validation=splits.get("validation"),
         test=splits.get("test"),
         kind=columns.kind,
+        form=columns.form,
         collator=Collator(tokenizer, causal, columns.routed, columns.typed),
         tokenizer=tokenizer,
         labels=columns.labels,

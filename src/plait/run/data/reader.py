@@ -3,7 +3,6 @@
 The first training row decides what kind of data the rows are.
 """
 
-import json
 import math
 import string
 import unicodedata
@@ -13,9 +12,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from plait.core.events import PlaitWarning
-from plait.run.config import ColumnsConfig, DataConfig, MethodConfig
+from plait.run.config import ColumnsConfig, DataConfig, Form, MethodConfig
+from plait.run.data.forms import (
+    conversation,
+    is_conversational,
+    open_conversation,
+    recognise,
+    tools_of,
+    turns,
+)
 from plait.run.data.rows import Row
 
+_PAIRS: Form = "prompt-completion"
 Kind = Literal["completion", "messages", "text", "classification", "regression"]
 
 
@@ -23,6 +31,7 @@ Kind = Literal["completion", "messages", "text", "classification", "regression"]
 class Columns:
     """The values of the rows, by role.
 
+    form: how the rows of a causal model come, see plait.run.data.forms; None for a classifier.
     rows: split -> its rows. values: split -> for each row its raw strings (`messages` and `tools`
     stay lists), `label`, `task` and `sample_type`. labels: class names by index, classification
     only. tasks: task names by index, those of the training rows first. routed: whether the method
@@ -30,6 +39,7 @@ class Columns:
     """
 
     kind: Kind
+    form: Form | None
     rows: dict[str, list[Row]]
     values: dict[str, list[dict[str, Any]]]
     labels: list[str] | None
@@ -93,7 +103,7 @@ def read_columns(
         _warn_of_blanks(reader.kind, split, part, values[split])
     if tasks is not None:
         tasks = _all_tasks(values, rows, tasks, routed)
-    return Columns(reader.kind, rows, values, labels, tasks, routed, bool(delta))
+    return Columns(reader.kind, reader.form, rows, values, labels, tasks, routed, bool(delta))
 
 
 def read_inputs(
@@ -124,6 +134,7 @@ class _Reader:
         self.data = data
         self.columns = data.columns
         self.first = first
+        self.form: Form | None = facts.get("form") or self._form(task, facts.get("kind"))
         self.kind: Kind = facts.get("kind") or self._kind(task)
         paired = self.columns.text_pair is not None or "text_pair" in first.values
         self.has_pair = facts.get("text_pair", paired)
@@ -142,8 +153,8 @@ class _Reader:
                     f"{row.where}: the completion is empty, so nothing is trained. Remove the row."
                 )
         elif self.kind == "messages":
-            values = {"messages": _conversation(self._value(row, "messages"), row.where)}
-            tools = _tools(row.values.get("tools"), row.where)
+            values = {"messages": conversation(self._turns(row, answered=True), row.where)}
+            tools = tools_of(row.values.get("tools"), row.where)
             if tools:
                 values["tools"] = tools
         elif self.kind == "text":
@@ -173,8 +184,8 @@ class _Reader:
         if self.kind == "completion":
             values = {"prompt": self._templated(row, "prompt")}
         elif self.kind == "messages":
-            values = {"messages": _open_conversation(self._value(row, "messages"), row.where)}
-            tools = _tools(row.values.get("tools"), row.where)
+            values = {"messages": open_conversation(self._turns(row, answered=False), row.where)}
+            tools = tools_of(row.values.get("tools"), row.where)
             if tools:
                 values["tools"] = tools
         elif self.kind == "text":
@@ -225,28 +236,57 @@ class _Reader:
                 )
         return {*where}
 
+    def _form(self, task: str, kind: Kind | None) -> Form | None:
+        """Return the form of the rows: as the config maps them, else as their columns say.
+
+        kind: of a run of an older plait, which noted no form; None for a new run.
+        """
+        if task != "causal_lm":
+            return None
+        mapped, there = self.columns, self.first.values
+        if kind is not None:
+            return "messages" if kind == "messages" else "text" if kind == "text" else _PAIRS
+        if self.data.completion_template is not None or self.data.prompt_template is not None:
+            return _PAIRS
+        if mapped.messages is not None:
+            return "messages"
+        if mapped.completion is not None:
+            return _PAIRS
+        if mapped.text is not None:
+            return "text"
+        if mapped.prompt is not None:
+            return _PAIRS
+        form = recognise(self.first, self.data)
+        if form is None and "completion" in there:  # the missing prompt is named later
+            return _PAIRS
+        if form is None:
+            raise ValueError(
+                f"{self.first.where}: no column to train on. A causal model needs prompt and "
+                "completion, messages, conversations, instruction and output, or text; the "
+                f"columns are {_listed(there)}. Map them in data.columns, or give "
+                "data.prompt_template and data.completion_template."
+            )
+        return form
+
     def _kind(self, task: str) -> Kind:
         if task == "classification":
             return "classification"
         if task == "regression":
             return "regression"
-        mapped, there = self.columns, self.first.values
-        if self.data.completion_template is not None or self.data.prompt_template is not None:
-            return "completion"
-        roles: tuple[Kind, ...] = ("messages", "completion", "text")
-        for role in roles:
-            if _mapping(mapped, role) is not None:
-                return role
-        if mapped.prompt is not None:
-            return "completion"
-        for role in roles:
-            if role in there:
-                return role
-        raise ValueError(
-            f"{self.first.where}: no column to train on. A causal model needs prompt and "
-            f"completion, messages, or text; the columns are {_listed(there)}. Map them in "
-            "data.columns, or give data.prompt_template and data.completion_template."
-        )
+        if self.form == "text":
+            return "text"
+        templated = self.data.prompt_template is not None
+        texts = templated or not is_conversational(self.first, "prompt")
+        return "completion" if self.form == _PAIRS and texts else "messages"
+
+    def _turns(self, row: Row, answered: bool) -> list[dict[str, Any]]:
+        """Return the conversation of a row; answered: up to the last answer, if it has one."""
+        assert self.form is not None
+        mapped = _mapping(self.columns, "messages")
+        if self.form == "messages" or mapped is not None:
+            row = Row(row.where, {**row.values, "messages": self._value(row, "messages")})
+            return turns("messages", row, "messages", answered)
+        return turns(self.form, row, self.form, answered)
 
     def _templated(self, row: Row, part: str) -> str:
         templates = {
@@ -362,97 +402,6 @@ def _number(value: Any, where: str) -> float:
     if number - number != 0:  # NaN or infinite
         raise ValueError(f"{where}: the label is {value!r:.60}. Regression needs a finite number.")
     return number
-
-
-def _conversation(messages: Any, where: str) -> list[dict[str, Any]]:
-    """Check a list of messages; return it without what follows the last assistant turn.
-
-    Contents that are lists of text parts become strings.
-    """
-    _check_messages(messages, where)
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if not turns:
-        raise ValueError(
-            f"{where}: no message has the role assistant, so nothing is trained. Remove the row."
-        )
-    kept = []
-    for number, message in enumerate(messages[: turns[-1] + 1], 1):
-        at = f"{where}: message {number}"
-        weight = message.get("weight", 1)
-        if weight is not None and weight not in (0, 1):
-            raise ValueError(
-                f"{at}: the weight is {weight!r:.60}. Give 1, or 0 for an assistant's turn that is "
-                "not trained."
-            )
-        calls = bool(message.get("tool_calls"))
-        kept.append({**message, "content": _content(message["content"], at, calls)})
-    if all(kept[i].get("weight") == 0 for i in turns):
-        raise ValueError(
-            f"{where}: all assistant turns have the weight 0, so nothing is trained. Remove the "
-            "row."
-        )
-    return kept
-
-
-def _open_conversation(messages: Any, where: str) -> list[dict[str, Any]]:
-    """Check a list of messages; return it without the assistant's turns at its end."""
-    _check_messages(messages, where)
-    kept = list(messages)
-    while kept and kept[-1]["role"] == "assistant":
-        kept.pop()
-    if not kept:
-        raise ValueError(f"{where}: there is no message to answer. Remove the row.")
-    return [
-        {**m, "content": _content(m["content"], f"{where}: message {n}", bool(m.get("tool_calls")))}
-        for n, m in enumerate(kept, 1)
-    ]
-
-
-def _check_messages(messages: Any, where: str) -> None:
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
-    ):
-        raise ValueError(
-            f"{where}: messages is {messages!r:.60}. "
-            'Give a list of {"role": ..., "content": ...} objects.'
-        )
-
-
-def _content(content: Any, where: str, calls: bool) -> str | None:
-    """Return the text of a message; None only for one that calls tools instead."""
-    if isinstance(content, str) or (content is None and calls):
-        return content
-    if not isinstance(content, list):
-        raise ValueError(
-            f"{where}: the content is {content!r:.60}, not text. Correct or remove the row."
-        )
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) else None
-        if not isinstance(text, str) or part.get("type", "text") != "text":
-            raise ValueError(
-                f"{where}: the content has the part {part!r:.60}. Parts are "
-                '{"type": "text", "text": ...}; images and sound are not trained on. Remove the '
-                "row."
-            )
-        texts.append(text)
-    return "".join(texts)
-
-
-def _tools(tools: Any, where: str) -> list[Any]:
-    """Return the `tools` of a conversation, which the chat template describes to the model."""
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise ValueError(
-                f"{where}: tools is {tools!r:.60}, which is not JSON. Give a list of tools."
-            ) from None
-    if not tools:
-        return []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{where}: tools is {tools!r:.60}. Give a list of objects.")
-    return tools
 
 
 def normal(text: str) -> str:

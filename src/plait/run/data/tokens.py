@@ -174,8 +174,9 @@ def _encode_causal(
         for part, (_, trained) in zip(parts, segments, strict=True):
             ids += part
             labels += part if trained or data.train_on_prompt else [IGNORED] * len(part)
-        # A chat template ends its turns itself, mostly with this very token.
-        if data.add_eos and ("messages" not in of_row or _end_id(tokenizer) not in parts[-1]):
+        # A chat template ends its turns itself, mostly with this very token, and a text may.
+        last = parts[-1] if "messages" in of_row else parts[-1][-1:]
+        if data.add_eos and _end_id(tokenizer) not in last:
             ids.append(_end_id(tokenizer))
             labels.append(_end_id(tokenizer) if segments[-1][1] else IGNORED)
         encoded.append(

@@ -184,7 +184,7 @@ def _with_paths_of(config: FederateConfig, folder: FederatedFolder) -> FederateC
 
 
 # Keys that plait 0.1 did not have: unset, they must not change the digest of its checkpoints.
-_LATER = ("chat_template", "split_by")
+_LATER = ("chat_template", "split_by", "form", "mix")
 
 
 def _facts(config: FederateConfig, setup: Setup) -> dict[str, Any]:
