@@ -390,6 +390,8 @@ def with_absolute_paths(config: Config) -> Config:
     base = Path(model.name).expanduser()
     if not model.name.startswith("builtin:") and base.is_dir():
         model = replace(model, name=_absolute(base))
+    if model.adapter is not None:
+        model = replace(model, adapter=_absolute(Path(model.adapter).expanduser()))
     sources = {key: getattr(data, key) for key in ("train", "validation", "test")}
     data = replace(data, **{key: _absolute_sources(x) for key, x in sources.items()})
     if data.chat_template is not None and Path(data.chat_template).expanduser().is_file():

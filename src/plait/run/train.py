@@ -22,8 +22,9 @@ from plait.run.evaluate import Progress, evaluate_model
 from plait.run.export import export_trained
 from plait.run.folder import RunFolder, with_absolute_paths, write_atomic
 from plait.run.model import source_of
+from plait.run.objectives.trainers import trainer_class
 from plait.run.prepare import Prepared, TrainedRun, load_run
-from plait.run.trainer import RunTrainer, latest_checkpoint, rehearse
+from plait.run.trainer import latest_checkpoint, rehearse
 
 
 def train(
@@ -94,7 +95,8 @@ def _train(
         folder.write_evaluation(split=split, before=before)
 
     # Made after the first evaluation: the Trainer seeds all generators.
-    trainer = RunTrainer(run, folder, [MetricsFile(folder), PlaitCallback(), *callbacks])
+    make = trainer_class(cfg.objective.name)
+    trainer = make(run, folder, [MetricsFile(folder), PlaitCallback(), *callbacks])
     try:
         trainer.fit()
     except FloatingPointError:

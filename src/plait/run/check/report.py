@@ -65,7 +65,7 @@ def check(config: RunConfig) -> CheckReport:
     tokenizer, data, model = prepared.tokenizer, prepared.data, prepared.model
     trainable, total = parameter_counts(model)
     first = data.train[0]
-    causal = config.model.task == "causal_lm"
+    causal = "label" not in data.train.column_names  # else it is no loss on tokens
     return CheckReport(
         config=config,
         model=type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__,
@@ -82,7 +82,7 @@ def check(config: RunConfig) -> CheckReport:
         labels=_counts(data, "label", data.labels),
         tasks=_counts(data, "task", data.tasks),
         memory=estimate_memory(prepared, optimizer),
-        example=masked_pieces(first["input_ids"], first["labels"] if causal else None, tokenizer),
+        example=masked_pieces(first["input_ids"], first.get("labels") if causal else None, tokenizer),
         target=None if causal else str(first["label"]),
         repeats=repeats(data),
         overlaps=overlap(data),

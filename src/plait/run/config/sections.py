@@ -33,6 +33,12 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "float32", "Type of the base weights."
     )
+    adapter: str | None = option(
+        None,
+        "A trained adapter of the same method that training starts from: a run folder, or the "
+        "folder of an adapter; null: a new one.",
+        least=1,
+    )
     trust_remote_code: bool = option(False, "True runs code that the model brings along.")
 
 
@@ -70,10 +76,14 @@ class ColumnsConfig:
 
     prompt: str | int | None = option(None, "What the model reads, without loss.")
     completion: str | int | None = option(None, "What the model learns to write.")
+    chosen: str | int | None = option(None, "dpo, reward: the better completion.")
+    rejected: str | int | None = option(None, "dpo, reward: the worse completion.")
     messages: str | int | None = option(None, "A chat: a list of {role, content}.")
     text: str | int | None = option(None, "The text to learn, or to classify.")
     text_pair: str | int | None = option(None, "The second text of a pair to classify.")
-    label: str | int | None = option(None, "The class, or the number to predict.")
+    label: str | int | None = option(
+        None, "The class, or the number to predict; kto: whether a completion is desired."
+    )
     task: str | int | None = option(None, "Name of the task of a row; metrics are split by it.")
     sample_type: str | int | None = option(None, "0 or 1, for balance losses that tell them apart.")
 

@@ -9,7 +9,12 @@ A form becomes a conversation, a prompt with its completion, or a text:
                         messages                                       or a conversation
     text                text                                           a text
 
-What could be two of them is refused: nothing is guessed.
+What could be two of them is refused: nothing is guessed. Other objectives than sft name the form:
+
+    preference          prompt, chosen, rejected: texts, or lists of messages; as whole
+                        conversations, chosen and rejected differ in the last message alone
+    labelled            prompt, completion, and a label: whether that completion is desired
+    prompt              prompt: a text, or messages; the other columns are for the reward
 """
 
 import json
@@ -27,12 +32,15 @@ _NEEDED: dict[Form, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
 }
-_SHOWN: dict[Form, str] = {
+_SHOWN: dict[str, str] = {
     "messages": "messages with role and content",
     "conversations": "conversations with from and value (ShareGPT)",
     "alpaca": "instruction, input and output (Alpaca)",
     "prompt-completion": "prompt and completion",
     "text": "text",
+    "preference": "prompt, chosen and rejected",
+    "labelled": "prompt, completion and label",
+    "prompt": "prompt",
 }
 # Who speaks in a ShareGPT conversation -> the role.
 _SPEAKERS = {
@@ -47,6 +55,14 @@ _SPEAKERS = {
     "observation": "tool",
 }
 Keys = Literal["role, content", "from, value"]
+AnyForm = Form | Literal["preference", "labelled", "prompt"]
+# Objective -> the form of its rows.
+FORM_OF: dict[str, AnyForm] = {
+    "dpo": "preference",
+    "reward": "preference",
+    "kto": "labelled",
+    "grpo": "prompt",
+}
 
 
 def recognise(row: Row, data: DataConfig) -> Form | None:
@@ -70,13 +86,13 @@ def recognise(row: Row, data: DataConfig) -> Form | None:
     return found[0] if found else None
 
 
-def described(form: Form, conversational: bool) -> str:
+def described(form: AnyForm, conversational: bool) -> str:
     """Return the form of rows in words, for people."""
-    lists = conversational and form == "prompt-completion"
+    lists = conversational and form not in ("messages", "conversations", "alpaca")
     return _SHOWN[form] + (", lists of messages" if lists else "")
 
 
-def turns(form: Form, row: Row, column: str, answered: bool = True) -> list[dict[str, Any]]:
+def turns(form: AnyForm, row: Row, column: str, answered: bool = True) -> list[dict[str, Any]]:
     """Return the messages of a row that is a conversation, not yet checked.
 
     Args:
@@ -88,8 +104,12 @@ def turns(form: Form, row: Row, column: str, answered: bool = True) -> list[dict
     """
     if form == "alpaca":
         return _alpaca_turns(row, answered)
-    if form == "prompt-completion":
-        return _joined_turns(row, answered)
+    if form == "prompt":
+        return asked_turns(row)
+    if form in ("prompt-completion", "labelled"):
+        return asked_turns(row) + (completed(row, "completion") if answered else [])
+    if form == "preference":
+        return preferred_turns(row)[0] if answered else preferred_turns(row)[0][:-1]
     messages = _listed(_value(row, column), row.where, column)
     if form == "conversations":
         return _with_system(messages, row)
@@ -145,15 +165,40 @@ def _history(row: Row) -> list[list[str]]:
     return history
 
 
-def _joined_turns(row: Row, answered: bool) -> list[dict[str, Any]]:
-    """Return prompt and completion, both lists of messages, as one conversation."""
+def asked_turns(row: Row) -> list[dict[str, Any]]:
+    """Return a prompt of messages, whose own answers are not trained.
+
+    Raises ValueError for a column that is missing or holds no conversation.
+    """
     prompt = _listed(_value(row, "prompt"), row.where, "prompt")
     if not prompt:
         raise ValueError(f"{row.where}: the prompt has no messages. Correct or remove the row.")
-    prompt = [m | {"weight": 0} if m.get("role") == "assistant" else m for m in prompt]
-    if not answered:
-        return prompt
-    return prompt + completed(row, "completion")
+    return [m | {"weight": 0} if m["role"] == "assistant" else m for m in prompt]
+
+
+def preferred_turns(row: Row) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the conversations that end with the chosen and with the rejected answer.
+
+    Raises ValueError for columns that are missing or hold no answers to one prompt.
+    """
+    both = [_listed(_value(row, name), row.where, name) for name in ("chosen", "rejected")]
+    if all(both) and both[0][0]["role"] != "assistant":  # whole conversations
+        if both[0][:-1] != both[1][:-1]:
+            raise ValueError(
+                f"{row.where}: chosen and rejected are conversations that differ in more than the "
+                "last message, so they answer two prompts. Correct or remove the row."
+            )
+        prompt = both[0][:-1]
+        prompt = [m | {"weight": 0} if m["role"] == "assistant" else m for m in prompt]
+        both = [messages[-1:] for messages in both]
+    else:
+        prompt = asked_turns(row)
+    for name, answer in zip(("chosen", "rejected"), both, strict=True):
+        if len(answer) != 1 or answer[0]["role"] != "assistant":
+            raise ValueError(
+                f"{row.where}: {name} is {answer!r:.60}. It is one message of the role assistant."
+            )
+    return prompt + both[0], prompt + both[1]
 
 
 def completed(row: Row, column: str) -> list[dict[str, Any]]:

@@ -14,9 +14,12 @@ from typing import Any, Literal
 from plait.core.events import PlaitWarning
 from plait.run.config import ColumnsConfig, DataConfig, Form, MethodConfig
 from plait.run.data.forms import (
+    FORM_OF,
+    AnyForm,
     conversation,
     is_conversational,
     open_conversation,
+    preferred_turns,
     recognise,
     tools_of,
     turns,
@@ -25,6 +28,7 @@ from plait.run.data.rows import Row
 
 _PAIRS: Form = "prompt-completion"
 Kind = Literal["completion", "messages", "text", "classification", "regression"]
+_YES = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,14 @@ class Columns:
 
     form: how the rows of a causal model come, see plait.run.data.forms; None for a classifier.
     rows: split -> its rows. values: split -> for each row its raw strings (`messages` and `tools`
-    stay lists), `label`, `task` and `sample_type`. labels: class names by index, classification
+    stay lists), `label`, `task` and `sample_type`; of pairs the completion is the chosen one, and
+    `rejected` or `rejected_messages` holds the other. labels: class names by index, classification
     only. tasks: task names by index, those of the training rows first. routed: whether the method
     routes by task. typed: whether it takes `sample_type`.
     """
 
     kind: Kind
-    form: Form | None
+    form: AnyForm | None
     rows: dict[str, list[Row]]
     values: dict[str, list[dict[str, Any]]]
     labels: list[str] | None
@@ -57,6 +62,7 @@ def read_columns(
     labels: list[str] | None = None,
     head: list[str] | None = None,
     facts: Mapping[str, Any] | None = None,
+    objective: str = "sft",
 ) -> Columns:
     """Read the columns of all rows.
 
@@ -69,6 +75,7 @@ def read_columns(
         labels: class names by index, if `source` need not have all of them.
         head: class names of the model's head, [] if it does not name them; None: no head yet.
         facts: of a trained run, whose kind, labels and tasks hold; `source` may be empty then.
+        objective: other ones than sft have rows of their own form.
 
     Warns of labels and tasks that differ only in case or white space, of rows without text, and of
     a head whose classes get another meaning.
@@ -77,7 +84,7 @@ def read_columns(
     """
     delta = method.options.get("delta")  # of molora's balance loss
     first = source[0] if source else next(iter(rows.values()))[0]
-    reader = _Reader(data, task, first, bool(delta), facts or {})
+    reader = _Reader(data, task, first, bool(delta), facts or {}, objective)
     tasks = method.options.get("tasks")
     if facts is None:
         labels = reader.label_names(source) if labels is None else labels
@@ -129,12 +136,20 @@ class _Reader:
     """Reads a row's columns as the config maps them; the first row decides what the data is."""
 
     def __init__(
-        self, data: DataConfig, task: str, first: Row, typed: bool, facts: Mapping[str, Any]
+        self,
+        data: DataConfig,
+        task: str,
+        first: Row,
+        typed: bool,
+        facts: Mapping[str, Any],
+        objective: str = "sft",
     ):
         self.data = data
         self.columns = data.columns
         self.first = first
-        self.form: Form | None = facts.get("form") or self._form(task, facts.get("kind"))
+        self.form: AnyForm | None = (
+            facts.get("form") or FORM_OF.get(objective) or self._form(task, facts.get("kind"))
+        )
         self.kind: Kind = facts.get("kind") or self._kind(task)
         paired = self.columns.text_pair is not None or "text_pair" in first.values
         self.has_pair = facts.get("text_pair", paired)
@@ -146,14 +161,15 @@ class _Reader:
     def read(self, row: Row) -> dict[str, Any]:
         """Return the row's raw strings (`messages`, `tools` stay lists), `label` and `task`."""
         values: dict[str, Any]
-        if self.kind == "completion":
-            values = {part: self._templated(row, part) for part in ("prompt", "completion")}
-            if not values["completion"]:
-                raise ValueError(
-                    f"{row.where}: the completion is empty, so nothing is trained. Remove the row."
-                )
+        if self.form == "prompt":
+            values = self.inputs(row) | {"given": row.values}
+        elif self.kind == "completion":
+            values = {"prompt": self._templated(row, "prompt")} | self._completions(row)
         elif self.kind == "messages":
             values = {"messages": conversation(self._turns(row, answered=True), row.where)}
+            if self.form == "preference":
+                other = preferred_turns(self._renamed(row))[1]
+                values["rejected_messages"] = conversation(other, row.where)
             tools = tools_of(row.values.get("tools"), row.where)
             if tools:
                 values["tools"] = tools
@@ -169,6 +185,8 @@ class _Reader:
             values["label"] = (
                 _number(label, row.where) if self.kind == "regression" else _name(label, row.where)
             )
+        if self.form == "labelled":
+            values["desired"] = _desired(self._value(row, "label"), row.where)
         if self.has_task:
             values["task"] = _name(self._value(row, "task"), row.where, "task")
         if self.has_type:
@@ -275,18 +293,47 @@ class _Reader:
             return "regression"
         if self.form == "text":
             return "text"
+        if self.form in ("messages", "conversations", "alpaca"):
+            return "messages"
+        first = self._renamed(self.first)
+        column = "chosen" if self.form == "preference" else "prompt"
         templated = self.data.prompt_template is not None
-        texts = templated or not is_conversational(self.first, "prompt")
-        return "completion" if self.form == _PAIRS and texts else "messages"
+        return "completion" if templated or not is_conversational(first, column) else "messages"
 
     def _turns(self, row: Row, answered: bool) -> list[dict[str, Any]]:
         """Return the conversation of a row; answered: up to the last answer, if it has one."""
         assert self.form is not None
+        if self.form in FORM_OF.values():
+            return turns(self.form, self._renamed(row), self.form, answered)
         mapped = _mapping(self.columns, "messages")
         if self.form == "messages" or mapped is not None:
             row = Row(row.where, {**row.values, "messages": self._value(row, "messages")})
             return turns("messages", row, "messages", answered)
         return turns(self.form, row, self.form, answered)
+
+    def _renamed(self, row: Row) -> Row:
+        """Return a row with plait's names of the columns that hold prompts and answers."""
+        names = ("prompt", "completion", "chosen", "rejected")
+        mapped = [name for name in names if _mapping(self.columns, name) is not None]
+        return Row(row.where, row.values | {name: self._value(row, name) for name in mapped})
+
+    def _completions(self, row: Row) -> dict[str, str]:
+        """Return the completion of a row, and of a pair the rejected one as well."""
+        if self.form == "preference":
+            texts = {
+                "completion": self._text(row, "chosen"),
+                "rejected": self._text(row, "rejected"),
+            }
+        else:
+            texts = {"completion": self._templated(row, "completion")}
+        for name, text in texts.items():
+            if not text:
+                column = "chosen" if self.form == "preference" and name == "completion" else name
+                what = "the completion" if column == "completion" else column
+                raise ValueError(
+                    f"{row.where}: {what} is empty, so nothing is trained. Remove the row."
+                )
+        return texts
 
     def _templated(self, row: Row, part: str) -> str:
         templates = {
@@ -394,6 +441,17 @@ def _name(value: Any, where: str, what: str = "label") -> str:
     )
 
 
+def _desired(value: Any, where: str) -> bool:
+    known = isinstance(value, bool | int | str)
+    answer = _YES.get(str(value).strip().lower()) if known else None
+    if answer is None:
+        raise ValueError(
+            f"{where}: the label is {value!r:.60}. Give true for a completion that is desired, "
+            "or false."
+        )
+    return answer
+
+
 def _number(value: Any, where: str) -> float:
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
@@ -453,6 +511,8 @@ def _warn_of_blanks(kind: Kind, split: str, rows: list[Row], values: list[dict[s
 
 def _trained_texts(of_row: dict[str, Any]) -> list[str]:
     """Return the texts of a row that should not be blank."""
+    if "given" in of_row:  # a prompt, whose answers are drawn
+        return []
     if "messages" in of_row:
         return [
             message["content"]
