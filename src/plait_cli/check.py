@@ -68,6 +68,7 @@ def _facts(report: "CheckReport") -> list[tuple[str, str]]:
         facts.append(("also trained", f"{', '.join(report.new)}, saved with the adapter"))
     facts += [
         ("rows", _counted(report.rows)),
+        *([("form", report.form)] if report.form else []),
         ("longest row", f"{report.longest} tokens (data.max_length {config.data.max_length})"),
     ]
     if any(report.cut.values()):
@@ -85,7 +86,7 @@ def _facts(report: "CheckReport") -> list[tuple[str, str]]:
 
 def _memory(report: "CheckReport") -> list[tuple[str, str]]:
     memory = report.memory
-    how = "" if memory.traced else " by a rule of thumb, as this model cannot be traced"
+    how = "" if memory.traced else " by a rule of thumb, as the step cannot be traced"
     parts = ("weights", "gradients", "optimizer", "activations")
     listed = ", ".join(f"{name} {_bytes(getattr(memory, name))}" for name in parts)
     facts = [("memory", f"about {_bytes(memory.training)} in training{how}: {listed}")]

@@ -109,7 +109,9 @@ def _run(args: argparse.Namespace, cfg: "RunConfig") -> int:
     again = shlex.join(["plait", "train", args.file, *args.overrides, "--resume"])
     try:
         with Status(screen, "held-out metric") as status:
-            folder = train(cfg, resume=args.resume, callbacks=[bar], progress=status)
+            folder = train(
+                cfg, args.resume, [bar], status, lambda line: screen.print(line, soft_wrap=True)
+            )
     except KeyboardInterrupt as stopped:
         bar.close()
         print(f"\n{stopped or 'training: stopped.'}\nContinue it with: {again}", file=sys.stderr)

@@ -210,7 +210,8 @@ def test_missing_files_and_folders(tokenizer, tmp_path, monkeypatch):
     )
     (tmp_path / "rows").mkdir()
     assert error(tokenizer, kind=IsADirectoryError, train="rows") == (
-        "data.train: rows is a folder. Give its files: [a.jsonl, b.jsonl]."
+        "data.train: rows is a folder, and not one of datasets' save_to_disk. Give its files: "
+        "[a.jsonl, b.jsonl], or a pattern: rows/*.jsonl"
     )
     assert error(tokenizer, train=[]) == "data.train is an empty list. Give at least one source."
 
@@ -339,8 +340,9 @@ def test_columns_and_templates(tokenizer):
             {"question": "a", "answer": "b"},
             {},
             "a.jsonl: line 1: no column to train on. A causal model needs prompt and completion, "
-            "messages, or text; the columns are question, answer. Map them in data.columns, or "
-            "give data.prompt_template and data.completion_template.",
+            "messages, conversations, instruction and output, or text; the columns are question, "
+            "answer. Map them in data.columns, or give data.prompt_template and "
+            "data.completion_template.",
         ),
         (
             {"question": "a", "completion": "b"},

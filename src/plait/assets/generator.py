@@ -21,6 +21,8 @@ _LENGTHS = (4, 8)  # letters of a word
 _SPLITS = {"test": range(20), "validation": range(20, 30), "train": range(30, 100)}  # of 100
 _ROWS = {"train": 4000, "validation": 200, "test": 400}  # without `n`
 _MOST = 1_000_000  # rows
+_OPTIONS = ("families", "n", "label_noise", "form")
+FORMS = ("pairs", "labelled", "prompts")
 _MISSES = 10_000  # draws in a row that bring no new input: the family is used up
 
 
@@ -87,7 +89,9 @@ def builtin_rows(spec: str, split: str, seed: int) -> list[dict[str, str]]:
     spec: `[builtin:]NAME[?key=value&...]`, such as `shift?families=rotate,next&label_noise=0.1`.
     NAME is `pretrain` or `shift`. Keys: `families` (comma-separated; DEFAULT_FAMILIES),
     `n` (rows; 4,000 for train, 200 for validation, 400 for test) and `label_noise` (fraction of
-    the training rows that get the answer to another input; 0).
+    the training rows that get the answer to another input; 0), and `form`, for other objectives
+    than sft: `pairs` has `chosen` and a wrong answer, `rejected`; `labelled` a `label` beside
+    right and wrong completions in turn; `prompts` the `answer` for a reward.
     split: "train", "validation" or "test". seed: of all draws.
 
     The families take turns. No input occurs twice, and a smaller n gives the first rows of a
@@ -114,6 +118,9 @@ def builtin_rows(spec: str, split: str, seed: int) -> list[dict[str, str]]:
             )
     count = _whole(options.get("n", str(_ROWS[split])), where)
     noise = _fraction(options.get("label_noise", "0"), where)
+    form = options.get("form", "")
+    if form not in ("", *FORMS):
+        raise ValueError(f"{where}: form is {shown(form)}. {did_you_mean(form, FORMS)}")
 
     draws = Random(f"inputs/{split}/{seed}")
     wrong = Random(f"noise/{split}/{seed}")
@@ -124,13 +131,16 @@ def builtin_rows(spec: str, split: str, seed: int) -> list[dict[str, str]]:
         completion = family.answer(text)
         # Drawn for each row, needed or not: the fraction must not move the rest of the draws.
         level, other = wrong.random(), _other_answer(family, completion, wrong)
-        rows.append(
-            {
-                "prompt": _prompt(task, text),
-                "completion": other if split == "train" and level < noise else completion,
-                "task": task,
-            }
-        )
+        given = other if split == "train" and level < noise else completion
+        answers = {
+            "": {"completion": given},
+            "pairs": {"chosen": completion, "rejected": other},
+            "labelled": {"completion": other, "label": "false"}
+            if len(rows) // len(families) % 2
+            else {"completion": completion, "label": "true"},
+            "prompts": {"answer": completion},
+        }[form]
+        rows.append({"prompt": _prompt(task, text), **answers, "task": task})
     return rows
 
 
@@ -173,11 +183,8 @@ def _options(query: str, where: str) -> dict[str, str]:
     options: dict[str, str] = {}
     for part in query.split("&") if query else []:
         key, equals, value = part.partition("=")
-        if key not in ("families", "n", "label_noise"):
-            raise ValueError(
-                f"{where}: {key!r} is not an option. "
-                f"{did_you_mean(key, ('families', 'n', 'label_noise'))}"
-            )
+        if key not in _OPTIONS:
+            raise ValueError(f"{where}: {key!r} is not an option. {did_you_mean(key, _OPTIONS)}")
         if not equals or not value:
             raise ValueError(f"{where}: {key} has no value. Write {key}=VALUE.")
         if key in options:

@@ -115,7 +115,7 @@ def load_adapter(base: PreTrainedModel, path: Path, expected: PeftConfig) -> Pef
     for options other than the run's, and numbers that are NaN or infinite.
     """
     stored_numbers(path)
-    config = _read_config(path, expected)
+    config = read_config(path, expected)
     with readable(path / WEIGHTS, _REMEDY), upstream_noise():
         try:
             model = PeftModel.from_pretrained(base, str(path), config=config)
@@ -172,7 +172,12 @@ def stored_numbers(path: Path, remedy: str = _REMEDY) -> int:
     return sum(map(math.prod, shapes))
 
 
-def _read_config(path: Path, expected: PeftConfig) -> PeftConfig:
+def read_config(path: Path, expected: PeftConfig) -> PeftConfig:
+    """Return the config of a saved adapter.
+
+    expected: what the run's config makes of its method.
+    Raises FileNotFoundError without one, and ValueError for that of another method or options.
+    """
     file = path / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{path}: {CONFIG} is missing. Give a folder with an adapter.")

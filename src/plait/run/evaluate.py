@@ -25,7 +25,8 @@ from plait.run.config import REMOTE_CODE, RunConfig
 from plait.run.data.bundle import DataBundle, Split
 from plait.run.data.tokens import IGNORED
 from plait.run.generate import decode, generate_ids
-from plait.run.metrics import Rows, mean_metrics, metrics_of_rows
+from plait.run.metrics import Rows, mean_metrics, measures, metrics_of_rows
+from plait.run.objectives.rewards import reward_rows
 from plait.run.parallel import ranks
 from plait.run.prepare import load_run
 
@@ -96,13 +97,13 @@ def metrics_of_split(
 ) -> dict[str, Any]:
     """Return what `evaluate_model` returns; values: of `measure_rows`."""
     metrics: dict[str, Any] = {"rows": len(getattr(data, split))}
-    metrics |= metrics_of_rows(cfg.model.task, values)
+    metrics |= metrics_of_rows(measures(cfg), values)
     if data.tasks is not None:
         of_row = np.array(getattr(data, split)["task"])
         metrics["tasks"] = {
             task: {"rows": int((of_row == task).sum())}
             | metrics_of_rows(
-                cfg.model.task, {name: v[of_row == task] for name, v in values.items()}
+                measures(cfg), {name: v[of_row == task] for name, v in values.items()}
             )
             for task in sorted(set(of_row.tolist()))
         }
@@ -132,7 +133,9 @@ def measure_rows(
     generates = data.kind in ("completion", "messages") and (
         cfg.evaluation.generate if generate is None else generate
     )
-    total, done = len(rows) * (1 + generates), 0
+    generates &= cfg.objective.name not in ("reward", "grpo")  # these have no completion to match
+    pairs = cfg.objective.name in ("dpo", "reward")
+    total, done = len(rows) * (1 + generates + pairs), 0
     parts = ranks.size() if splits(model) else 1
 
     def advance(count: int) -> None:
@@ -144,10 +147,20 @@ def measure_rows(
     was_training = model.training
     model.eval()
     try:
+        if cfg.objective.name == "grpo":
+            return {"reward": _rewards(model, data, rows, cfg, advance)}
+        if cfg.objective.name == "reward":
+            return _scored_rows(model, data, rows, cfg.evaluation.batch_size, advance)
         if cfg.model.task != "causal_lm":
             values = _encoder_rows(model, data, rows, cfg.evaluation.batch_size, advance)
         else:
             values = _causal_rows(model, data, rows, cfg.evaluation.batch_size, advance)
+            if cfg.objective.name == "dpo":
+                others = rejected_rows(rows)
+                of_others = _causal_rows(model, data, others, cfg.evaluation.batch_size, advance)
+                values["rejected"] = -of_others["nll"]
+            if cfg.objective.name == "kto":
+                values["desired"] = np.array(rows["desired"])
             if generates:
                 values["exact_match"] = _exact_matches(model, data, rows, cfg, advance)
         return ranks.add_up(values) if splits(model) else values
@@ -218,6 +231,62 @@ def _encoder_rows(
         advance(len(batch))
     values = {"label": label, "predicted": predicted}
     return values if data.labels is None else {**values, "nll": nll}
+
+
+def rejected_rows(rows: Dataset) -> Dataset:
+    """Return pairs with the rejected answers in the place of the chosen ones."""
+
+    def other(row: dict[str, Any]) -> dict[str, Any]:
+        start, answer = row["prompt_length"], row["rejected_ids"]
+        ids = row["input_ids"][:start] + answer
+        labels = [IGNORED] * start + answer
+        return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
+
+    kept = ("prompt_length", "task_id", "sample_type")
+    return Dataset.from_list(
+        [other(row) | {name: row[name] for name in kept if name in row} for row in rows]  # type: ignore[call-overload]
+    )
+
+
+def _scored_rows(
+    model: nn.Module, data: DataBundle, rows: Dataset, size: int, advance: Callable[[int], None]
+) -> Rows:
+    """Return what a reward model gives to the chosen and to the rejected answers, (rows,)."""
+    values = {}
+    others = rejected_rows(rows).remove_columns("labels")
+    for name, part in (("score", rows), ("rejected", others)):
+        values[name] = np.zeros(len(part))
+        for batch in batches(part, [len(ids) for ids in part["input_ids"]], size):
+            device = next(model.parameters()).device
+            inputs = data.collator([part[i] for i in batch])
+            scores = model(**{k: v.to(device) for k, v in inputs.items()}).logits
+            values[name][batch] = scores.float().squeeze(-1).cpu().numpy()
+            advance(len(batch))
+    return values
+
+
+def _rewards(
+    model: nn.Module,
+    data: DataBundle,
+    rows: Dataset,
+    cfg: RunConfig,
+    advance: Callable[[int], None],
+) -> NDArray[Any]:
+    """Return the reward of what generation answers to each prompt, (rows,)."""
+    answers: list[list[int]] = [[] for _ in range(len(rows))]
+    for batch in batches(rows, rows["prompt_length"], cfg.evaluation.batch_size):
+        prompts, extra = [rows[i]["input_ids"] for i in batch], {}
+        if data.collator.task_ids:
+            extra["task_ids"] = torch.tensor([rows[i]["task_id"] for i in batch])
+        most, decoding = cfg.evaluation.max_new_tokens, cfg.evaluation.decoding
+        made = generate_ids(model, data.tokenizer, prompts, most, decoding=decoding, **extra)
+        for i, ids in zip(batch, made, strict=True):
+            answers[i] = ids
+        advance(len(batch))
+    texts = [decode(data.tokenizer, ids) for ids in answers]
+    return reward_rows(
+        cfg.objective, [json.loads(given) for given in rows["given"]], texts, answers
+    )
 
 
 def _exact_matches(

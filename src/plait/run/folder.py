@@ -5,6 +5,7 @@ Files without them are of plait 0.1, which are of version 1.
 """
 
 import copy
+import glob
 import json
 import os
 import platform
@@ -383,13 +384,15 @@ def _checked(content: dict[str, Any], path: Path, schema: str, remedy: str) -> d
 def with_absolute_paths(config: Config) -> Config:
     """Return a config that means the same in every working folder.
 
-    config: with the sections `model` and `data`. What is no folder or file here, such as a hub id,
+    config: with the sections `model` and `data`. What is nothing here, such as a hub id,
     stays as it is.
     """
     model, data = config.model, config.data
     base = Path(model.name).expanduser()
     if not model.name.startswith("builtin:") and base.is_dir():
         model = replace(model, name=_absolute(base))
+    if model.adapter is not None:
+        model = replace(model, adapter=_absolute(Path(model.adapter).expanduser()))
     sources = {key: getattr(data, key) for key in ("train", "validation", "test")}
     data = replace(data, **{key: _absolute_sources(x) for key, x in sources.items()})
     if data.chat_template is not None and Path(data.chat_template).expanduser().is_file():
@@ -409,8 +412,8 @@ def _absolute_sources(sources: Any) -> Any:
     if not Path(sources).exists():
         name, sign, part = sources.partition("#")
     path = Path(name).expanduser()
-    absolute = _absolute(path)
-    if not path.is_file() or (sign and "#" in absolute):  # a second "#" would change its meaning
+    absolute, there = _absolute(path), path.exists() or bool(glob.glob(str(path)))
+    if not there or (sign and "#" in absolute):  # a second "#" would change its meaning
         return sources
     return f"{absolute}{sign}{part}"
 

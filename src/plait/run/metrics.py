@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from plait.run.config import RunConfig
+
 Rows = dict[str, NDArray[Any]]  # name -> one value for each row
 
 
@@ -33,13 +35,28 @@ METRICS = {  # in the order of tables
     "mse": Metric("mean squared error", False),
     "pearson": Metric("Pearson correlation", True),
     "spearman": Metric("Spearman correlation", True),
+    "pair_accuracy": Metric("pairs in the right order", True),
+    "margin": Metric("margin of the better answers", True),
+    "reward": Metric("reward", True),
 }
 METRICS_OF = {  # task -> what its validation measures; the Trainer minimises `loss`
     "causal_lm": ("loss", "perplexity", "token_accuracy", "exact_match"),
     "classification": ("loss", "accuracy", "macro_f1", "matthews"),
     "regression": ("loss", "mse", "pearson", "spearman"),
+    # Objectives other than sft, see `measures`.
+    "dpo": ("pair_accuracy", "margin", "perplexity", "token_accuracy", "exact_match"),
+    "kto": ("margin", "perplexity", "token_accuracy", "exact_match"),
+    "reward": ("loss", "pair_accuracy", "margin"),
+    "grpo": ("reward",),
 }
-HEADLINES = ("exact_match", "accuracy", "mse", "loss")  # the first one there stands for a task
+HEADLINES = (
+    "reward",
+    "pair_accuracy",
+    "exact_match",
+    "accuracy",
+    "mse",
+    "loss",
+)  # the first one there stands for a task
 
 
 def causal_metrics(rows: Rows) -> dict[str, float | None]:
@@ -97,8 +114,56 @@ def regression_metrics(rows: Rows) -> dict[str, float | None]:
     }
 
 
-def metrics_of_rows(task: str, rows: Rows) -> dict[str, float | None]:
-    """Return the metrics of a `model.task`."""
+def measures(cfg: RunConfig) -> str:
+    """Return the key of METRICS_OF for a run: its objective, or for sft its task."""
+    return cfg.model.task if cfg.objective.name == "sft" else cfg.objective.name
+
+
+def pair_metrics(rows: Rows) -> dict[str, float | None]:
+    """Share of pairs in the right order, and the mean difference of their scores.
+
+    rows: `score` and `rejected`, what the model gives to the better and to the worse answer: the
+    log-probability, or a reward. Each (rows,).
+    """
+    difference = rows["score"] - rows["rejected"]
+    return {
+        "pair_accuracy": _finite((difference > 0).mean()),
+        "margin": _finite(difference.mean()),
+    }
+
+
+def _dpo_metrics(rows: Rows) -> dict[str, float | None]:
+    causal = causal_metrics(rows)
+    del causal["loss"]  # not what is trained
+    return pair_metrics({**rows, "score": -rows["nll"]}) | causal
+
+
+def _kto_metrics(rows: Rows) -> dict[str, float | None]:
+    """As those of a causal model on the rows that are desired; margin: over the others, a token."""
+    desired = rows["desired"] > 0
+    parts = [causal_metrics(_of(rows, of)) if of.any() else {} for of in (desired, ~desired)]
+    losses = [part.pop("loss", None) for part in parts]
+    names = ("perplexity", "token_accuracy", *(["exact_match"] if "exact_match" in rows else []))
+    margin = None if None in losses else losses[1] - losses[0]  # type: ignore[operator]
+    return {"margin": margin, **{name: parts[0].get(name) for name in names}}
+
+
+def _of(rows: Rows, chosen: NDArray[Any]) -> Rows:
+    return {name: values[chosen] for name, values in rows.items()}
+
+
+def _reward_metrics(rows: Rows) -> dict[str, float | None]:
+    losses = np.logaddexp(0, rows["rejected"] - rows["score"])  # -log sigmoid of the difference
+    return {"loss": _finite(losses.mean()), **pair_metrics(rows)}
+
+
+def metrics_of_rows(kind: str, rows: Rows) -> dict[str, float | None]:
+    """Return the metrics of a key of METRICS_OF."""
+    if kind in ("dpo", "kto", "reward"):
+        return {"dpo": _dpo_metrics, "kto": _kto_metrics, "reward": _reward_metrics}[kind](rows)
+    if kind == "grpo":
+        return {"reward": _finite(rows["reward"].mean())}
+    task = kind
     if task == "classification":
         return classification_metrics(rows)
     return regression_metrics(rows) if task == "regression" else causal_metrics(rows)

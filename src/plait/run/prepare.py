@@ -37,7 +37,13 @@ from plait.core.events import PlaitWarning
 from plait.core.registry import find
 from plait.gates.alloc import set_development_batch
 from plait.options import shown
-from plait.run.adapter import check_finite, load_adapter
+from plait.run.adapter import (
+    check_finite,
+    load_adapter,
+    load_weights,
+    read_config,
+    splits_base,
+)
 from plait.run.config import (
     PATIENCE,
     REMOTE_CODE,
@@ -52,7 +58,7 @@ from plait.run.config import (
 )
 from plait.run.data.bundle import DataBundle, Split, load_data
 from plait.run.folder import CHECKPOINTS, RunFolder
-from plait.run.metrics import METRICS, METRICS_OF
+from plait.run.metrics import METRICS, METRICS_OF, measures
 from plait.run.model import (
     Base,
     check_ids,
@@ -72,6 +78,7 @@ from plait.run.model import (
     source_of,
     to_device,
 )
+from plait.run.objectives.arguments import arguments_of, check_objective, grpo_rows
 from plait.run.optimizers import OPTIMIZERS
 from plait.run.parallel import ranks
 from plait.run.parallel.arguments import group_options
@@ -114,6 +121,7 @@ class Prepared:
         trainable, total = parameter_counts(self.model)
         return {
             "kind": self.data.kind,
+            "form": self.data.form,
             "labels": self.data.labels,
             "tasks": self.data.tasks,
             "train_rows": len(self.data.train),
@@ -237,8 +245,10 @@ def prepare(cfg: RunConfig, place: bool = True, loader: Loader | None = None) ->
         )
     set_seed(cfg.training["seed"])
     base = loader.base(cfg, data)
+    rows = len(data.train)
+    rows = grpo_rows(arguments, rows) if cfg.objective.name == "grpo" else rows
     processes = max(ranks.size(), cfg.parallel.processes or 1)
-    steps = planned_steps(cfg.training, len(data.train), processes)
+    steps = planned_steps(cfg.training, rows, processes)
     config = method_config(cfg, base, steps, data.tasks)
     if allocates(config) and data.validation is None:
         raise ValueError(
@@ -246,6 +256,8 @@ def prepare(cfg: RunConfig, place: bool = True, loader: Loader | None = None) ->
             "rows. Give a source or a fraction of train."
         )
     model = base.model if config is None else get_peft_model(base.model, config)
+    if cfg.model.adapter is not None:
+        _go_on_from(model, Path(cfg.model.adapter), config)
     if isinstance(model, PeftModel):
         keep_masters(model)
     check_total_step(model, steps)
@@ -260,6 +272,27 @@ def prepare(cfg: RunConfig, place: bool = True, loader: Loader | None = None) ->
         batch = data.batch("validation", _SCORED_ROWS)
         set_development_batch(model, {k: v.to(model.device) for k, v in batch.items()})
     return Prepared(cfg, arguments, tokenizer, data, model.train(), steps, plan)
+
+
+def _go_on_from(model: Any, path: Path, config: PeftConfig | None) -> None:
+    """Load a trained adapter of the same method, from which training starts.
+
+    Raises FileNotFoundError for one that is not there, and ValueError for one that does not fit.
+    """
+    key = "model.adapter"
+    if config is None:
+        raise ValueError(f"{key} is {path}, and full fine-tuning has no adapter. Remove it.")
+    if splits_base(model):
+        raise ValueError(
+            f"{key} is {path}, and this method is saved on another base than it is trained on, so "
+            "it cannot go on. Export the run to a merged model, and start from that."
+        )
+    folder = path.expanduser()
+    folder = folder / "adapter" if (folder / "config.yaml").is_file() else folder
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{key}: there is no folder {folder}. Correct the path.")
+    read_config(folder, config)
+    load_weights(model, folder, "Give the adapter of a finished run.")
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
@@ -377,11 +410,12 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
         options |= group_options(cfg)
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # else torch warns
     options.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
+    kind, own = arguments_of(cfg)
     with upstream_refuses("training"):
-        args = TrainingArguments(
+        args = kind(
             output_dir=str(Path(cfg.output.dir, CHECKPOINTS)),
             remove_unused_columns=False,  # the collator takes what the model needs, task ids too
-            **{**options, "disable_tqdm": True},
+            **{**own, **options, "disable_tqdm": True},
         )
     for callback in get_reporting_integration_callbacks(args.report_to):
         with upstream_refuses("training.report_to"):
@@ -462,10 +496,10 @@ def best_metric(cfg: RunConfig) -> str | None:
 def check_config(cfg: RunConfig) -> None:
     """Raise ValueError for what a config says wrong by itself, before anything is loaded."""
     check_method(cfg)
-    best, known = best_metric(cfg), METRICS_OF[cfg.model.task]
+    best, known = best_metric(cfg), METRICS_OF[measures(cfg)]
     if best is not None and best not in known:
         raise ValueError(
-            f"training.metric_for_best_model: {best} is not measured by a {cfg.model.task} run. "
+            f"training.metric_for_best_model: {best} is not measured by a {measures(cfg)} run. "
             f"{did_you_mean(best, known)}"
         )
     split_by, validation = cfg.data.split_by, cfg.data.validation
@@ -474,8 +508,11 @@ def check_config(cfg: RunConfig) -> None:
             f"data.split_by is {shown(split_by)}, and data.validation is no fraction of train. Set "
             "data.validation to one, such as 0.1, or remove data.split_by."
         )
+    check_objective(cfg)
     if cfg.output.also:
-        _check_also(cfg)
+        _check_exact(cfg, "output.also", "[]")
+    if cfg.objective.options.get("vllm"):  # which gets the adapter as a plain LoRA
+        _check_exact(cfg, "objective.vllm", "false")
     name, quantization = cfg.method.name, cfg.model.quantization
     reason = quantised_reason(name, quantization)
     if reason is not None:
@@ -485,8 +522,8 @@ def check_config(cfg: RunConfig) -> None:
         )
 
 
-def _check_also(cfg: RunConfig) -> None:
-    """Raise ValueError for a run whose end can have no exact plain LoRA."""
+def _check_exact(cfg: RunConfig, key: str, off: str) -> None:
+    """Raise ValueError for a run that can have no exact plain LoRA; key: what needs one."""
     name, options = cfg.method.name, cfg.method.options
     method = BASELINES.get(name) or find(name)
     reason = None
@@ -502,7 +539,7 @@ def _check_also(cfg: RunConfig) -> None:
                 f"the adapter trains {' and '.join(trained)}, which no plain LoRA for servers holds"
             )
     if reason is not None:
-        raise ValueError(f"{cfg.source.at('output.also')}: {reason}. Set output.also: [].")
+        raise ValueError(f"{cfg.source.at(key)}: {reason}. Set {key}: {off}.")
 
 
 def method_config(

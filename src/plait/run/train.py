@@ -24,10 +24,11 @@ from plait.run.evaluate import Progress, evaluate_model
 from plait.run.export import export_trained
 from plait.run.folder import RunFolder, with_absolute_paths, write_atomic
 from plait.run.model import source_of
+from plait.run.objectives.trainers import trainer_class
 from plait.run.parallel import ranks
 from plait.run.parallel.ranks import agreed, check_same
 from plait.run.prepare import Loader, Prepared, TrainedRun, load_run
-from plait.run.trainer import RunTrainer, clear_unfinished, latest_checkpoint, rehearse
+from plait.run.trainer import clear_unfinished, latest_checkpoint, rehearse
 
 # Measures a prepared run: (occasion, the run, split, progress) -> metrics.
 Measure = Callable[[str, Prepared, Split, Progress | None], dict[str, Any]]
@@ -45,6 +46,7 @@ def train(
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
+    announce: Callable[[str], None] = lambda line: None,
     loader: Loader | None = None,
     measure: Measure = measure,
 ) -> RunFolder:
@@ -60,6 +62,7 @@ def train(
             if there is none yet.
         callbacks: further Trainer callbacks, such as a progress bar.
         progress: called while the held-out metric is taken, with (rows done, rows in all).
+        announce: called before training with one line that says what the rows are.
         loader: of what the run reads; None: everything is loaded anew.
         measure: takes the held-out metric.
 
@@ -83,6 +86,8 @@ def train(
         folder = RunFolder(path)
         with agreed():
             run, _ = rehearse(cfg, loader=loader)
+        if ranks.is_first():
+            announce(run.data.summary)
         with _undone(folder, resume):
             return _train(run, folder, text, callbacks, progress, measure)
 
@@ -129,7 +134,8 @@ def _train(
             folder.write_evaluation(split=split, before=before)
 
     # Made after the first evaluation: the Trainer seeds all generators.
-    trainer = RunTrainer(run, folder, [MetricsFile(folder), PlaitCallback(), *callbacks])
+    make = trainer_class(cfg.objective.name)
+    trainer = make(run, folder, [MetricsFile(folder), PlaitCallback(), *callbacks])
     try:
         trainer.fit()
     except FloatingPointError:

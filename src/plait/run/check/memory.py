@@ -39,7 +39,7 @@ class Memory:
     weights: all parameters and buffers as they are held. gradients: of what is trained. optimizer:
     its state after the first step. activations: what a training step takes besides at its peak.
     evaluation: what an evaluation takes besides weights and the optimizer's state, generation
-    included; None without held-out rows. traced: False if the model cannot be traced: then
+    included; None without held-out rows. traced: False if the step cannot be traced: then
     activations and evaluation are a rule of thumb.
     """
 
@@ -116,6 +116,8 @@ def estimate_memory(run: Prepared, optimizer: torch.optim.Optimizer) -> Memory:
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
     try:
+        if run.cfg.objective.name != "sft":
+            raise NotImplementedError("the step of another objective")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of the libraries about themselves
             state, step, evaluation = _trace(run, optimizer)
@@ -304,7 +306,8 @@ def _rule_of_thumb(run: Prepared, gradients: int) -> tuple[int, int]:
     blocks = shape.num_hidden_layers
     kept = blocks + 17 if recomputes(run.cfg.training) else 17 * blocks
     vocabulary = shape.vocab_size if run.cfg.model.task == "causal_lm" else 0
-    tokens = args.per_device_train_batch_size * data.longest
+    pairs = 2 if run.cfg.objective.name in ("dpo", "kto", "reward") else 1
+    tokens = args.per_device_train_batch_size * data.longest * pairs
     step = tokens * (shape.hidden_size * kept * size + vocabulary * (size + 4 + 4))
     tokens = run.cfg.evaluation.batch_size * data.longest
     evaluation = tokens * (shape.hidden_size * 17 * size + vocabulary * (size + 4))

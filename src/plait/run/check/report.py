@@ -11,6 +11,7 @@ from plait.core.files import check_place
 from plait.run.check.memory import Memory, estimate_memory
 from plait.run.config import RunConfig
 from plait.run.data.bundle import DataBundle
+from plait.run.data.forms import described
 from plait.run.data.overlap import Overlap, Repeats, overlap, repeats
 from plait.run.data.tokens import CUT, IGNORED
 from plait.run.model import parameter_counts
@@ -25,7 +26,8 @@ class CheckReport:
     trainable, total: parameters, the adapter's included. stored: numbers in the adapter's file;
     None for full fine-tuning. adapted: layers with an update. new: modules trained and saved
     beside them, such as a classification head. steps: planned optimizer steps.
-    rows: per split. cut: of these, the rows that data.truncate shortens. longest: tokens.
+    rows: per split. form: how they come, in words; None for a classifier. cut: of these, the rows
+    that data.truncate shortens. longest: tokens.
     labels, tasks: name -> its training rows; None without. memory: see Memory. example: pieces
     of the first training row, each with whether loss is taken on it. target: its label, for
     classification and regression. repeats: rows that occur several times in train. overlaps: rows
@@ -41,6 +43,7 @@ class CheckReport:
     new: list[str]
     steps: int
     rows: dict[str, int]
+    form: str | None
     cut: dict[str, int]
     longest: int
     labels: dict[str, int] | None
@@ -62,7 +65,7 @@ def check(config: RunConfig) -> CheckReport:
     tokenizer, data, model = prepared.tokenizer, prepared.data, prepared.model
     trainable, total = parameter_counts(model)
     first = data.train[0]
-    causal = config.model.task == "causal_lm"
+    causal = "label" not in data.train.column_names  # else it is no loss on tokens
     return CheckReport(
         config=config,
         model=type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__,
@@ -73,12 +76,15 @@ def check(config: RunConfig) -> CheckReport:
         new=[name.removeprefix("base_model.model.") for name in fully_trained(model)],
         steps=prepared.steps,
         rows={name: len(split) for name, split in data.splits().items()},
+        form=data.form and described(data.form, data.kind == "messages"),
         cut={name: sum(split[CUT]) for name, split in data.splits().items()},
         longest=data.longest,
         labels=_counts(data, "label", data.labels),
         tasks=_counts(data, "task", data.tasks),
         memory=estimate_memory(prepared, optimizer),
-        example=masked_pieces(first["input_ids"], first["labels"] if causal else None, tokenizer),
+        example=masked_pieces(
+            first["input_ids"], first.get("labels") if causal else None, tokenizer
+        ),
         target=None if causal else str(first["label"]),
         repeats=repeats(data),
         overlaps=overlap(data),

@@ -2,6 +2,7 @@
 
 yaml      reading, overrides, error texts           sections   a dataclass each, help on a field
 method    method and optimizer, the peft config     training   fields of TrainingArguments
+objectives  what a run trains for
 run       RunConfig: load, dump, check_method       plugins    methods of other people
 schema    options of all classes, without torch     starter    what `plait init` writes
 """
@@ -14,7 +15,8 @@ from plait.run.config.method import (
     optimizer_options,
     peft_config,
 )
-from plait.run.config.plugins import REMOTE_CODE, check_remote_code, import_plugin
+from plait.run.config.objectives import OBJECTIVES, ObjectiveConfig, rewards_of
+from plait.run.config.plugins import IMPORTED, REMOTE_CODE, check_remote_code, import_plugin
 from plait.run.config.run import (
     RunConfig,
     check_method,
@@ -31,6 +33,7 @@ from plait.run.config.sections import (
     ColumnsConfig,
     DataConfig,
     EvaluationConfig,
+    Form,
     MethodConfig,
     ModelConfig,
     ModelTask,
@@ -42,6 +45,8 @@ from plait.run.config.starter import starter_config
 from plait.run.config.training import PATIENCE, TRAINING_DEFAULTS
 
 __all__ = [
+    "IMPORTED",
+    "OBJECTIVES",
     "PATIENCE",
     "PEFT_INTERNAL",
     "REMOTE_CODE",
@@ -50,9 +55,11 @@ __all__ = [
     "ColumnsConfig",
     "DataConfig",
     "EvaluationConfig",
+    "Form",
     "MethodConfig",
     "ModelConfig",
     "ModelTask",
+    "ObjectiveConfig",
     "OptimizerConfig",
     "Option",
     "OutputConfig",
@@ -73,5 +80,6 @@ __all__ = [
     "method_options",
     "optimizer_options",
     "peft_config",
+    "rewards_of",
     "starter_config",
 ]

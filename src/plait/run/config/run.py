@@ -14,6 +14,7 @@ from plait.run.config.method import (
     check_optimizer_section,
     peft_config,
 )
+from plait.run.config.objectives import ObjectiveConfig, check_objective_section, named
 from plait.run.config.plugins import check_plugins
 from plait.run.config.sections import (
     ChainConfig,
@@ -32,6 +33,7 @@ SECTIONS = (
     "model",
     "method",
     "optimizer",
+    "objective",
     "data",
     "training",
     "parallel",
@@ -52,6 +54,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: dict[str, Any] = field(default_factory=dict)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -87,7 +90,11 @@ def config_from_dict(
     """Check a nested dict as `load_config` does; `file` names it in errors."""
     raw = copy.deepcopy(raw)
     is_mapping = isinstance(raw, dict)
+    if is_mapping and "objective" in raw:
+        raw["objective"] = named(raw["objective"])
     source = Source(file, [override(raw, text) for text in overrides] if is_mapping else ())
+    if is_mapping and "objective" in raw:
+        raw["objective"] = named(raw["objective"])
     plugins = check_plugins(
         raw.pop("plugins", None) if is_mapping else None, source, import_plugins
     )
@@ -98,6 +105,7 @@ def config_from_dict(
         model=check_section(ModelConfig, section["model"], "model", source),
         method=check_method_section(section["method"], source),
         optimizer=check_optimizer_section(section["optimizer"], source),
+        objective=check_objective_section(section["objective"], source, import_plugins),
         data=data,
         training=check_training_section(section["training"], data.validation is not None, source),
         parallel=check_section(ParallelConfig, section["parallel"], "parallel", source),
@@ -162,6 +170,9 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     lr_scale = {} if method["lr_scale"] is None else {"lr_scale": method["lr_scale"]}
     result["method"] = {"name": method["name"], **method["options"], **lr_scale}
     result["optimizer"] = {"name": config.optimizer.name, **result["optimizer"]["options"]}
+    result["objective"] = {"name": config.objective.name, **config.objective.options}
+    if config.objective.name == "sft":
+        del result["objective"]
     columns = result["data"]["columns"]
     result["data"]["columns"] = {k: v for k, v in columns.items() if v is not None}
     if config.chain is None:

@@ -17,6 +17,7 @@ if typing.TYPE_CHECKING:
 _NAME = 255  # bytes of a file's name
 
 ModelTask = Literal["causal_lm", "classification", "regression"]
+Form = Literal["messages", "conversations", "alpaca", "prompt-completion", "text"]
 
 
 @dataclass(kw_only=True)
@@ -31,6 +32,12 @@ class ModelConfig:
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "float32", "Type of the base weights."
+    )
+    adapter: str | None = option(
+        None,
+        "A trained adapter of the same method that training starts from: a run folder, or the "
+        "folder of an adapter; null: a new one.",
+        least=1,
     )
     trust_remote_code: bool = option(False, "True runs code that the model brings along.")
 
@@ -69,10 +76,14 @@ class ColumnsConfig:
 
     prompt: str | int | None = option(None, "What the model reads, without loss.")
     completion: str | int | None = option(None, "What the model learns to write.")
+    chosen: str | int | None = option(None, "dpo, reward: the better completion.")
+    rejected: str | int | None = option(None, "dpo, reward: the worse completion.")
     messages: str | int | None = option(None, "A chat: a list of {role, content}.")
     text: str | int | None = option(None, "The text to learn, or to classify.")
     text_pair: str | int | None = option(None, "The second text of a pair to classify.")
-    label: str | int | None = option(None, "The class, or the number to predict.")
+    label: str | int | None = option(
+        None, "The class, or the number to predict; kto: whether a completion is desired."
+    )
     task: str | int | None = option(None, "Name of the task of a row; metrics are split by it.")
     sample_type: str | int | None = option(None, "0 or 1, for balance losses that tell them apart.")
 
@@ -83,9 +94,15 @@ class DataConfig:
 
     train: str | list[str] = option(
         "builtin:shift",
-        "Files (jsonl, json, csv, tsv, txt, parquet), a hub id, or a generator, "
-        "builtin:NAME?key=value. SOURCE#PART names the split of a hub set, or the key of a JSON "
-        "object of lists.",
+        "Files (jsonl, json, csv, tsv, txt, parquet), a folder of save_to_disk, a hub id, or a "
+        "generator, builtin:NAME?key=value. SOURCE#PART names the split of a set, or the key of a "
+        "JSON object of lists; `data/*.jsonl` is all files that match.",
+    )
+    mix: list[float] | None = option(
+        None,
+        "Weights of the sources of train, in their order: rows are drawn in these proportions "
+        "until a source is used up; null: all rows of all sources.",
+        above=0,
     )
     validation: float | str | list[str] | None = option(
         None, "A source, or a fraction of train such as 0.1; null: none.", above=0, below=1
@@ -102,6 +119,11 @@ class DataConfig:
     subset: str | None = option(None, "Configuration of a hub set.")
     format: Literal["jsonl", "json", "csv", "tsv", "txt", "parquet"] | None = option(
         None, "Format of the files; null: by their endings."
+    )
+    form: Form | None = option(
+        None,
+        "Form of the rows of a causal model; null: by their columns, and an error where they could "
+        "be two.",
     )
     delimiter: str | None = option(
         None,

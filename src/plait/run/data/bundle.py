@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from plait.run.config import RunConfig
+from plait.run.data.forms import AnyForm, described
 from plait.run.data.noise import add_label_noise
 from plait.run.data.reader import Columns, Kind, read_columns
 from plait.run.data.rows import read_splits
@@ -25,7 +26,9 @@ from plait.run.data.tokens import Collator, tokenize
 
 Split = Literal["train", "validation", "test"]
 
-_TRAINED = ("input_ids", "labels", "sample_type", "task_id", "token_type_ids")  # what a step reads
+# What a step reads.
+_TRAINED = ("input_ids", "labels", "sample_type", "task_id", "token_type_ids")
+_TRAINED += ("rejected_ids", "desired")
 
 
 @dataclass
@@ -35,10 +38,13 @@ class DataBundle:
     Each split has `input_ids`, `attention_mask`, `labels` (token ids with -100 where no loss is
     taken; a class index; a number) and the raw strings: `prompt` and `completion` (causal; the
     first `prompt_length` ids are the prompt), or `text`, `text_pair`, `label`. With tasks, `task`
-    is the name and `task_id` its index in `tasks`.
+    is the name and `task_id` its index in `tasks`. Pairs also have `rejected` and `rejected_ids`,
+    the tokens after the prompt; labelled rows `desired`, whether the completion is; prompts
+    without completion `given`, the whole row as JSON.
 
-    labels: class names by index, classification only. tasks: task names by index, those of the
-    training rows first. longest: longest row in tokens, of all splits that were read; largest_id:
+    form: how the rows of a causal model came, see plait.run.data.forms. labels: class names by
+    index, classification only. tasks: task names by index, those of the training rows first.
+    longest: longest row in tokens, of all splits that were read; largest_id:
     largest token id in them. train: without rows if it was not read.
     """
 
@@ -46,6 +52,7 @@ class DataBundle:
     validation: Dataset | None
     test: Dataset | None
     kind: Kind
+    form: AnyForm | None
     collator: Collator
     tokenizer: PreTrainedTokenizerBase
     labels: list[str] | None
@@ -58,6 +65,13 @@ class DataBundle:
         train = self.train if len(self.train) else None
         every = {"train": train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in every.items() if split is not None}
+
+    @property
+    def summary(self) -> str:
+        """How many rows of which form each split has, on one line."""
+        counts = ", ".join(f"{name} {len(rows):,}" for name, rows in self.splits().items())
+        form = self.form and described(self.form, self.kind == "messages")
+        return f"rows: {counts}" + (f"; each has {form}" if form else "")
 
     def digest(self, split: Split) -> str | None:
         """Return a digest of a split as a model reads it, in order; None without that split."""
@@ -75,6 +89,8 @@ class DataBundle:
             numbers = values.to_numpy(zero_copy_only=False)
             kind = np.float64 if numbers.dtype.kind == "f" else np.int64
             total.update(numbers.astype(kind).tobytes())
+        if "given" in table.column_names:
+            total.update("".join(table.column("given").to_pylist()).encode())
         return total.hexdigest()[:16]
 
     def batch(self, split: Split, most: int) -> dict[str, torch.Tensor]:
@@ -114,28 +130,45 @@ def load_data(
     missing columns, labels that the training rows do not have, rows longer than data.max_length,
     held-out rows with nothing to generate from.
     """
-    data, causal = config.data, config.model.task == "causal_lm"
+    data, objective = config.data, config.objective.name
+    # A reward model reads what a causal model does, and answers with a number.
+    task = "causal_lm" if objective == "reward" else config.model.task
+    causal = task == "causal_lm"
     source, rows = read_splits(data, split)
-    columns = read_columns(
-        data, config.model.task, config.method, source, rows, labels, head, facts
-    )
+    columns = read_columns(data, task, config.method, source, rows, labels, head, facts, objective)
     add_label_noise(columns, data)
     splits = tokenize(columns, data, causal, tokenizer)
+    if objective == "reward":
+        splits = {name: rows.remove_columns("labels") for name, rows in splits.items()}
     if config.evaluation.generate and columns.kind in ("completion", "messages"):
         _check_prompts(columns, splits)
-    ids = [row for part in splits.values() for row in part["input_ids"]]
+    more = config.objective.options.get("max_completion_length", 0)  # of a drawn completion
+    parts = [(part, name) for part in splits.values() for name in ("input_ids", "rejected_ids")]
+    ids = [row for part, name in parts if name in part.column_names for row in part[name]]
     return DataBundle(
         train=splits["train"] if "train" in splits else Dataset.from_list([]),
         validation=splits.get("validation"),
         test=splits.get("test"),
         kind=columns.kind,
-        collator=Collator(tokenizer, causal, columns.routed, columns.typed),
+        form=columns.form,
+        collator=Collator(
+            tokenizer, config.model.task == "causal_lm", columns.routed, columns.typed
+        ),
         tokenizer=tokenizer,
         labels=columns.labels,
         tasks=columns.tasks,
-        longest=max(map(len, ids)),
+        longest=max(map(_longest, splits.values())) + more,
         largest_id=max(max(row, default=0) for row in ids),
     )
+
+
+def _longest(rows: Dataset) -> int:
+    """Return the tokens of the longest row, of a pair those of its longer answer."""
+    lengths = list(map(len, rows["input_ids"]))
+    if "rejected_ids" in rows.column_names:
+        pairs = zip(rows["prompt_length"], rows["rejected_ids"], strict=True)
+        lengths += [start + len(ids) for start, ids in pairs]
+    return max(lengths)
 
 
 def _check_prompts(columns: Columns, splits: Mapping[str, Dataset]) -> None:

@@ -3,7 +3,6 @@
 The first training row decides what kind of data the rows are.
 """
 
-import json
 import math
 import string
 import unicodedata
@@ -13,23 +12,39 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from plait.core.events import PlaitWarning
-from plait.run.config import ColumnsConfig, DataConfig, MethodConfig
+from plait.run.config import ColumnsConfig, DataConfig, Form, MethodConfig
+from plait.run.data.forms import (
+    FORM_OF,
+    AnyForm,
+    conversation,
+    is_conversational,
+    open_conversation,
+    preferred_turns,
+    recognise,
+    tools_of,
+    turns,
+)
 from plait.run.data.rows import Row
 
+_PAIRS: Form = "prompt-completion"
 Kind = Literal["completion", "messages", "text", "classification", "regression"]
+_YES = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True)
 class Columns:
     """The values of the rows, by role.
 
+    form: how the rows of a causal model come, see plait.run.data.forms; None for a classifier.
     rows: split -> its rows. values: split -> for each row its raw strings (`messages` and `tools`
-    stay lists), `label`, `task` and `sample_type`. labels: class names by index, classification
+    stay lists), `label`, `task` and `sample_type`; of pairs the completion is the chosen one, and
+    `rejected` or `rejected_messages` holds the other. labels: class names by index, classification
     only. tasks: task names by index, those of the training rows first. routed: whether the method
     routes by task. typed: whether it takes `sample_type`.
     """
 
     kind: Kind
+    form: AnyForm | None
     rows: dict[str, list[Row]]
     values: dict[str, list[dict[str, Any]]]
     labels: list[str] | None
@@ -47,6 +62,7 @@ def read_columns(
     labels: list[str] | None = None,
     head: list[str] | None = None,
     facts: Mapping[str, Any] | None = None,
+    objective: str = "sft",
 ) -> Columns:
     """Read the columns of all rows.
 
@@ -59,6 +75,7 @@ def read_columns(
         labels: class names by index, if `source` need not have all of them.
         head: class names of the model's head, [] if it does not name them; None: no head yet.
         facts: of a trained run, whose kind, labels and tasks hold; `source` may be empty then.
+        objective: other ones than sft have rows of their own form.
 
     Warns of labels and tasks that differ only in case or white space, of rows without text, and of
     a head whose classes get another meaning.
@@ -67,7 +84,7 @@ def read_columns(
     """
     delta = method.options.get("delta")  # of molora's balance loss
     first = source[0] if source else next(iter(rows.values()))[0]
-    reader = _Reader(data, task, first, bool(delta), facts or {})
+    reader = _Reader(data, task, first, bool(delta), facts or {}, objective)
     tasks = method.options.get("tasks")
     if facts is None:
         labels = reader.label_names(source) if labels is None else labels
@@ -93,7 +110,7 @@ def read_columns(
         _warn_of_blanks(reader.kind, split, part, values[split])
     if tasks is not None:
         tasks = _all_tasks(values, rows, tasks, routed)
-    return Columns(reader.kind, rows, values, labels, tasks, routed, bool(delta))
+    return Columns(reader.kind, reader.form, rows, values, labels, tasks, routed, bool(delta))
 
 
 def read_inputs(
@@ -119,11 +136,20 @@ class _Reader:
     """Reads a row's columns as the config maps them; the first row decides what the data is."""
 
     def __init__(
-        self, data: DataConfig, task: str, first: Row, typed: bool, facts: Mapping[str, Any]
+        self,
+        data: DataConfig,
+        task: str,
+        first: Row,
+        typed: bool,
+        facts: Mapping[str, Any],
+        objective: str = "sft",
     ):
         self.data = data
         self.columns = data.columns
         self.first = first
+        self.form: AnyForm | None = (
+            facts.get("form") or FORM_OF.get(objective) or self._form(task, facts.get("kind"))
+        )
         self.kind: Kind = facts.get("kind") or self._kind(task)
         paired = self.columns.text_pair is not None or "text_pair" in first.values
         self.has_pair = facts.get("text_pair", paired)
@@ -135,15 +161,16 @@ class _Reader:
     def read(self, row: Row) -> dict[str, Any]:
         """Return the row's raw strings (`messages`, `tools` stay lists), `label` and `task`."""
         values: dict[str, Any]
-        if self.kind == "completion":
-            values = {part: self._templated(row, part) for part in ("prompt", "completion")}
-            if not values["completion"]:
-                raise ValueError(
-                    f"{row.where}: the completion is empty, so nothing is trained. Remove the row."
-                )
+        if self.form == "prompt":
+            values = self.inputs(row) | {"given": row.values}
+        elif self.kind == "completion":
+            values = {"prompt": self._templated(row, "prompt")} | self._completions(row)
         elif self.kind == "messages":
-            values = {"messages": _conversation(self._value(row, "messages"), row.where)}
-            tools = _tools(row.values.get("tools"), row.where)
+            values = {"messages": conversation(self._turns(row, answered=True), row.where)}
+            if self.form == "preference":
+                other = preferred_turns(self._renamed(row))[1]
+                values["rejected_messages"] = conversation(other, row.where)
+            tools = tools_of(row.values.get("tools"), row.where)
             if tools:
                 values["tools"] = tools
         elif self.kind == "text":
@@ -158,6 +185,8 @@ class _Reader:
             values["label"] = (
                 _number(label, row.where) if self.kind == "regression" else _name(label, row.where)
             )
+        if self.form == "labelled":
+            values["desired"] = _desired(self._value(row, "label"), row.where)
         if self.has_task:
             values["task"] = _name(self._value(row, "task"), row.where, "task")
         if self.has_type:
@@ -173,8 +202,8 @@ class _Reader:
         if self.kind == "completion":
             values = {"prompt": self._templated(row, "prompt")}
         elif self.kind == "messages":
-            values = {"messages": _open_conversation(self._value(row, "messages"), row.where)}
-            tools = _tools(row.values.get("tools"), row.where)
+            values = {"messages": open_conversation(self._turns(row, answered=False), row.where)}
+            tools = tools_of(row.values.get("tools"), row.where)
             if tools:
                 values["tools"] = tools
         elif self.kind == "text":
@@ -225,28 +254,86 @@ class _Reader:
                 )
         return {*where}
 
+    def _form(self, task: str, kind: Kind | None) -> Form | None:
+        """Return the form of the rows: as the config maps them, else as their columns say.
+
+        kind: of a run of an older plait, which noted no form; None for a new run.
+        """
+        if task != "causal_lm":
+            return None
+        mapped, there = self.columns, self.first.values
+        if kind is not None:
+            return "messages" if kind == "messages" else "text" if kind == "text" else _PAIRS
+        if self.data.completion_template is not None or self.data.prompt_template is not None:
+            return _PAIRS
+        if mapped.messages is not None:
+            return "messages"
+        if mapped.completion is not None:
+            return _PAIRS
+        if mapped.text is not None:
+            return "text"
+        if mapped.prompt is not None:
+            return _PAIRS
+        form = recognise(self.first, self.data)
+        if form is None and "completion" in there:  # the missing prompt is named later
+            return _PAIRS
+        if form is None:
+            raise ValueError(
+                f"{self.first.where}: no column to train on. A causal model needs prompt and "
+                "completion, messages, conversations, instruction and output, or text; the "
+                f"columns are {_listed(there)}. Map them in data.columns, or give "
+                "data.prompt_template and data.completion_template."
+            )
+        return form
+
     def _kind(self, task: str) -> Kind:
         if task == "classification":
             return "classification"
         if task == "regression":
             return "regression"
-        mapped, there = self.columns, self.first.values
-        if self.data.completion_template is not None or self.data.prompt_template is not None:
-            return "completion"
-        roles: tuple[Kind, ...] = ("messages", "completion", "text")
-        for role in roles:
-            if _mapping(mapped, role) is not None:
-                return role
-        if mapped.prompt is not None:
-            return "completion"
-        for role in roles:
-            if role in there:
-                return role
-        raise ValueError(
-            f"{self.first.where}: no column to train on. A causal model needs prompt and "
-            f"completion, messages, or text; the columns are {_listed(there)}. Map them in "
-            "data.columns, or give data.prompt_template and data.completion_template."
-        )
+        if self.form == "text":
+            return "text"
+        if self.form in ("messages", "conversations", "alpaca"):
+            return "messages"
+        first = self._renamed(self.first)
+        column = "chosen" if self.form == "preference" else "prompt"
+        templated = self.data.prompt_template is not None
+        return "completion" if templated or not is_conversational(first, column) else "messages"
+
+    def _turns(self, row: Row, answered: bool) -> list[dict[str, Any]]:
+        """Return the conversation of a row; answered: up to the last answer, if it has one."""
+        assert self.form is not None
+        if self.form in FORM_OF.values():
+            return turns(self.form, self._renamed(row), self.form, answered)
+        mapped = _mapping(self.columns, "messages")
+        if self.form == "messages" or mapped is not None:
+            row = Row(row.where, {**row.values, "messages": self._value(row, "messages")})
+            return turns("messages", row, "messages", answered)
+        return turns(self.form, row, self.form, answered)
+
+    def _renamed(self, row: Row) -> Row:
+        """Return a row with plait's names of the columns that hold prompts and answers."""
+        names = ("prompt", "completion", "chosen", "rejected")
+        mapped = [name for name in names if _mapping(self.columns, name) is not None]
+        return Row(row.where, row.values | {name: self._value(row, name) for name in mapped})
+
+    def _completions(self, row: Row) -> dict[str, str]:
+        """Return the completion of a row, and of a pair the rejected one as well."""
+        if self.form == "preference":
+            texts = {
+                "completion": self._text(row, "chosen"),
+                "rejected": self._text(row, "rejected"),
+            }
+        else:
+            texts = {"completion": self._templated(row, "completion")}
+        for name, text in texts.items():
+            if not text:
+                column = "chosen" if self.form == "preference" and name == "completion" else name
+                what = "the completion" if column == "completion" else column
+                raise ValueError(
+                    f"{row.where}: {what} is empty, so nothing is trained. Remove the row."
+                )
+        return texts
 
     def _templated(self, row: Row, part: str) -> str:
         templates = {
@@ -354,6 +441,17 @@ def _name(value: Any, where: str, what: str = "label") -> str:
     )
 
 
+def _desired(value: Any, where: str) -> bool:
+    known = isinstance(value, bool | int | str)
+    answer = _YES.get(str(value).strip().lower()) if known else None
+    if answer is None:
+        raise ValueError(
+            f"{where}: the label is {value!r:.60}. Give true for a completion that is desired, "
+            "or false."
+        )
+    return answer
+
+
 def _number(value: Any, where: str) -> float:
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
@@ -362,97 +460,6 @@ def _number(value: Any, where: str) -> float:
     if number - number != 0:  # NaN or infinite
         raise ValueError(f"{where}: the label is {value!r:.60}. Regression needs a finite number.")
     return number
-
-
-def _conversation(messages: Any, where: str) -> list[dict[str, Any]]:
-    """Check a list of messages; return it without what follows the last assistant turn.
-
-    Contents that are lists of text parts become strings.
-    """
-    _check_messages(messages, where)
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if not turns:
-        raise ValueError(
-            f"{where}: no message has the role assistant, so nothing is trained. Remove the row."
-        )
-    kept = []
-    for number, message in enumerate(messages[: turns[-1] + 1], 1):
-        at = f"{where}: message {number}"
-        weight = message.get("weight", 1)
-        if weight is not None and weight not in (0, 1):
-            raise ValueError(
-                f"{at}: the weight is {weight!r:.60}. Give 1, or 0 for an assistant's turn that is "
-                "not trained."
-            )
-        calls = bool(message.get("tool_calls"))
-        kept.append({**message, "content": _content(message["content"], at, calls)})
-    if all(kept[i].get("weight") == 0 for i in turns):
-        raise ValueError(
-            f"{where}: all assistant turns have the weight 0, so nothing is trained. Remove the "
-            "row."
-        )
-    return kept
-
-
-def _open_conversation(messages: Any, where: str) -> list[dict[str, Any]]:
-    """Check a list of messages; return it without the assistant's turns at its end."""
-    _check_messages(messages, where)
-    kept = list(messages)
-    while kept and kept[-1]["role"] == "assistant":
-        kept.pop()
-    if not kept:
-        raise ValueError(f"{where}: there is no message to answer. Remove the row.")
-    return [
-        {**m, "content": _content(m["content"], f"{where}: message {n}", bool(m.get("tool_calls")))}
-        for n, m in enumerate(kept, 1)
-    ]
-
-
-def _check_messages(messages: Any, where: str) -> None:
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
-    ):
-        raise ValueError(
-            f"{where}: messages is {messages!r:.60}. "
-            'Give a list of {"role": ..., "content": ...} objects.'
-        )
-
-
-def _content(content: Any, where: str, calls: bool) -> str | None:
-    """Return the text of a message; None only for one that calls tools instead."""
-    if isinstance(content, str) or (content is None and calls):
-        return content
-    if not isinstance(content, list):
-        raise ValueError(
-            f"{where}: the content is {content!r:.60}, not text. Correct or remove the row."
-        )
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) else None
-        if not isinstance(text, str) or part.get("type", "text") != "text":
-            raise ValueError(
-                f"{where}: the content has the part {part!r:.60}. Parts are "
-                '{"type": "text", "text": ...}; images and sound are not trained on. Remove the '
-                "row."
-            )
-        texts.append(text)
-    return "".join(texts)
-
-
-def _tools(tools: Any, where: str) -> list[Any]:
-    """Return the `tools` of a conversation, which the chat template describes to the model."""
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise ValueError(
-                f"{where}: tools is {tools!r:.60}, which is not JSON. Give a list of tools."
-            ) from None
-    if not tools:
-        return []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError(f"{where}: tools is {tools!r:.60}. Give a list of objects.")
-    return tools
 
 
 def normal(text: str) -> str:
@@ -504,6 +511,8 @@ def _warn_of_blanks(kind: Kind, split: str, rows: list[Row], values: list[dict[s
 
 def _trained_texts(of_row: dict[str, Any]) -> list[str]:
     """Return the texts of a row that should not be blank."""
+    if "given" in of_row:  # a prompt, whose answers are drawn
+        return []
     if "messages" in of_row:
         return [
             message["content"]

@@ -1,12 +1,15 @@
 """Read rows from files, the hub or a built-in generator; errors name the file and the line."""
 
 import csv
+import glob
 import gzip
+import io
 import itertools
 import json
 import random
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -22,6 +25,8 @@ _SUFFIXES = {
     ".txt": "txt",
     ".parquet": "parquet",
 }
+_PACKED = (".gz", ".zst")
+_MAGIC = "*?["  # what makes a path a pattern
 _NAME = 255  # characters of a file's name
 _DELIMITERS = {"csv": ",", "tsv": "\t", "txt": None}
 
@@ -73,19 +78,28 @@ def read_splits(
 def read_rows(sources: str | list[str], data: DataConfig, split: str) -> list[Row]:
     """Read the rows of one split ("train", "validation", "test") from one source or several.
 
+    Rows of train are drawn in the proportions of data.mix, if that is set.
+
     Raises FileNotFoundError for a source that is not there, and ValueError for an empty one or a
     malformed line.
     """
     key = f"data.{split}"
-    rows = []
-    for source in [sources] if isinstance(sources, str) else sources:
-        read = _read_source(source, data, split, key)
-        if not read:
-            raise ValueError(f"{source}: no rows are here. Give {key} a source with rows.")
-        rows += read
-    if not rows:
+    sources = [sources] if isinstance(sources, str) else sources
+    if not sources:
         raise ValueError(f"{key} is an empty list. Give at least one source.")
-    return rows
+    if split == "train" and data.mix is not None and len(data.mix) != len(sources):
+        raise ValueError(
+            f"data.mix has {len(data.mix)} weights, and data.train has {len(sources)} sources. "
+            "Give one weight for each."
+        )
+    parts = []
+    for source in sources:
+        parts.append(_read_source(source, data, split, key))
+        if not parts[-1]:
+            raise ValueError(f"{source}: no rows are here. Give {key} a source with rows.")
+    if split == "train" and data.mix is not None:
+        parts = _mixed(parts, data.mix, data.seed)
+    return list(itertools.chain(*parts))
 
 
 def read_file(path: Path, data: DataConfig) -> list[Row]:
@@ -98,8 +112,7 @@ def read_file(path: Path, data: DataConfig) -> list[Row]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file. Correct the path.")
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    kind = _SUFFIXES.get(suffixes[-1] if suffixes else "", "jsonl")
+    kind = _kind(path) or "jsonl"
     rows = list(_read_file(path, kind, data.split, data))
     if not rows:
         raise ValueError(f"{path}: no rows are here. Give a file with rows.")
@@ -120,21 +133,38 @@ def _read_source(source: str, data: DataConfig, split: str, key: str) -> list[Ro
         raise ValueError(
             f"{key} is {shown(source)}, with a name of more than {_NAME} characters. Correct it."
         )
-    path = Path(name).expanduser()
-    suffixes = [s for s in path.suffixes if s != ".gz"]
-    kind = data.format or _SUFFIXES.get(suffixes[-1] if suffixes else "")
-    if path.is_dir():
-        raise IsADirectoryError(f"{key}: {name} is a folder. Give its files: [a.jsonl, b.jsonl].")
-    if path.is_file():
-        if kind is None:
-            known = ", ".join(sorted(set(_SUFFIXES.values())))
-            raise ValueError(
-                f"{key}: the ending of {name} says no format. Set data.format to one of {known}."
-            )
-        return list(_read_file(path, kind, part, data))
-    if kind is not None or path.is_absolute() or name.startswith((".", "~")):
+    path, chosen = Path(name).expanduser(), part != default_part
+    if path.exists():
+        return _read_path(path, part, data, key, chosen)
+    if any(sign in name for sign in _MAGIC):
+        found = sorted(glob.glob(str(path), recursive=True))
+        if not found:
+            raise FileNotFoundError(f"{key}: no file matches {name}. Correct the pattern.")
+        files = (_read_path(Path(file), part, data, key, chosen) for file in found)
+        return list(itertools.chain.from_iterable(files))
+    known = data.format or _kind(path)
+    if known is not None or path.is_absolute() or name.startswith((".", "~")):
         raise FileNotFoundError(f"{key}: there is no file {name}. Correct the path.")
     return _read_hub(name, part, data, key)
+
+
+def _read_path(path: Path, part: str, data: DataConfig, key: str, chosen: bool) -> list[Row]:
+    """Read a file or a folder; chosen: whether the config names the part itself."""
+    if path.is_dir():
+        return _read_folder(path, part, key, chosen)
+    kind = data.format or _kind(path)
+    if kind is None:
+        known = ", ".join(sorted(set(_SUFFIXES.values())))
+        raise ValueError(
+            f"{key}: the ending of {path} says no format. Set data.format to one of {known}."
+        )
+    return list(_read_file(path, kind, part, data))
+
+
+def _kind(path: Path) -> str | None:
+    """Return the format that a file's ending says, None if it says none."""
+    suffixes = [suffix for suffix in path.suffixes if suffix not in _PACKED]
+    return _SUFFIXES.get(suffixes[-1] if suffixes else "")
 
 
 def _read_file(path: Path, kind: str, part: str, data: DataConfig) -> Iterator[Row]:
@@ -142,10 +172,8 @@ def _read_file(path: Path, kind: str, part: str, data: DataConfig) -> Iterator[R
     if kind == "parquet":
         yield from _read_parquet(path)
         return
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        # utf-8-sig: a byte order mark is not part of the first column's name.
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        with closing(_opened(path)) as file:
             if kind == "jsonl":
                 yield from _read_jsonl(path, file)
             elif kind == "json":
@@ -161,6 +189,25 @@ def _read_file(path: Path, kind: str, part: str, data: DataConfig) -> Iterator[R
         raise ValueError(
             f"{path}: not a whole gzip file ({error}). Copy it again, or rename it without .gz."
         ) from None
+    except OSError as error:
+        if path.suffix != ".zst":
+            raise
+        raise ValueError(
+            f"{path}: not a whole zstd file ({error}). Copy it again, or rename it without .zst."
+        ) from None
+
+
+def _opened(path: Path) -> IO[str]:
+    """Open a file as text, unpacked if its name says that it is packed."""
+    # utf-8-sig: a byte order mark is not part of the first column's name.
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    if path.suffix == ".zst":
+        import pyarrow
+
+        unpacked: Any = pyarrow.input_stream(str(path), compression="zstd")
+        return io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
 
 
 class DuplicateKey(ValueError):
@@ -292,19 +339,52 @@ def _split_lines(
 def _read_parquet(path: Path) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
+    from datasets import Features
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        table = pyarrow.parquet.read_table(path)
+        rows, features = table.to_pylist(), Features.from_arrow_schema(table.schema)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
             f"{path}: not a readable Parquet file ({reason}). Write it again."
         ) from None
-    return [Row(f"{path}: row {n}", values) for n, values in enumerate(rows, 1)]
+    return _named_rows(rows, features, str(path))
+
+
+def _read_folder(path: Path, part: str, key: str, chosen: bool) -> list[Row]:
+    """Read a folder that `save_to_disk` of datasets wrote.
+
+    part: the split, where the folder holds several. chosen: whether the config names it.
+    """
+    from datasets import Dataset, DatasetDict, load_from_disk
+
+    whole = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    if not whole and not (path / "dataset_dict.json").is_file():
+        raise IsADirectoryError(
+            f"{key}: {path} is a folder, and not one of datasets' save_to_disk. Give its files: "
+            f"[a.jsonl, b.jsonl], or a pattern: {path}/*.jsonl"
+        )
+    try:
+        found = load_from_disk(str(path))
+    except Exception as error:  # whatever datasets makes of a damaged folder
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"{path}: not a readable folder of datasets ({reason}). Save it again."
+        ) from None
+    if isinstance(found, DatasetDict):
+        if part not in found:
+            known = ", ".join(map(str, found))
+            raise ValueError(f"{path}: has no split {part!r}. It has {known}: write FOLDER#SPLIT.")
+        found = found[part]
+    elif chosen:
+        raise ValueError(f"{path}: holds no splits, so there is no {part!r}. Leave it out.")
+    assert isinstance(found, Dataset)
+    return _named_rows(found.with_format(None).to_list(), found.features, str(path))
 
 
 def _read_hub(name: str, part: str, data: DataConfig, key: str) -> list[Row]:
-    from datasets import ClassLabel, load_dataset
+    from datasets import load_dataset
 
     try:
         dataset = load_dataset(name, data.subset, split=part)
@@ -314,14 +394,22 @@ def _read_hub(name: str, part: str, data: DataConfig, key: str) -> list[Row]:
             f"{key}: {name} is no file here, and the hub gives no such data set ({reason}). "
             "Correct the path or the hub id, data.subset and the split."
         ) from error
-    names = {n: f.names for n, f in dataset.features.items() if isinstance(f, ClassLabel)}
-    rows = []
-    for number, values in enumerate(dataset.to_list(), 1):
+    return _named_rows(dataset.to_list(), dataset.features, name)
+
+
+def _named_rows(rows: list[dict[str, Any]], features: Any, where: str) -> list[Row]:
+    """Return rows with the names of their classes, where a column has numbers of classes.
+
+    features: of datasets, which know the names.
+    """
+    from datasets import ClassLabel
+
+    names = {n: f.names for n, f in features.items() if isinstance(f, ClassLabel)}
+    for values in rows:
         for column, known in names.items():
             if values[column] in range(len(known)):  # an unlabelled row holds -1 or None
                 values[column] = known[values[column]]
-        rows.append(Row(f"{name}: row {number}", values))
-    return rows
+    return [Row(f"{where}: row {number}", values) for number, values in enumerate(rows, 1)]
 
 
 def _columns(value: Any, where: str) -> dict[str, Any]:
@@ -374,6 +462,16 @@ def _group(row: Row, by: str | int) -> str:
             f"{', '.join(names[:20])}. {did_you_mean(str(by), names)}"
         )
     return json.dumps(row.values[name], sort_keys=True, default=str)
+
+
+def _mixed(parts: list[list[Row]], weights: list[float], seed: int) -> list[list[Row]]:
+    """Draw rows of each source in these proportions; the source that ends first is used whole."""
+    most = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
+    draw, mixed = random.Random(seed), []
+    for part, weight in zip(parts, weights, strict=True):
+        count = min(len(part), max(1, round(most * weight)))
+        mixed.append([part[i] for i in sorted(draw.sample(range(len(part)), count))])
+    return mixed
 
 
 def _limited(rows: list[Row], limit: int | None, seed: int) -> list[Row]:

@@ -7,6 +7,7 @@ tokens of every leading part, and part by part if a token would cross a border.
 
 import bisect
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from plait.run.data.rows import Row
 IGNORED = -100  # the label of a token that is not trained
 CUT = "cut"  # the column that says whether data.truncate shortened a row
 _CHARACTERS = 128  # of a token, no more than which a row has on average
+_LISTS = ("messages", "rejected_messages", "tools", "given")  # raw values that are no strings
 _COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -35,17 +37,23 @@ def tokenize(
     splits = {}
     for split, values in columns.values.items():
         rows = columns.rows[split]
-        if causal:
+        if causal and columns.form == "prompt":
+            encoded = _encode_prompts(values, rows, tokenizer)
+        elif causal:
             encoded = _encode_causal(values, rows, data, tokenizer)
+            if columns.form == "preference":
+                _encode_rejected(encoded, values, rows, data, tokenizer)
         else:
             encoded = encode_texts(values, rows, data, tokenizer)
             for of_row, row, item in zip(values, rows, encoded, strict=True):
                 item["labels"] = _label(of_row["label"], columns.labels, row.where)
         for of_row, item in zip(values, encoded, strict=True):
-            item |= {k: v for k, v in of_row.items() if k not in ("messages", "tools")}
+            item |= {k: v for k, v in of_row.items() if k not in _LISTS}
+            if "given" in of_row:
+                item["given"] = json.dumps(of_row["given"], default=str)
             if columns.tasks is not None:
                 item["task_id"] = columns.tasks.index(of_row["task"])
-        _fit(encoded, split, data, causal)
+        _fit(encoded, split, data, causal and columns.form != "prompt")
         splits[split] = Dataset.from_list(encoded)
     return splits
 
@@ -174,8 +182,9 @@ def _encode_causal(
         for part, (_, trained) in zip(parts, segments, strict=True):
             ids += part
             labels += part if trained or data.train_on_prompt else [IGNORED] * len(part)
-        # A chat template ends its turns itself, mostly with this very token.
-        if data.add_eos and ("messages" not in of_row or _end_id(tokenizer) not in parts[-1]):
+        # A chat template ends its turns itself, mostly with this very token, and a text may.
+        last = parts[-1] if "messages" in of_row else parts[-1][-1:]
+        if data.add_eos and _end_id(tokenizer) not in last:
             ids.append(_end_id(tokenizer))
             labels.append(_end_id(tokenizer) if segments[-1][1] else IGNORED)
         encoded.append(
@@ -187,6 +196,56 @@ def _encode_causal(
                 CUT: short,
             }
         )
+    return encoded
+
+
+def _encode_rejected(
+    encoded: list[dict[str, Any]],
+    values: list[dict[str, Any]],
+    rows: list[Row],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Add to each pair `rejected_ids`, what follows its prompt in the rejected answer.
+
+    Raises ValueError for a pair whose answers do not follow the same tokens.
+    """
+    others = []
+    for of_row in values:
+        if "messages" in of_row:
+            other = {"messages": of_row["rejected_messages"], "tools": of_row.get("tools")}
+        else:
+            other = {"prompt": of_row["prompt"], "completion": of_row["rejected"]}
+        others.append(other)
+    rejected = _encode_causal(others, rows, data, tokenizer)
+    for item, of_row, made, other, row in zip(encoded, values, rejected, others, rows, strict=True):
+        start = made["prompt_length"]
+        if made["input_ids"][:start] != item["input_ids"][: item["prompt_length"]]:
+            raise ValueError(
+                f"{row.where}: the prompt has other tokens before the rejected answer than before "
+                "the chosen one. Correct or remove the row."
+            )
+        of_row["rejected"] = other["completion"]
+        item["rejected_ids"] = made["input_ids"][start:]
+        item[CUT] |= made[CUT]
+
+
+def _encode_prompts(
+    values: list[dict[str, Any]], rows: list[Row], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """Return the ids that generation starts from, for rows without answers."""
+    encoded = []
+    for of_row, row in zip(values, rows, strict=True):
+        if "messages" in of_row:
+            text = _rendered(tokenizer, of_row["messages"], True, row.where, of_row.get("tools"))
+            ids, of_row["prompt"] = _encode_segments([[text]], tokenizer)[0][0], text
+        else:
+            ids = encode_prompt(tokenizer, of_row["prompt"])
+        if not ids:
+            raise ValueError(f"{row.where}: the prompt has no tokens. Remove the row.")
+        of_row["completion"] = ""
+        whole = {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(ids)}
+        encoded.append(whole | {"prompt_length": len(ids), CUT: False})
     return encoded
 
 
@@ -318,7 +377,7 @@ def _rendered(
 def _fit(encoded: list[dict[str, Any]], split: str, data: DataConfig, causal: bool) -> None:
     """Cut rows to data.max_length in place if data.truncate is set; raise if it is not."""
     limit = data.max_length
-    lengths = sorted(len(item["input_ids"]) for item in encoded)
+    lengths = sorted(map(length_of, encoded))
     long = len(lengths) - bisect.bisect_right(lengths, limit)
     if long and not data.truncate:
         raise ValueError(
@@ -328,10 +387,17 @@ def _fit(encoded: list[dict[str, Any]], split: str, data: DataConfig, causal: bo
         )
     if long:
         for item in encoded:
-            item[CUT] |= len(item["input_ids"]) > limit
+            item[CUT] |= length_of(item) > limit
+            if "rejected_ids" in item:
+                item["rejected_ids"] = item["rejected_ids"][: max(0, limit - item["prompt_length"])]
             for name in (*_COLUMNS, "labels"):
                 if name in item:
                     item[name] = item[name][:limit]
+    if any(not item.get("rejected_ids", [0]) for item in encoded):
+        raise ValueError(
+            f"data: a {split} row has no token of its rejected answer within {limit} tokens. Raise "
+            "data.max_length."
+        )
     if causal:
         # The first token of a row is never predicted, so its label trains nothing.
         empty = sum(all(label == IGNORED for label in item["labels"][1:]) for item in encoded)
@@ -341,3 +407,9 @@ def _fit(encoded: list[dict[str, Any]], split: str, data: DataConfig, causal: bo
                 f"data: {empty} of {len(encoded)} {split} rows have no token to train on within "
                 f"{limit} tokens. {why}"
             )
+
+
+def length_of(item: dict[str, Any]) -> int:
+    """Return the tokens of a row, of a pair those of its longer answer."""
+    other = item.get("prompt_length", 0) + len(item.get("rejected_ids", ()))
+    return max(len(item["input_ids"]), other)

@@ -16,7 +16,7 @@ import numpy as np
 from plait.run.config import RunConfig
 from plait.run.data.bundle import DataBundle, Split
 from plait.run.evaluate import Progress, measure_rows
-from plait.run.metrics import METRICS, Rows, metrics_of_rows
+from plait.run.metrics import METRICS, Rows, measures, metrics_of_rows
 
 _DRAWS = 200  # of the bootstrap
 _LEAST = 0.01  # noise of a metric that is no share, relative to it
@@ -84,7 +84,7 @@ class HeldOutRows:
 
     def compare(self, exported: Any) -> HeldOut:
         """Measure the export on the same rows."""
-        measure = partial(metrics_of_rows, self.cfg.model.task)
+        measure = partial(metrics_of_rows, measures(self.cfg))
         before, after = measure(self.values), measure(self._measure(exported))
         noise = noise_of(self.values, measure)
         names = [n for n, x in before.items() if x is not None and after[n] is not None]

@@ -184,14 +184,25 @@ def _with_paths_of(config: FederateConfig, folder: FederatedFolder) -> FederateC
 
 
 # Keys that plait 0.1 did not have: unset, they must not change the digest of its checkpoints.
-_LATER = ("chat_template", "label_noise", "split_by")
+_LATER = {
+    *("adapter", "chat_template", "chosen", "form", "label_noise", "mix", "rejected", "split_by"),
+}
+
+
+def _as_before(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a section without later keys that are unset."""
+    return {
+        name: _as_before(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value is not None or name not in _LATER
+    }
 
 
 def _facts(config: FederateConfig, setup: Setup) -> dict[str, Any]:
     """What decides the result besides the method and the server's options."""
     return {
         "sections": {
-            name: {k: v for k, v in asdict(section).items() if v is not None or k not in _LATER}
+            name: _as_before(asdict(section))
             for name, section in config.sections().items()
             if name in ("model", "data", "partition")
         },
