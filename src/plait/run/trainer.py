@@ -92,6 +92,14 @@ def only_targets(
     return {**inputs, **shown}
 
 
+def narrowed(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """As `only_targets`; None also where the model, adapted or not, takes no `logits_to_keep`."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
+        return None
+    return only_targets(inputs, getattr(base.config, "vocab_size", 0))
+
+
 class RunTrainer(Trainer):
     """Trains one run; see plait.run.train. Its checkpoints lie in `checkpoints`."""
 
@@ -307,17 +315,14 @@ class RunTrainer(Trainer):
         A model may take `logits_to_keep` and compute its loss in a way of its own, so the losses of
         one row with and without it are compared once.
         """
-        base: Any = self.trained.get_base_model() if isinstance(self.trained, PeftModel) else None
-        base = self.trained if base is None else base
-        narrow = only_targets(inputs, getattr(base.config, "vocab_size", 0))
+        causal = self.cfg.model.task == "causal_lm"
+        narrow = narrowed(self.trained, inputs) if causal else None
         if self._narrows is False or narrow is None or self.label_smoother is not None:
             return inputs
         if self.accelerator.num_processes > 1:  # one that compares alone would wait for the others
             return inputs
         if self._narrows is None:
-            names = inspect.signature(type(base).forward).parameters
-            self._narrows = self.cfg.model.task == "causal_lm" and "logits_to_keep" in names
-            self._narrows = self._narrows and self._measure_narrowing(model, inputs)
+            self._narrows = self._measure_narrowing(model, inputs)
         return narrow if self._narrows else inputs
 
     @torch.no_grad()

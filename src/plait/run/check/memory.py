@@ -28,6 +28,7 @@ from plait.run.data.bundle import DataBundle
 from plait.run.evaluate import batches
 from plait.run.model import context_of, recomputes
 from plait.run.prepare import Prepared
+from plait.run.trainer import narrowed
 
 _KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # key of `training` -> type of autocast
 
@@ -149,6 +150,8 @@ def _trace(run: Prepared, optimizer: torch.optim.Optimizer) -> tuple[int, int, i
     with FakeCopyMode(fake):
         model, moving = copy.deepcopy((run.model, optimizer))
     step_rows = _longest(run.data, run.arguments.per_device_train_batch_size)
+    if run.cfg.model.task == "causal_lm":
+        step_rows = narrowed(run.model, step_rows) or step_rows
     held_out = [_first(run, split) for split in run.data.splits() if split != "train"]
     known = [*model.parameters(), *model.buffers()]
     with fake, Allocations(known) as counted:
