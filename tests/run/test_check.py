@@ -216,12 +216,12 @@ def test_a_model_cut_off_or_incomplete(models, rows, tmp_path):
 
 
 def test_a_hub_model_that_cannot_be_loaded(rows, tmp_path, monkeypatch):
-    from plait.run import model
+    from plait.run.model import tokenizer
 
     def offline(*args, **kwargs):
         raise OSError("We couldn't connect to the hub.\nMore lines.")
 
-    monkeypatch.setattr(model.AutoTokenizer, "from_pretrained", offline)
+    monkeypatch.setattr(tokenizer.AutoTokenizer, "from_pretrained", offline)
     config = run_config(tmp_path, rows, tmp_path / "run", model={"name": "owner/model"})
     assert error(config, FileNotFoundError) == (
         "model.name: the tokenizer of owner/model cannot be loaded (We couldn't connect to the "
