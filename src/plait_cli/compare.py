@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from plait.run.compare.report import write_report
     from plait.run.compare.runner import Pool
     from plait.run.compare.study import read_study
+    from plait.run.config import IMPORTED
     from plait_cli import console
 
     study = read_study(args.file, import_plugins=True)
@@ -56,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
             study, sizes = match_arms(study)
             for arm in sizes.arms:
                 screen.print(str(arm), soft_wrap=True)
-            workers, modules = study.options.workers, args.modules or ()
-            with Pool(study.folder, workers, modules, until) as pool:
+            plugins = list(IMPORTED.values())
+            with Pool(study.folder, study.options.workers, plugins, until) as pool:
                 if args.plan or study.options.budget is not None:
                     made = plan.make_plan(study, sizes, pool)
                     for line in made.lines():

@@ -12,7 +12,7 @@ from plait.run.federated.folder import FederatedFolder, read_rounds
 from plait.run.federated.report import summary
 from plait.run.folder import RunFolder
 from plait_cli import main
-from tests.support import ROOT
+from tests.support import ROOT, warm
 from tests.support.federated_runs import config, lines, write
 from tests.support.runs import copy_rows, write_rows
 
@@ -44,6 +44,23 @@ def test_simulate_fills_the_run_folder_and_report_reads_it(
     shown = capsys.readouterr().out
     assert "fedit" in shown
     assert "gain over" in shown
+
+
+def test_a_plugin_is_known_to_worker_processes_too(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "run",
+        method={"name": "lora", "lora_alpha": None, "r": 2},
+        federated={"method": "fedavg"},
+        engine={"workers": 2},
+        local={"rounds": 1},
+    )
+    text = Path(file).read_text().replace("name: lora", "name: gated")
+    Path(file).write_text(text)
+    code = "import sys, plait_cli; sys.exit(plait_cli.main(sys.argv[1:]))"
+    plugin = str(ROOT / "examples/custom_method.py")
+    done = warm.python("--import", plugin, "federate", "simulate", file, code=code, peft=True)
+    assert done.returncode == 0, done.stderr
+    assert "round 1: 3 of 3 updates" in done.stdout
 
 
 def test_resume_continues_to_the_same_lines(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ class Pool:
     Args:
         folder: of the comparison; a trial's run is in runs/KEY below it.
         workers: processes; 1 runs the trials in this one. None: as StudyConfig.workers says.
-        modules: to be imported, for they register methods.
+        modules: what import_plugin is to import in each worker: they register methods.
         until: the time, by time.monotonic, after which nothing new is begun.
 
     As a context manager it ends its workers.

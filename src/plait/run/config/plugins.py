@@ -20,7 +20,8 @@ from plait.run.config.sections import ModelConfig
 from plait.run.config.yaml import Source, check_value
 
 REMOTE_CODE = "model.trust_remote_code"
-IMPORTED: set[str] = set()  # modules that the user asked for in this process
+# Modules that the user asked for in this process -> what makes import_plugin do so in another one.
+IMPORTED: dict[str, str] = {}
 
 
 def import_plugin(name: str) -> None:
@@ -39,14 +40,14 @@ def import_plugin(name: str) -> None:
                 f"plugin {name}: cannot be imported ({error}). Give an installed module, or a file "
                 "by plait --import FILE.py"
             ) from error
-        IMPORTED.add(name)
+        IMPORTED[name] = name
         return
     path = Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"plugin {name}: there is no such file. Correct the path.")
     if path.stem in sys.modules:
         if getattr(sys.modules[path.stem], "__file__", None) == str(path.resolve()):
-            IMPORTED.add(path.stem)
+            IMPORTED[path.stem] = str(path.resolve())
             return
         raise ValueError(
             f"plugin {name}: a module named {path.stem} is loaded already. Rename the file."
@@ -61,7 +62,7 @@ def import_plugin(name: str) -> None:
     except BaseException:
         del sys.modules[path.stem]
         raise
-    IMPORTED.add(path.stem)
+    IMPORTED[path.stem] = str(path.resolve())
 
 
 def check_plugins(raw: Any, source: Source, trusted: bool) -> list[str]:

@@ -1,6 +1,6 @@
 """The clients of a federated run: what answers the server's orders, in which process."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,6 +12,7 @@ from torch import nn
 from plait.federated.client import Site
 from plait.federated.engines.workers import Workers
 from plait.federated.protocol import Answer
+from plait.run.config import IMPORTED, import_plugin
 from plait.run.evaluate import evaluate_model
 from plait.run.federated.config import FederateConfig
 from plait.run.federated.rows import POOLED
@@ -47,15 +48,29 @@ def make_clients(setup: Setup, folder: str | Path) -> Site:
     )
 
 
-def client_handler(config: FederateConfig, folder: Path, client: str | None = None) -> Answer:
-    """Build what answers the orders of a worker process; client: its only one, None: all."""
+def client_handler(
+    config: FederateConfig, folder: Path, client: str | None = None
+) -> Callable[[], Answer]:
+    """Return what builds, in a worker process, that which answers its orders.
+
+    client: the only one of the process; None: all.
+    """
+    return partial(_answer, config, folder, client, tuple(IMPORTED.values()))
+
+
+def _answer(
+    config: FederateConfig, folder: Path, client: str | None, plugins: Sequence[str]
+) -> Answer:
+    """Build the clients in a new process, which has not imported the user's plugins yet."""
+    for name in plugins:
+        import_plugin(name)
     return make_clients(prepare_federation(config, client), folder).answer
 
 
 @contextmanager
 def client_process(config: FederateConfig, folder: Path, client: str) -> Iterator[Answer]:
     """Run one client in a process that stays loaded between orders; one that hangs is killed."""
-    make = partial(client_handler, config, folder, client)
+    make = client_handler(config, folder, client)
     with Workers(make, 1, config.timeouts.deadlines(), config.engine.threads) as workers:
         workers.ready()
 

@@ -45,7 +45,7 @@ def simulate(
         conducted = partial(
             conduct, setup, resume=resume, progress=progress, done=done, private=folder.clients
         )
-        make = partial(client_handler, config, folder.clients)
+        make = client_handler(config, folder.clients)
         if engine.kind == "flower":
             from plait.federated.engines.flower import simulation
 
