@@ -160,8 +160,9 @@ def test_a_run_that_was_killed_after_it_stopped_trains_no_further(
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no validation": (
         {"data": {"validation": None}},
-        "training.early_stopping_patience is 3, and data.validation is not set. Give a source or "
-        "a fraction of train.",
+        "training.early_stopping_patience is 3, and data.validation is not set. Give "
+        "data.validation a source or a fraction of train, or remove "
+        "training.early_stopping_patience.",
     ),
     "no evaluation": (
         {"training": {"eval_strategy": "no"}},

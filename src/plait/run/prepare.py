@@ -382,10 +382,10 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
             "training.push_to_hub is true, but would upload without the model card. Upload the "
             "finished adapter/ with: hf upload REPO RUN/adapter"
         )
+    _check_evaluates(cfg)
     if options.pop(PATIENCE, None) is not None:
         _check_early_stopping(cfg)
         options.setdefault("metric_for_best_model", "loss")
-    _check_evaluates(cfg)
     baseline = BASELINES.get(cfg.method.name)
     if options.get("load_best_model_at_end") and baseline and baseline.no_best_checkpoint:
         raise ValueError(
@@ -434,6 +434,7 @@ def _check_evaluates(cfg: RunConfig) -> None:
     if cfg.data.validation is not None:
         return
     needs = {
+        PATIENCE: cfg.training.get(PATIENCE) is not None,
         "load_best_model_at_end": cfg.training.get("load_best_model_at_end"),
         "eval_strategy": cfg.training.get("eval_strategy", "no") != "no",
         "save_strategy": cfg.training.get("save_strategy") == "best",
@@ -460,13 +461,8 @@ def upstream_refuses(section: str) -> Iterator[None]:
 
 
 def _check_early_stopping(cfg: RunConfig) -> None:
-    """Raise ValueError if a run cannot stop early: without validation, or amid its schedule."""
+    """Raise ValueError if a run cannot stop early: it measures nothing, or is amid its schedule."""
     key, baseline = f"training.{PATIENCE}", BASELINES.get(cfg.method.name)
-    if cfg.data.validation is None:
-        raise ValueError(
-            f"{key} is {cfg.training[PATIENCE]}, and data.validation is not set. Give a source "
-            "or a fraction of train."
-        )
     if str(cfg.training.get("eval_strategy")) == "no":
         raise ValueError(
             f"{key} is {cfg.training[PATIENCE]}, and training.eval_strategy is no, so nothing is "
