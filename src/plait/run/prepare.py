@@ -355,6 +355,11 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
         options.setdefault("greater_is_better", best.higher_is_better)
     if ranks.size() > 1:
         options |= group_options(cfg)
+    elif cfg.parallel.kind == "fsdp2" and (cfg.parallel.processes or 1) == 1:
+        raise ValueError(
+            f"{cfg.source.at('parallel.kind')} is fsdp2, and there is one process. Start several: "
+            "plait train FILE --processes N"
+        )
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # else torch warns
     options.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
     with upstream_refuses("training"):

@@ -24,6 +24,7 @@ from plait.run.folder import RunFolder, with_absolute_paths, write_atomic
 from plait.run.model import source_of
 from plait.run.parallel import ranks
 from plait.run.parallel.ranks import agreed, check_same
+from plait.run.parallel.sharded import is_sharded
 from plait.run.prepare import Prepared, TrainedRun, load_run
 from plait.run.trainer import RunTrainer, clear_unfinished, latest_checkpoint, rehearse
 
@@ -159,7 +160,7 @@ def _processes(folder: RunFolder) -> dict[str, int]:
 
 def _write_lora(run: Prepared, folder: RunFolder) -> None:
     """Write the adapter as a plain LoRA, too; where that fails, warn and keep the run."""
-    if splits_base(run.model):  # its live base is not the base model
+    if splits_base(run.model) or is_sharded(run.model):  # its live base is not the base model
         trained = load_run(folder.path)
     else:
         facts, source = folder.read_facts(), source_of(run.cfg.model)
