@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from plait.callback import PlaitCallback
 from plait.core.events import PlaitWarning, check_events
@@ -114,6 +114,8 @@ def _train(
 
     # Made after the first evaluation: the Trainer seeds all generators.
     trainer = RunTrainer(run, folder, [MetricsFile(folder), PlaitCallback(), *callbacks])
+    if ranks.size() > 1:  # dropout is drawn for the own rows; the rest comes from generators
+        set_seed((run.seeds["training"] + 1_000_003 * ranks.rank()) % 2**32)
     try:
         trainer.fit()
     except FloatingPointError:

@@ -23,7 +23,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback, TrainerState
@@ -171,7 +171,6 @@ class RunTrainer(Trainer):
             earlier, began = self.folder.read_facts().get("seconds", 0.0), time.monotonic()
             if self.checkpoint is not None and self.is_fsdp_enabled:
                 self.load_weights(self.checkpoint)  # before the model is shared out
-            self._seed_apart()
             with self.stop:
                 self.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
             if ranks.is_first():
@@ -183,14 +182,6 @@ class RunTrainer(Trainer):
                     f"{latest_checkpoint(self.checkpoints)} is complete."
                 )
         self.check_finite()
-
-    def _seed_apart(self) -> None:
-        """Let each of several processes draw dropout masks of its own for its own rows.
-
-        What they draw together, such as the order of rows or ranks, comes from generators.
-        """
-        if ranks.size() > 1:
-            set_seed((self.args.seed + 1_000_003 * ranks.rank()) % 2**32)
 
     @property
     def stopped_early(self) -> bool:

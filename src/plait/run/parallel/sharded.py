@@ -17,13 +17,14 @@ from transformers import TrainerCallback
 from plait.core.sharding import is_shard
 from plait.run.config import RunConfig
 from plait.run.parallel import ranks
+from plait.upstream.adalora import METHOD
 
 WEIGHTS = "pytorch_model_fsdp.bin"  # of a checkpoint: what adapter_model.safetensors holds, too
 OPTIMIZER = "optimizer.bin"
 # What FSDP2 cannot train -> why.
 _METHODS = {
     "tied": "its blocks share factors, which torch refuses to shard",
-    "adalora": "upstream's penalty reads a shard as if it were whole",
+    METHOD: "upstream's penalty reads a shard as if it were whole",
 }
 
 
