@@ -128,6 +128,11 @@ def make(
             steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no"}
             steps |= {"early_stopping_patience": 1, "learning_rate": 0.05}
             return job(llama, rows, to, "lora", size, training=steps)
+        if name == "best":
+            steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
+            steps |= {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2}
+            steps |= {"metric_for_best_model": "loss", "learning_rate": 0.05}
+            return job(llama, rows, to, "lora", size, training=steps)
         kind, _, method = name.rpartition(":")
         made = job(llama, rows, to, method, size)
         if kind:
@@ -141,7 +146,7 @@ def make(
 
 STOPS = ("whole", "stopped", "continued")
 SHARDED = [f"fsdp:{name}" for name in NAMES if name not in ("tied", "adalora")]
-OTHERS = ["bert", "accumulated", "nan", "refused", "early", *STOPS]
+OTHERS = ["bert", "accumulated", "best", "nan", "refused", "early", *STOPS]
 OTHERS += [*SHARDED, *(f"fsdp-{what}" for what in STOPS), "silent:lora"]
 Ends = dict[int, dict[str, list[str | None]]]
 
@@ -183,7 +188,7 @@ def losses(folder: RunFolder) -> list[float]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", [*NAMES, *SHARDED, "bert", "accumulated", "early"])
+@pytest.mark.parametrize("name", [*NAMES, *SHARDED, "bert", "accumulated", "best", "early"])
 def test_processes_train_what_one_trains(
     name: str, size: int, ends: Ends, alone: Callable[[str], RunFolder], make: Make
 ) -> None:
@@ -203,6 +208,7 @@ def test_processes_train_what_one_trains(
         assert after[when]["loss"] == pytest.approx(before[when]["loss"], abs=1e-4)
     facts = several.read_facts()
     assert (facts["processes"], facts["steps"]) == (size, one.read_facts()["steps"])
+    assert facts.get("kept", {}).get("step") == one.read_facts().get("kept", {}).get("step")
 
 
 @pytest.mark.parametrize("size", SIZES)
