@@ -13,7 +13,7 @@ OFF := LLAVA_BUILD LLAMA_BUILD_TESTS LLAMA_BUILD_TOOLS LLAMA_BUILD_EXAMPLES LLAM
   LLAMA_BUILD_APP LLAMA_OPENSSL GGML_NATIVE GGML_OPENMP GGML_LLAMAFILE
 LLAMA_OPTIONS := $(foreach option,$(OFF),-D$(option)=OFF)
 
-.PHONY: demo test test-deploy test-security test-servers test-simulations lint format docs \
+.PHONY: demo test test-parallel test-deploy test-security test-servers test-simulations lint format docs \
   docs-update assets clean
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
@@ -46,6 +46,10 @@ demo: $(VENV)/core.stamp
 
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
+
+# Every method in two and in four processes, under DDP and FSDP2, and ten kills: some minutes.
+test-parallel: $(VENV)/dev.stamp
+	PLAIT_PARALLEL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rP tests/run/parallel
 
 # Servers and clients that are killed, and whole runs of them: some minutes. Needs plait[federated].
 test-deploy: $(VENV)/dev.stamp

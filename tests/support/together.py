@@ -2,9 +2,10 @@
 
     python tests/support/together.py JOBS SIZE
 
-JOBS is a JSON file: a list of {config, resume, rank, step, act}. In step `step`, process `rank`
-does what `act` says. Each process writes the errors of its runs, null where there is none, into
-JOBS.RANK. This process forks into the others, so that libraries are imported once.
+JOBS is a JSON file: a list of {config, resume, rank, step, act, only, shard}. In step `step`,
+process `rank` does what `act` says. only: what some processes change of the config. shard:
+accelerate's FSDP2 works on CPUs, too. Each process writes the errors of its runs, null where there
+is none, into JOBS.RANK. This process forks into the others, so libraries are imported once.
 """
 
 import faulthandler
@@ -14,11 +15,13 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 
 def stop(model: Any) -> None:
@@ -30,6 +33,28 @@ def break_weight(model: Any) -> None:
     """Make the loss of this process NaN, after what all have agreed on."""
     rows = model.get_input_embeddings().weight
     rows.data[:] = float("nan")
+
+
+@contextmanager
+def sharding_on_cpus() -> Iterator[None]:
+    """Let accelerate turn FSDP on for CPUs as it does for GPUs; it is DDP there otherwise."""
+    shared, real = PartialState._shared_state, AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind = shared.get("distributed_type")
+        if kind == DistributedType.MULTI_CPU:
+            shared["distributed_type"] = DistributedType.MULTI_GPU
+        try:
+            real(self, *args, **kwargs)
+        finally:
+            if kind is not None:
+                shared["distributed_type"] = kind
+
+    AcceleratorState.__init__ = init
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = real
 
 
 ACTS: dict[str, Callable[[Any], None]] = {"stop": stop, "nan": break_weight}
@@ -44,10 +69,11 @@ def run_jobs(file: Path, rank: int, size: int) -> None:
     from tests.support.runs import At
 
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(240, exit=True)  # a hang is an error
+    jobs = json.loads(file.read_text(encoding="utf-8"))
+    faulthandler.dump_traceback_later(120 + 30 * len(jobs), exit=True)  # a hang is an error
     errors: list[str | None] = []
     train_module.write_loss_curve = lambda folder, title: None  # it takes a third of a short run
-    for job in json.loads(file.read_text(encoding="utf-8")):
+    for job in jobs:
         callbacks = []
         if job.get("rank") == rank:
             callbacks = [At(job["step"], ACTS[job["act"]])]
@@ -55,7 +81,8 @@ def run_jobs(file: Path, rank: int, size: int) -> None:
         for key, value in job.get("only", {}).get(str(rank), {}).items():
             config[key] |= value
         try:
-            train(config_from_dict(config), job.get("resume", False), callbacks)
+            with sharding_on_cpus() if job.get("shard") else nullcontext():
+                train(config_from_dict(config), job.get("resume", False), callbacks)
             errors.append(None)
         except (Exception, KeyboardInterrupt) as error:
             if not (isinstance(error, KeyboardInterrupt) or ranks.is_agreed(error)):

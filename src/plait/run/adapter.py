@@ -59,13 +59,15 @@ def save_trained(
     to: Path,
     start: Path,
     base: ModelConfig,
+    state: dict[str, Any] | None = None,
 ) -> int:
     """Save the trained adapter, or the whole model; return how many numbers it holds.
 
     base: how the run names the base model. start: what `keep_start` saved; PiSSA and its like
-    become a plain LoRA of twice the rank, which is loaded on the whole base weight.
+    become a plain LoRA of twice the rank, which is loaded on the whole base weight. state: the
+    whole weights, where each process holds a part of them.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {} if state is None else {"state_dict": state}
     if splits_base(model):
         options["path_initial_model_for_weight_conversion"] = str(start)
 

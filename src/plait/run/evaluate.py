@@ -20,7 +20,6 @@ from torch import nn
 from torch.nn import functional
 
 from plait.core.files import unwritten
-from plait.core.sharding import is_shard
 from plait.run.config import REMOTE_CODE, RunConfig
 from plait.run.data.bundle import DataBundle, Split
 from plait.run.data.tokens import IGNORED
@@ -28,6 +27,7 @@ from plait.run.generate import decode, generate_ids
 from plait.run.metrics import Rows, mean_metrics, measures, metrics_of_rows
 from plait.run.objectives.rewards import reward_rows
 from plait.run.parallel import ranks
+from plait.run.parallel.sharded import is_sharded
 from plait.run.prepare import load_run
 
 Progress = Callable[[int, int], None]  # rows done, rows in all
@@ -180,7 +180,7 @@ def batches(rows: Dataset, lengths: Sequence[int], size: int) -> Iterator[list[i
 
 def splits(model: nn.Module) -> bool:
     """Whether processes measure different batches; a sharded model's forward takes them all."""
-    return not any(map(is_shard, model.parameters()))
+    return not is_sharded(model)
 
 
 def own_batches(

@@ -406,8 +406,14 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
     best = METRICS.get(best_metric(cfg) or "")
     if best is not None:  # upstream takes every name that does not end in "loss" for a score
         options.setdefault("greater_is_better", best.higher_is_better)
-    if ranks.size() > 1:
-        options |= group_options(cfg)
+    if max(ranks.size(), cfg.parallel.processes or 1) > 1:
+        shared = group_options(cfg)
+        options |= shared if ranks.size() > 1 else {}  # else only looked at, as by plait check
+    elif cfg.parallel.kind == "fsdp2":
+        raise ValueError(
+            f"{cfg.source.at('parallel.kind')} is fsdp2, and there is one process. Start several: "
+            "plait train FILE --processes N"
+        )
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # else torch warns
     options.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
     kind, own = arguments_of(cfg)

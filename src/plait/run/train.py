@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from plait.callback import PlaitCallback
 from plait.core.events import PlaitWarning, check_events
@@ -27,6 +27,7 @@ from plait.run.model import source_of
 from plait.run.objectives.trainers import trainer_class
 from plait.run.parallel import ranks
 from plait.run.parallel.ranks import agreed, check_same
+from plait.run.parallel.sharded import is_sharded
 from plait.run.prepare import Loader, Prepared, TrainedRun, load_run
 from plait.run.trainer import clear_unfinished, latest_checkpoint, rehearse
 
@@ -136,6 +137,8 @@ def _train(
     # Made after the first evaluation: the Trainer seeds all generators.
     make = trainer_class(cfg.objective.name)
     trainer = make(run, folder, [MetricsFile(folder), PlaitCallback(), *callbacks])
+    if ranks.size() > 1:  # dropout is drawn for the own rows; the rest comes from generators
+        set_seed((run.seeds["training"] + 1_000_003 * ranks.rank()) % 2**32)
     try:
         trainer.fit()
     except FloatingPointError:
@@ -182,7 +185,7 @@ def _processes(folder: RunFolder) -> dict[str, int]:
 
 def _write_lora(run: Prepared, folder: RunFolder) -> None:
     """Write the adapter as a plain LoRA, too; where that fails, warn and keep the run."""
-    if splits_base(run.model):  # its live base is not the base model
+    if splits_base(run.model) or is_sharded(run.model):  # its live base is not the base model
         trained = load_run(folder.path)
     else:
         facts, source = folder.read_facts(), source_of(run.cfg.model)

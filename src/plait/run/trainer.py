@@ -49,6 +49,16 @@ from plait.run.model import recomputes
 from plait.run.optimizers import DEFAULT, make_optimizer
 from plait.run.parallel import ranks
 from plait.run.parallel.rows import IDLE, Idling, share
+from plait.run.parallel.sharded import (
+    OPTIMIZER,
+    WEIGHTS,
+    CheckSharded,
+    all_finite,
+    check_kind,
+    forget_earlier,
+    is_sharded,
+    whole_state,
+)
 from plait.run.prepare import Loader, Prepared, prepare, upstream_refuses
 from plait.upstream.adalora import adalora_of, load_adalora, save_adalora, upstream_noise
 
@@ -56,7 +66,8 @@ _REMEDY = "Remove that checkpoint to resume from the one before it."
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 # What reading a damaged file may raise besides errors that tell of damage.
 _UNEXPECTED = (KeyError, IndexError, AttributeError, TypeError, AssertionError)
-_STATES = (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt")
+_STATES = (TRAINER_STATE_NAME, "scheduler.pt")
+_OPTIMIZERS = ("optimizer.pt", OPTIMIZER)
 
 
 MANY_LOGITS = 2**20  # with fewer numbers in a batch there is nothing to save
@@ -125,6 +136,7 @@ class RunTrainer(Trainer):
         collator: Any = run.data.collator
         if ranks.size() > 1:
             collator = Idling(collator, run.data.train)
+            forget_earlier()
         with upstream_refuses("training"):
             super().__init__(
                 model=run.model,
@@ -138,8 +150,11 @@ class RunTrainer(Trainer):
                     *callbacks,
                     *([] if self.chain is None else [self.chain]),
                     *([] if self.patience is None else [self.patience]),
+                    *([CheckSharded()] if run.cfg.parallel.kind == "fsdp2" else []),
                 ],
             )
+        if ranks.size() > 1:
+            check_kind(self.accelerator, run.cfg)
         self.remove_callback(PrinterCallback)
         # Whether the model divides its loss by the number of items that it is given; None: unknown.
         self._divides_loss: bool | None = None if self.model_accepts_loss_kwargs else False
@@ -162,7 +177,8 @@ class RunTrainer(Trainer):
             self.load_weights(self._best_checkpoint() or self.checkpoint)
         else:
             earlier, began = self.folder.read_facts().get("seconds", 0.0), time.monotonic()
-            self._seed_apart()
+            if self.checkpoint is not None and self.is_fsdp_enabled:
+                self.load_weights(self.checkpoint)  # before the model is shared out
             with self.stop:
                 self.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
             if ranks.is_first():
@@ -174,14 +190,6 @@ class RunTrainer(Trainer):
                     f"{latest_checkpoint(self.checkpoints)} is complete."
                 )
         self.check_finite()
-
-    def _seed_apart(self) -> None:
-        """Let each of several processes draw dropout masks of its own for its own rows.
-
-        What they draw together, such as the order of rows or ranks, comes from generators.
-        """
-        if ranks.size() > 1:
-            torch.manual_seed(self.args.seed + 1_000_003 * ranks.rank())
 
     @property
     def stopped_early(self) -> bool:
@@ -195,16 +203,18 @@ class RunTrainer(Trainer):
         """Save the trained adapter, or the whole model, and note its size and the steps."""
         # Off with the autocast of mixed precision: the model is measured as it will be loaded.
         self.accelerator.unwrap_model(self.trained, keep_fp32_wrapper=False)
+        state = whole_state(self.trained) if is_sharded(self.trained) else None
         with ranks.agreed():
             if ranks.is_first():
-                self._save_trained()
+                self._save_trained(state)
 
-    def _save_trained(self) -> None:
+    def _save_trained(self, state: dict[str, Any] | None) -> None:
+        """Write them; state: what is gathered of a model that is shared out."""
         full = not isinstance(self.trained, PeftModel)
         to = self.folder.model if full else self.folder.adapter
         with writable(to, self.checkpoints):
             stored = save_trained(
-                self.trained, self.data.tokenizer, to, self.folder.start, self.cfg.model
+                self.trained, self.data.tokenizer, to, self.folder.start, self.cfg.model, state
             )
         early = {}
         if self.stopped_early:
@@ -425,11 +435,12 @@ class RunTrainer(Trainer):
     def check_finite(self) -> None:
         """Raise FloatingPointError if a trained weight is not finite: it is never saved."""
         step = self.state.global_step
-        for name, parameter in self.trained.named_parameters():
-            if parameter.requires_grad and not torch.isfinite(parameter).all():
-                raise FloatingPointError(
-                    self._broken(f"{name} is not finite any more after step {step}")
-                )
+        trained = (pair for pair in self.trained.named_parameters() if pair[1].requires_grad)
+        broken = next((name for name, p in trained if not all_finite(p)), None)
+        found = [name for name in ranks.gather(broken) if name is not None]
+        if found:
+            text = self._broken(f"{found[0]} is not finite any more after step {step}")
+            raise ranks.told(FloatingPointError(text))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint under a temporary name and rename it: it is whole or absent."""
@@ -466,9 +477,17 @@ class RunTrainer(Trainer):
         if best.name == name or best.is_dir():  # upstream looked for it below the temporary name
             self.state.best_model_checkpoint = str(best)
             self.state.save_to_json(str(folder / name / TRAINER_STATE_NAME))
+        (folder / name / WEIGHTS).unlink(missing_ok=True)
         for file in list((folder / name).iterdir()):
             file.rename(folder / file.name)
         (folder / name).rmdir()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the weights of a checkpoint; those that are shared out are gathered first."""
+        if is_sharded(self.trained):
+            self._save(output_dir, whole_state(self.trained))
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         with upstream_noise():
@@ -495,6 +514,8 @@ class RunTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         folder = Path(resume_from_checkpoint)
+        if is_sharded(self.trained):  # its weights were loaded before
+            return
         tuner = adalora_of(self.trained)
         with undamaged(folder, *_UNEXPECTED):
             if tuner is not None:
@@ -645,6 +666,8 @@ def is_complete(checkpoint: Path) -> bool:
     states = [checkpoint / name for name in _STATES]
     states += sorted(checkpoint.glob("rng_state*.pth"))
     if not weights or not all(file.is_file() for file in states):
+        return False
+    if not any((checkpoint / name).is_file() for name in _OPTIMIZERS):
         return False
     return len(states) > len(_STATES)
 

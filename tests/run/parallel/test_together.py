@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from plait.run.config import config_from_dict
 from plait.run.folder import RunFolder
@@ -102,17 +103,21 @@ def make(
         if name == "accumulated":
             steps = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 6 // size}
             return job(llama, rows, to, "lora", size, training=steps)
-        if name in ("whole", "stopped", "continued"):
+        kind, _, what = name.rpartition("-")
+        if what in STOPS:
             made = job(llama, rows, to, "lora", size, method=dropout)
-            if name != "whole":
-                made["config"]["output"]["dir"] = str(root / f"stopped-{size}")
+            if kind:
+                made["config"] |= {"parallel": {"kind": "fsdp2"}}
+                made["shard"] = True
+            if what != "whole":
+                made["config"]["output"]["dir"] = str(root / f"{kind}-stopped-{size}")
             return (
                 made
                 | {
                     "whole": {},
                     "stopped": {"rank": size - 1, "step": 5, "act": "stop"},
                     "continued": {"resume": True},
-                }[name]
+                }[what]
             )
         if name == "nan":
             return job(llama, rows, to, "lora", size) | {"rank": size - 1, "step": 3, "act": "nan"}
@@ -123,12 +128,26 @@ def make(
             steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no"}
             steps |= {"early_stopping_patience": 1, "learning_rate": 0.05}
             return job(llama, rows, to, "lora", size, training=steps)
-        return job(llama, rows, to, name, size)
+        if name == "best":
+            steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
+            steps |= {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2}
+            steps |= {"metric_for_best_model": "loss", "learning_rate": 0.05}
+            return job(llama, rows, to, "lora", size, training=steps)
+        kind, _, method = name.rpartition(":")
+        made = job(llama, rows, to, method, size)
+        if kind:
+            made["config"] |= {"parallel": {"kind": "fsdp2"}}
+            made["config"]["output"]["also"] = ["lora"] if method == "lora" else []
+            made["shard"] = kind == "fsdp"
+        return made
 
     return of
 
 
-OTHERS = ("bert", "accumulated", "whole", "stopped", "continued", "nan", "refused", "early")
+STOPS = ("whole", "stopped", "continued")
+SHARDED = [f"fsdp:{name}" for name in NAMES if name not in ("tied", "adalora")]
+OTHERS = ["bert", "accumulated", "best", "nan", "refused", "early", *STOPS]
+OTHERS += [*SHARDED, *(f"fsdp-{what}" for what in STOPS), "silent:lora"]
 Ends = dict[int, dict[str, list[str | None]]]
 
 
@@ -169,12 +188,12 @@ def losses(folder: RunFolder) -> list[float]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", [*NAMES, "bert", "accumulated", "early"])
+@pytest.mark.parametrize("name", [*NAMES, *SHARDED, "bert", "accumulated", "best", "early"])
 def test_processes_train_what_one_trains(
     name: str, size: int, ends: Ends, alone: Callable[[str], RunFolder], make: Make
 ) -> None:
     assert ends[size][name] == [None] * size
-    one, several = alone(name), folder_of(make(name, size))
+    one, several = alone(name.removeprefix("fsdp:")), folder_of(make(name, size))
     assert losses(several) == pytest.approx(losses(one), abs=1e-5)
     assert len(losses(one)) > 1
     first, second = weights(one), weights(several)
@@ -189,17 +208,39 @@ def test_processes_train_what_one_trains(
         assert after[when]["loss"] == pytest.approx(before[when]["loss"], abs=1e-4)
     facts = several.read_facts()
     assert (facts["processes"], facts["steps"]) == (size, one.read_facts()["steps"])
+    assert facts.get("kept", {}).get("step") == one.read_facts().get("kept", {}).get("step")
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["", "fsdp-"])
 def test_a_signal_to_one_stops_all_and_resuming_gives_the_same_bits(
-    size: int, ends: Ends, make: Make
+    kind: str, size: int, ends: Ends, make: Make
 ) -> None:
-    assert ends[size]["whole"] == ends[size]["continued"] == [None] * size
-    (error,) = set(ends[size]["stopped"])
+    whole, stopped, continued = (f"{kind}{what}" for what in STOPS)
+    assert ends[size][whole] == ends[size][continued] == [None] * size
+    (error,) = set(ends[size][stopped])
     assert error is not None
     assert "KeyboardInterrupt: training: stopped after step 5 of 8" in error
-    assert_same(folder_of(make("whole", size)), folder_of(make("continued", size)))
+    assert_same(folder_of(make(whole, size)), folder_of(make(continued, size)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_sharded_run_exports_in_one_process(size: int, ends: Ends, make: Make) -> None:
+    assert ends[size]["fsdp:lora"] == [None] * size
+    adapter, lora = folder_of(make("fsdp:lora", size)), folder_of(make("fsdp:lora", size)).lora
+    exported, trained = load_file(lora / "adapter_model.safetensors"), weights(adapter)
+    assert exported.keys() == trained.keys()
+    assert (lora / "README.md").is_file()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sharding_that_would_not_happen_is_refused(size: int, ends: Ends, make: Make) -> None:
+    (error,) = set(ends[size]["silent:lora"])
+    assert error == (
+        "ValueError: config: parallel.kind is fsdp2, and accelerate would train with MULTI_CPU. It "
+        "shares a model out on GPUs only; set parallel.kind: ddp."
+    )
+    assert not Path(make("silent:lora", size)["config"]["output"]["dir"]).exists()
 
 
 @pytest.mark.parametrize("size", SIZES)

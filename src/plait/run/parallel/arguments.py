@@ -1,10 +1,10 @@
 """What several processes need of the training section, and what of it they cannot have."""
 
-import os
 from typing import Any
 
 from plait.run.config import RunConfig
 from plait.run.parallel import ranks
+from plait.run.parallel.sharded import fsdp_options
 
 # A key of `training` -> the values that several processes take, and why no other.
 _TAKEN: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -38,12 +38,6 @@ def group_options(cfg: RunConfig) -> dict[str, Any]:
                 f"{cfg.source.at(f'training.{key}')} is {value!r}, which {reason}. Leave it out, "
                 "or train in one process."
             )
-    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
-        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
-            raise ValueError(
-                f"parallel: the launcher set {name}, and the run file decides how a model is "
-                "shared. Set parallel.kind: fsdp2 (or ddp) and launch without it."
-            )
     options: dict[str, Any] = {}
     # All processes draw equal buffers from equal seeds: DDP need not send them in each forward.
     options["ddp_broadcast_buffers"] = cfg.training.get("ddp_broadcast_buffers", False)
@@ -52,4 +46,4 @@ def group_options(cfg: RunConfig) -> dict[str, Any]:
     options["data_seed"] = cfg.training["seed"] if seed is None else seed
     if not ranks.on_accelerator(cfg):
         options["use_cpu"] = True
-    return options
+    return options | fsdp_options(cfg) if cfg.parallel.kind == "fsdp2" else options

@@ -20,6 +20,7 @@ from plait.run.config import RunConfig
 from plait.run.parallel.place import Place, find_place
 
 _SECONDS = 1800  # that a process waits for the others, unless training.ddp_timeout says otherwise
+_TRUE = ("1", "true", "yes")  # of a variable of the environment
 _control: Any = None  # the gloo group of what is agreed on
 
 
@@ -55,6 +56,14 @@ def join(cfg: RunConfig) -> None:
         raise told(error)
     if place.size == 1 or _control is not None:
         return
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        if os.environ.get(name, "").lower() in _TRUE:
+            raise told(
+                ValueError(
+                    f"parallel: the launcher set {name}, and the run file decides how a model is "
+                    "shared out. Set parallel.kind to fsdp2 or ddp and launch without it."
+                )
+            )
     seconds = timedelta(seconds=cfg.training.get("ddp_timeout") or _SECONDS)
     backend = cfg.training.get("ddp_backend")
     if on_accelerator(cfg):
@@ -89,7 +98,7 @@ def join(cfg: RunConfig) -> None:
 
 def on_accelerator(cfg: RunConfig) -> bool:
     """Whether a run's processes train on GPUs."""
-    by_environment = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    by_environment = os.environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE
     return torch.cuda.is_available() and not (cfg.training.get("use_cpu") or by_environment)
 
 
