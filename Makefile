@@ -53,7 +53,7 @@ test-deploy: $(VENV)/dev.stamp
 
 # The statistics of comparisons on 1,000 simulated studies for each case: some minutes.
 test-simulations: $(VENV)/dev.stamp
-	PLAIT_SIMULATIONS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/run/compare/test_statistics.py
+	PLAIT_SIMULATIONS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rP tests/run/compare/test_statistics.py
 
 # Exports in llama.cpp itself, on the CPU: about three minutes, and the build the first time.
 test-servers: $(VENV)/servers.stamp

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("statsmodels")
 
+from plait.core.files import lock
 from plait.run.compare import match, outcome, runner, warm
 from plait.run.compare.runner import Pool, Stopped
 from plait.run.compare.study import Study, Trial, read_study
@@ -284,6 +285,9 @@ def test_the_command_compares_plans_and_reports(
     assert capsys.readouterr().out == (folder / "report.md").read_text()
     assert main(["report", str(folder), "--out", str(tmp_path / "r")]) == 0
     assert (tmp_path / "r" / "report.html").read_text() == (folder / "report.html").read_text()
+    with lock(folder):
+        assert main(["compare", str(small)]) == 2
+    assert "out" in capsys.readouterr().err
     assert main(["report"]) == 2
     said = capsys.readouterr().err
     assert "Give the folder of a comparison, or --peft-results and --reference." in said

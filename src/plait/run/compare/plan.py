@@ -148,7 +148,7 @@ def make_plan(study: Study, sizes: Sizes, pool: Pool) -> Plan:
     held_out = study.config(study.reference).data.validation is not None
     pilots = [
         Trial(
-            arm, first, rate, study.seeds[0], 0.0,
+            arm, first, rate, study.seeds[0],
             study.config(arm, first, rate, study.seeds[0], tuning=held_out, steps=_STEPS),
         )
         for arm in study.arms
