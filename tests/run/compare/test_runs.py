@@ -293,6 +293,10 @@ def test_the_command_compares_plans_and_reports(
     assert "Give the folder of a comparison, or --peft-results and --reference." in said
     assert main(["report", str(tmp_path)]) == 2
     assert "no results of a comparison are here" in capsys.readouterr().err
+    damaged = tmp_path / "results.json"
+    damaged.write_text((folder / "results.json").read_text().replace('"mean": ', '"maen": '))
+    assert main(["report", str(damaged)]) == 2
+    assert "the results are damaged (KeyError: 'mean')" in capsys.readouterr().err
     small.write_text(small.read_text().replace('"seeds"', '"sedes"'))
     assert main(["compare", str(small)]) == 2
     assert "sedes is not known. Did you mean seeds?" in capsys.readouterr().err

@@ -153,7 +153,9 @@ def make_plan(study: Study, sizes: Sizes, pool: Pool) -> Plan:
         )
         for arm in study.arms
     ]  # fmt: skip
+    until, pool.until = pool.until, math.inf  # the plan says what the budget covers
     pool.run(pilots)
+    pool.until = until
     results = {trial.arm: read_result(trial, study.folder) for trial in pilots}
     rows = sizes.rows[first]
     split = "validation" if held_out else "test"
