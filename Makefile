@@ -57,7 +57,7 @@ test-deploy: $(VENV)/dev.stamp
 
 # The statistics of comparisons on 1,000 simulated studies for each case: some minutes.
 test-simulations: $(VENV)/dev.stamp
-	PLAIT_SIMULATIONS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/run/compare/test_statistics.py
+	PLAIT_SIMULATIONS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rP tests/run/compare/test_statistics.py
 
 # Exports in llama.cpp itself, on the CPU: about three minutes, and the build the first time.
 test-servers: $(VENV)/servers.stamp
@@ -70,7 +70,8 @@ test-security: $(VENV)/dev.stamp
 	PLAIT_FUZZ_SECONDS=$(FUZZ) PLAIT_KILLS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) \
 		--dist worksteal tests/security tests/run/test_received.py tests/run/test_bounds.py \
 		tests/run/test_nothing_lost.py tests/federated/test_guard.py tests/federated/test_payload.py \
-		tests/federated/test_protocol.py tests/run/federated/test_faults.py
+		tests/federated/test_protocol.py tests/run/federated/test_faults.py \
+		tests/run/compare/test_runs.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check src tests examples docs benchmarks

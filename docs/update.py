@@ -38,6 +38,11 @@ def file(path: str) -> str:
     return (ROOT / path).read_text("utf-8").strip()
 
 
+def report(path: str) -> str:
+    """A Markdown report, its headings one level lower."""
+    return re.sub(r"^#", "##", file(path), flags=re.MULTILINE)
+
+
 PARTS: dict[str, Callable[..., str]] = {
     "baseline-defaults": tables.baseline_defaults,
     "baselines": tables.baselines,
@@ -55,6 +60,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "optimizer-support": tables.optimizer_support_table,
     "options": tables.method_options_table,
     "reference": tables.reference,
+    "report": report,
     "section": tables.section,
     "starter": tables.starter,
     "training": tables.training_defaults,

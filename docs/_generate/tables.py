@@ -18,6 +18,7 @@ from plait.core import DeltaConfig
 from plait.core.gate import gates_of
 from plait.federated import ALGORITHMS
 from plait.federated.adapter import Layer
+from plait.run.compare.study import StudyConfig, TuneConfig, VaryConfig
 from plait.run.config import (
     PEFT_INTERNAL,
     TRAINING_DEFAULTS,
@@ -49,6 +50,9 @@ SECTIONS = {
     "evaluation": EvaluationConfig,
     "chain": ChainConfig,
     "output": OutputConfig,
+    "study": StudyConfig,
+    "study.tune": TuneConfig,
+    "study.vary": VaryConfig,
 }
 
 
@@ -101,7 +105,7 @@ def optimizer_options_table(name: str) -> str:
 
 
 def section(name: str) -> str:
-    """The keys of a section of a run file: type, default, and help if the fields have any."""
+    """The keys of a section of a run file or a comparison's: type, default, and help if any."""
     cls = SECTIONS[name]
     hints = typing.get_type_hints(cls)
     options = [

@@ -52,7 +52,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         help="assumed standard deviation of the accuracy over seeds, in points, default 0",
     )
     parser.add_argument(
-        "--out", metavar="DIR", help="write report.md, report.html and report.json into DIR"
+        "--out", metavar="DIR", help="write the report into DIR, as HTML, Markdown and JSON"
     )
     return parser
 
@@ -71,11 +71,20 @@ def _study(args: argparse.Namespace) -> int:
     from plait.run.compare.report import markdown, write_report
 
     results = outcome.read(args.study)
-    if args.out is None:
-        sys.stdout.write(markdown(results))
+    try:
+        text, sentences = markdown(results), list(tables.conclusions(results))
+        page = None if args.out is None else write_report(results, check_place(args.out))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        if args.debug:
+            raise
+        raise ValueError(
+            f"{args.study}: the results are damaged ({type(error).__name__}: {error}). Make them "
+            "again with: plait compare FILE"
+        ) from None
+    if page is None:
+        sys.stdout.write(text)
         return 0
-    page = write_report(results, check_place(args.out))
-    for sentence in tables.conclusions(results):
+    for sentence in sentences:
         print(sentence)
     print(f"report: {page}, and as .md and in peft's form beside it")
     return 0

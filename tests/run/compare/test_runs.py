@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("statsmodels")
 
+from plait.core.files import lock
 from plait.run.compare import match, outcome, runner, warm
 from plait.run.compare.runner import Pool, Stopped
 from plait.run.compare.study import Study, Trial, read_study
@@ -284,11 +285,18 @@ def test_the_command_compares_plans_and_reports(
     assert capsys.readouterr().out == (folder / "report.md").read_text()
     assert main(["report", str(folder), "--out", str(tmp_path / "r")]) == 0
     assert (tmp_path / "r" / "report.html").read_text() == (folder / "report.html").read_text()
+    with lock(folder):
+        assert main(["compare", str(small)]) == 2
+    assert "out" in capsys.readouterr().err
     assert main(["report"]) == 2
     said = capsys.readouterr().err
     assert "Give the folder of a comparison, or --peft-results and --reference." in said
     assert main(["report", str(tmp_path)]) == 2
     assert "no results of a comparison are here" in capsys.readouterr().err
+    damaged = tmp_path / "results.json"
+    damaged.write_text((folder / "results.json").read_text().replace('"mean": ', '"maen": '))
+    assert main(["report", str(damaged)]) == 2
+    assert "the results are damaged (KeyError: 'mean')" in capsys.readouterr().err
     small.write_text(small.read_text().replace('"seeds"', '"sedes"'))
     assert main(["compare", str(small)]) == 2
     assert "sedes is not known. Did you mean seeds?" in capsys.readouterr().err

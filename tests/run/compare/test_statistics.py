@@ -64,8 +64,10 @@ def compared(differences: NDArray[Any], seed: int = 0) -> Difference:
     return paired_difference(differences, zero, seed=seed, draws=DRAWS)
 
 
-def within(count: int, total: int, low: float, high: float) -> bool:
+def within(what: str, count: int, total: int, low: float, high: float) -> bool:
     """Whether a share of studies is from low to high; a few studies may miss it by chance."""
+    if LONG:
+        print(f"{what}: {100 * count / total:.1f} % of {total:,} studies")
     slack = 0.0 if LONG else 3 * math.sqrt(high * (1 - high) / total) + 1 / total
     return low - slack <= count / total <= high + slack
 
@@ -80,7 +82,7 @@ def test_intervals_hold_the_truth_in_95_of_100_studies(shape: str) -> None:
     for number in range(STUDIES):
         made = compared(study(rng, seeds, rows, parts, effect=0.02), number)
         held += made.low <= 0.02 <= made.high
-    assert within(held, STUDIES, 0.93, 0.97)
+    assert within(f"coverage, {shape}", held, STUDIES, 0.93, 0.97)
 
 
 def test_intervals_of_accuracies_hold_the_truth() -> None:
@@ -95,7 +97,7 @@ def test_intervals_of_accuracies_hold_the_truth() -> None:
         right = rng.random((2, seeds, rows)) < np.stack([truth, chance[1]])
         made = paired_difference(right[0], right[1], seed=number, draws=DRAWS)
         held += made.low <= gain * 0.97 <= made.high  # a few chances are cut at 1
-    assert within(held, STUDIES, 0.92, 0.98)
+    assert within("coverage, accuracies", held, STUDIES, 0.92, 0.98)
 
 
 def test_no_effect_is_called_in_at_most_5_of_100_studies() -> None:
@@ -108,7 +110,7 @@ def test_no_effect_is_called_in_at_most_5_of_100_studies() -> None:
         arms = [study(rng, seeds, rows, half) for _ in range(4)]
         made = [paired_difference(a, reference, seed=number, draws=DRAWS) for a in arms]
         called += any(verdict != "undecided" for verdict in verdicts(made))
-    assert within(called, STUDIES, 0.0, 0.05)
+    assert within("four equal arms, any called", called, STUDIES, 0.0, 0.05)
 
 
 @pytest.mark.parametrize("shape", ["rows dominate", "both", "ten seeds"])
@@ -119,7 +121,7 @@ def test_the_planned_power_is_met(shape: str) -> None:
     rng, seen = np.random.default_rng(4), 0
     for number in range(STUDIES):
         seen += verdicts([compared(study(rng, seeds, rows, parts, effect), number)]) == ["wins"]
-    assert within(seen, STUDIES, 0.75, 0.85)
+    assert within(f"power of 80 % planned, {shape}", seen, STUDIES, 0.75, 0.85)
 
 
 # --------------------------------------------------------------------------------------- the parts

@@ -12,6 +12,7 @@ pytest.importorskip("statsmodels")
 from plait.run.compare.match import choose, match_arms
 from plait.run.compare.study import duration, read_study
 from plait.run.config import RunConfig
+from tests.support import ROOT
 from tests.support.runs import copy_rows, write_rows
 from tests.support.studies import ARMS, sections, study_of, write_study
 
@@ -138,6 +139,15 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, content: Any, text: st
         read_study(path)
     assert text in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*(ROOT / "examples/compare").glob("*.yaml"), *ROOT.glob("benchmarks/quality/*/study.yaml")],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_the_files_that_come_along_are_right(path: Path) -> None:
+    assert len(read_study(path).arms) > 2
 
 
 def test_times_are_read() -> None:

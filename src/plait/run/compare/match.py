@@ -179,7 +179,7 @@ def _nearest(count: Callable[[int], int], target: int, start: int) -> int:
 def _digest(study: Study) -> str:
     """Return a digest of what decides the choice: the file, its rows, the versions."""
     config = study.config(study.reference, next(iter(study.cells)), tuning=True)
-    key = Trial(study.reference, "", 0.0, 0, 1.0, config).key
+    key = Trial(study.reference, "", 0.0, 0, config).key
     parts = [key, study.arms, study.reference, study.options.match]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 

@@ -31,7 +31,7 @@ _COLOURS = {
 _NAMED = {name: colour for colour, name in _COLOURS.items()}
 _LINES = [_NAMED[f"c{n}"] for n in range(8)]
 _MARKS, _DASHES = "osD^vP*X", ["-", "--", "-.", ":"]
-_STYLE = {  # text that can be read, and the same ids each time
+_STYLE: dict[Any, Any] = {  # text that can be read, and the same ids each time
     "svg.fonttype": "none",
     "svg.hashsalt": "plait",
     "font.family": "sans-serif",

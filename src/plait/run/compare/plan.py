@@ -148,12 +148,14 @@ def make_plan(study: Study, sizes: Sizes, pool: Pool) -> Plan:
     held_out = study.config(study.reference).data.validation is not None
     pilots = [
         Trial(
-            arm, first, rate, study.seeds[0], 0.0,
+            arm, first, rate, study.seeds[0],
             study.config(arm, first, rate, study.seeds[0], tuning=held_out, steps=_STEPS),
         )
         for arm in study.arms
     ]  # fmt: skip
+    until, pool.until = pool.until, math.inf  # the plan says what the budget covers
     pool.run(pilots)
+    pool.until = until
     results = {trial.arm: read_result(trial, study.folder) for trial in pilots}
     rows = sizes.rows[first]
     split = "validation" if held_out else "test"

@@ -145,6 +145,7 @@ class _Worker:
     process: Any
     pipe: Connection
     trial: Trial | None = None
+    began: float = 0.0
 
 
 class Pool:
@@ -215,7 +216,6 @@ class Pool:
                 left.setdefault(trial.key, []).append(trial)
         queue, died = [same[0] for same in left.values()], 0
         while queue or any(w.trial for w in self._workers):
-            began = time.monotonic()
             ended, lost = self._step(queue)
             died = 0 if ended else died + len(lost)
             queue[:0] = lost
@@ -225,7 +225,6 @@ class Pool:
                     f"in a run of {lost[-1].arm}. Give the runs more memory, or fewer workers."
                 )
             for trial in ended:
-                self._slowest = max(self._slowest, time.monotonic() - began)
                 for same in left[trial.key]:
                     done += 1
                     if finished is not None:
@@ -250,7 +249,7 @@ class Pool:
             self._workers.append(_start(self.count, self.modules))
         for worker in self._workers:
             if queue and worker.trial is None and self._may_begin:
-                worker.trial = queue.pop(0)
+                worker.trial, worker.began = queue.pop(0), time.monotonic()
                 with suppress(OSError):  # it died: noticed below
                     worker.pipe.send((_raw(worker.trial), str(self._run(worker.trial))))
         busy_ones = [w for w in self._workers if w.trial is not None]
@@ -273,6 +272,7 @@ class Pool:
                 raise KeyboardInterrupt(text)
             if kind:
                 raise _TOLD.get(kind, RuntimeError)(_named(worker.trial, text))
+            self._note(worker.began)
             ended.append(worker.trial)
             worker.trial = None
         return ended, lost
@@ -281,9 +281,13 @@ class Pool:
         """Run a trial in this process."""
         from plait.run.compare.warm import Warm
 
-        self._warm = self._warm or Warm()
+        self._warm, began = self._warm or Warm(), time.monotonic()
         run_trial(_raw(trial), str(self._run(trial)), self._warm)
+        self._note(began)
         return trial
+
+    def _note(self, began: float) -> None:
+        self._slowest = max(self._slowest, time.monotonic() - began)
 
     def _run(self, trial: Trial) -> Path:
         return run_folder(trial, self.folder).path
@@ -306,7 +310,7 @@ def _wait_for(processes: Sequence[Any]) -> None:
 def _start(count: int, modules: list[str]) -> _Worker:
     """Start a worker, forked from a server process that has imported torch and plait."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["plait.run.compare.warm", "plait.run.train"])
+    context.set_forkserver_preload(["plait.run.compare.preload"])
     here, there = context.Pipe()
     threads = max(1, _cores() // count)
     process = context.Process(target=_work, args=(there, threads, modules), daemon=True)

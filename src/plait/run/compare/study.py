@@ -102,15 +102,13 @@ _KEYS = ("base", "arms", *(field.name for field in dataclasses.fields(StudyConfi
 class Trial:
     """One run of a comparison.
 
-    arm: its name. cell: the factors' values. rate: learning rate. seed: of training. share: of the
-    steps of a whole run; below 1 for a first trial of halving.
+    arm: its name. cell: the factors' values. rate: learning rate. seed: of training.
     """
 
     arm: str
     cell: str
     rate: float
     seed: int
-    share: float
     config: RunConfig
 
     @functools.cached_property
@@ -208,17 +206,12 @@ class Study:
             data["test"] = None
         return config_from_dict(raw, file=f"{self.file}: arms.{arm}")
 
-    def tuning(
-        self, arm: str, cell: str, rate: float, share: float = 1.0, steps: int | None = None
-    ) -> list[Trial]:
-        """Return the runs that try a rate, one for each seed of tuning."""
+    def tuning(self, arm: str, cell: str, rate: float, steps: int | None = None) -> list[Trial]:
+        """Return the runs that try a rate, one for each seed of tuning; steps: None for all."""
         return [
-            Trial(
-                arm, cell, rate, seed, share,
-                self.config(arm, cell, rate, seed, tuning=True, steps=steps),
-            )
+            Trial(arm, cell, rate, seed, self.config(arm, cell, rate, seed, True, steps))
             for seed in self.tuning_seeds
-        ]  # fmt: skip
+        ]
 
     def compared(self, rates: Mapping[tuple[str, str], float | None]) -> list[Trial]:
         """Return the runs that are compared: (arm, cell) -> its rate; None: none trains.
@@ -226,7 +219,7 @@ class Study:
         Seed after seed, so that what is there when time is up can be compared.
         """
         return [
-            Trial(arm, cell, rate, seed, 1.0, self.config(arm, cell, rate, seed))
+            Trial(arm, cell, rate, seed, self.config(arm, cell, rate, seed))
             for cell, seed, arm in itertools.product(self.cells, self.seeds, self.arms)
             if (rate := rates.get((arm, cell))) is not None
         ]

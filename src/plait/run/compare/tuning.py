@@ -61,14 +61,15 @@ def tune(study: Study, run: Run, whole_steps: Mapping[str, int]) -> dict[tuple[s
     sign = 1.0 if study.higher_is_better else -1.0
 
     def measure(rates: Mapping[tuple[str, str], Sequence[float]], share: float) -> None:
+        steps = {
+            cell: None if share == 1 else max(1, math.ceil(share * whole))
+            for cell, whole in whole_steps.items()
+        }
         trials = {
-            (arm, cell, rate): study.tuning(
-                arm, cell, rate, share,
-                None if share == 1 else max(1, math.ceil(share * whole_steps[cell])),
-            )
+            (arm, cell, rate): study.tuning(arm, cell, rate, steps.get(cell))
             for (arm, cell), some in rates.items()
             for rate in some
-        }  # fmt: skip
+        }
         run([trial for some in trials.values() for trial in some])
         for (arm, cell, rate), some in trials.items():
             one = tuned[arm, cell]
