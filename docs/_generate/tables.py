@@ -19,6 +19,7 @@ from plait.core.gate import gates_of
 from plait.federated import ALGORITHMS
 from plait.federated.adapter import Layer
 from plait.run.config import (
+    OBJECTIVES,
     PEFT_INTERNAL,
     TRAINING_DEFAULTS,
     ChainConfig,
@@ -45,6 +46,7 @@ SECTIONS = {
     "data": DataConfig,
     "data.columns": ColumnsConfig,
     "evaluation": EvaluationConfig,
+    **{f"objective.{name}": cls for name, cls in OBJECTIVES.items() if name != "sft"},
     "chain": ChainConfig,
     "output": OutputConfig,
 }

@@ -82,7 +82,9 @@ def check(config: RunConfig) -> CheckReport:
         labels=_counts(data, "label", data.labels),
         tasks=_counts(data, "task", data.tasks),
         memory=estimate_memory(prepared, optimizer),
-        example=masked_pieces(first["input_ids"], first.get("labels") if causal else None, tokenizer),
+        example=masked_pieces(
+            first["input_ids"], first.get("labels") if causal else None, tokenizer
+        ),
         target=None if causal else str(first["label"]),
         repeats=repeats(data),
         overlaps=overlap(data),
