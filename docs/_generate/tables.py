@@ -20,6 +20,7 @@ from plait.federated import ALGORITHMS
 from plait.federated.adapter import Layer
 from plait.run.compare.study import StudyConfig, TuneConfig, VaryConfig
 from plait.run.config import (
+    OBJECTIVES,
     PEFT_INTERNAL,
     TRAINING_DEFAULTS,
     ChainConfig,
@@ -48,6 +49,7 @@ SECTIONS = {
     "data.columns": ColumnsConfig,
     "parallel": ParallelConfig,
     "evaluation": EvaluationConfig,
+    **{f"objective.{name}": cls for name, cls in OBJECTIVES.items() if name != "sft"},
     "chain": ChainConfig,
     "output": OutputConfig,
     "study": StudyConfig,

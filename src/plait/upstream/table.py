@@ -43,7 +43,8 @@ class Baseline:
     parameters named lora_A and lora_B. no_export: an exact plain LoRA. no_quantised: reasons
     against the values "8bit" and "4bit" of `model.quantization`. no_best_checkpoint:
     `training.load_best_model_at_end`. no_early_stopping: `training.early_stopping_patience`.
-    mergeable: whether dW can go into the base weight.
+    no_reference: a frozen copy beside it, which DPO and KTO compare with. mergeable: whether dW can
+    go into the base weight.
     """
 
     key: str
@@ -61,6 +62,7 @@ class Baseline:
     no_quantised: Mapping[str, str] = field(default_factory=dict)
     no_best_checkpoint: str | None = None
     no_early_stopping: str | None = None
+    no_reference: str | None = None
     mergeable: bool = True
     fixed: Mapping[str, Any] = field(default_factory=dict)
     start: str = ""
@@ -179,6 +181,7 @@ BASELINES: dict[str, Baseline] = {
             no_best_checkpoint="peft 0.21.2 cannot load an adapter of other ranks into the one in "
             "training",
             no_early_stopping="its ranks reach target_r only near the planned last step",
+            no_reference="peft 0.21.2 holds one adapter of it that is not frozen",
             defaults={"lora_alpha": 16, "target_r": 8},
             renamed={"r": "target_r"},
             complete=fill_adalora,

@@ -56,6 +56,8 @@ def starter_config() -> str:
         "model:\n" + _lines(ModelConfig),
         "method:\n" + method + _METHOD_KEYS + factors,
         "optimizer:\n" + _lines(OptimizerConfig, leave_out=("options",)),
+        "# objective: sft             # sft | dpo | kto | reward | grpo. What is trained for, see\n"
+        "                              # docs/objectives.md.\n",
         "data:\n" + _lines(DataConfig, _DATA),
         _TRAINING,
         "parallel:\n" + _lines(ParallelConfig),

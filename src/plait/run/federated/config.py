@@ -297,6 +297,11 @@ def _check(config: FederateConfig) -> None:
             f"method.name is {config.method.name!r}, which has no rank. Use lora, or a method of "
             "plait."
         )
+    if config.model.adapter is not None:
+        raise ValueError(
+            f"model.adapter is {config.model.adapter!r}, and a federated run starts all clients "
+            "from new adapters. Remove it."
+        )
     if config.federated.scaling is not None:
         _check_scaling(config.federated, config.method.options)
     reason = refusal(method, peft_config(config.method, config.model.task, tasks=["unknown"]))
@@ -331,10 +336,10 @@ def _check(config: FederateConfig) -> None:
     if part.kind == "own":
         _check_own(config)
     if part.kind == "files":
-        if isinstance(data.train, str) or data.limit is not None:
+        if isinstance(data.train, str) or data.limit is not None or data.mix is not None:
             raise ValueError(
                 "partition.kind is 'files', which takes a list of files in data.train and no "
-                "data.limit. Correct data."
+                "data.limit or data.mix. Correct data."
             )
         if isinstance(data.validation, float):
             raise ValueError(

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from plait.run.config import RunConfig, rewards_of
+from plait.upstream.table import BASELINES
 
 _CLASSES = {"dpo": "DPOConfig", "kto": "KTOConfig", "reward": "RewardConfig", "grpo": "GRPOConfig"}
 
@@ -76,8 +77,14 @@ def check_objective(cfg: RunConfig) -> None:
             f"{cfg.source.at('objective.reward')} is not set. Name the function that judges "
             "completions: module:function."
         )
-    compares = name in ("dpo", "kto") or options.get("beta")
-    if cfg.method.name == "full" and name != "reward" and compares:
+    compares = name in ("dpo", "kto") or (name == "grpo" and options["beta"])
+    row = BASELINES.get(cfg.method.name)
+    if compares and row is not None and row.no_reference:
+        raise ValueError(
+            f"{cfg.source.at('objective')}: {name} does not work with {row.key}: "
+            f"{row.no_reference}. Use another method."
+        )
+    if cfg.method.name == "full" and compares:
         raise ValueError(
             f"{cfg.source.at('objective')}: {name} compares with the model at its start, which is "
             "the base with the adapter off; full fine-tuning has no adapter. Use another method."

@@ -12,8 +12,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
+from plait.core.delta import Delta
 from plait.run.folder import RunFolder
-from plait.run.objectives.reference import REF, drop_reference, settle_reference
+from plait.run.objectives.reference import REF, drop_reference, rest_reference, settle_reference
 from plait.run.prepare import Prepared
 from plait.run.trainer import RunTrainer
 
@@ -32,6 +33,10 @@ class ObjectiveTrainer(RunTrainer):
         self.pad_id: Any = run.tokenizer.pad_token_id
         super().__init__(replace(run, data=replace(run.data, collator=collator)), folder, callbacks)
         self.data = run.data
+        if getattr(self.args, "disable_dropout", False):  # TRL does so for modules of torch's
+            for module in self.trained.modules():
+                if isinstance(module, Delta):
+                    module.dropout = 0.0
         if isinstance(self.trained, PeftModel):
             settle_reference(self.trained, run.data.batch("train", 2))
 
@@ -63,7 +68,8 @@ class ObjectiveTrainer(RunTrainer):
         return super(RunTrainer, self).get_batch_samples(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL does."""
+        """As TRL does, with the reference at rest."""
+        rest_reference(self.trained)
         return super(RunTrainer, self).compute_loss(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
