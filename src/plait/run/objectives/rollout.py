@@ -14,6 +14,7 @@ from peft import PeftModel
 
 from plait.run.prepare import Prepared
 from plait.upstream.export import to_lora
+from plait.upstream.servers import VLLM_RANKS, max_lora_rank
 
 
 class Engine(Protocol):
@@ -90,8 +91,9 @@ class VllmEngine:
             raise ImportError(
                 f'objective.vllm needs vLLM ({error}): pip install "plait[vllm]"'
             ) from error
+        largest = max_lora_rank(2 * rank) or VLLM_RANKS[-1]  # a plain LoRA may have twice the rank
         self.model = vllm.LLM(
-            model=source, enable_lora=True, max_loras=1, max_lora_rank=max(16, 2 * rank), seed=seed
+            model=source, enable_lora=True, max_loras=1, max_lora_rank=largest, seed=seed
         )
         self.sampling = vllm.SamplingParams(
             temperature=options["temperature"],
