@@ -8,13 +8,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # the tests of a file stay together, so that what a module's fixtures make is made once.
 WORKERS ?= 2
 LLAMA := $(VENV)/llama-cpp-python
+LOADERS := $(VENV)/loaders
 LLAMA_VERSION := $(shell sed -n "s/.*llama-cpp-python==\([0-9.]*\).*/\1/p" pyproject.toml)
 OFF := LLAVA_BUILD LLAMA_BUILD_TESTS LLAMA_BUILD_TOOLS LLAMA_BUILD_EXAMPLES LLAMA_BUILD_SERVER \
   LLAMA_BUILD_APP LLAMA_OPENSSL GGML_NATIVE GGML_OPENMP GGML_LLAMAFILE
 LLAMA_OPTIONS := $(foreach option,$(OFF),-D$(option)=OFF)
 
-.PHONY: demo test test-parallel test-deploy test-security test-servers test-simulations lint format docs \
-  docs-update assets clean
+.PHONY: demo test test-parallel test-deploy test-security test-servers test-loaders \
+  test-simulations lint format docs docs-update assets clean
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -62,6 +63,17 @@ test-simulations: $(VENV)/dev.stamp
 # Exports in llama.cpp itself, on the CPU: about three minutes, and the build the first time.
 test-servers: $(VENV)/servers.stamp
 	PLAIT_SERVERS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving
+
+# Exports read by the loaders of vLLM and SGLang themselves: their wheels are unpacked, 400 MB, and
+# not installed. The versions are those that src/plait/upstream/servers.py names.
+$(LOADERS):
+	mkdir -p $@
+	$(BIN)/python -m pip download --quiet --no-deps -d $@ vllm==0.33.0 sglang==0.5.23
+	cd $@ && for wheel in *.whl; do \
+	  $(abspath $(BIN))/python -m zipfile -e $$wheel . && rm $$wheel; done
+
+test-loaders: $(VENV)/dev.stamp $(LOADERS)
+	PLAIT_LOADERS=$(LOADERS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving/test_readers.py
 
 # Hostile files, kills, full disks, other users, colluding clients.
 # FUZZ is the CPU time of each of ten targets in seconds. A full disk and another user need root.
