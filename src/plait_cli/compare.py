@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING, Any
 from plait_cli._options import need_compare
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
     from plait.run.compare.study import Study, Trial
 
+_WIDE = 100  # columns that the whole table takes
+_FILE = 200  # columns where the output is no terminal
 _LINES = 20  # that a phase prints without a terminal
 
 
@@ -41,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         from plait.run.compare import outcome, plan, tables
     from plait.core.files import lock
     from plait.run.compare.match import match_arms
-    from plait.run.compare.report import write_report
+    from plait.run.compare.report import NAME, write_report
     from plait.run.compare.runner import Pool
     from plait.run.compare.study import read_study
     from plait.run.config import IMPORTED
@@ -69,8 +74,9 @@ def run(args: argparse.Namespace) -> int:
                     results = outcome.conduct(
                         study, sizes, lambda trials: pool.run(trials, progress)
                     )
-            outcome.write(study, results)
-            page = write_report(results, study.folder)
+            page = study.folder / f"{NAME}.html"
+            if outcome.write(study, results) or not page.is_file():
+                write_report(results, study.folder)
     except KeyboardInterrupt as stopped:
         text = f"{stopped or 'compare: stopped.'}"
         print(f"\n{text}\nWhat has finished is kept. Go on with: {again}", file=sys.stderr)
@@ -82,18 +88,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print(screen, table) -> None:
+def _print(screen: "Console", table: tuple[str, list[str], list[list[str]]]) -> None:
+    """Print the verdicts, a table for each combination of factors.
+
+    A narrow terminal has no p-values.
+    """
     from rich.table import Table
     from rich.text import Text
 
     title, head, rows = table
-    shown = Table(title=title, box=None, title_justify="left")
-    for name in head:
-        words = name in ("arm", "verdict", "factors")
-        shown.add_column(name, justify="left" if words else "right", no_wrap=True)
-    for row in rows:
-        shown.add_row(*map(Text, row))
-    screen.print(shown)
+    factors = head[0] == "factors"
+    narrow = screen.is_terminal and screen.width < _WIDE
+    left_out = {"factors", "p (Holm)"} if narrow else {"factors"}
+    kept = [place for place, name in enumerate(head) if name not in left_out]
+    if not screen.is_terminal:
+        screen.width = _FILE
+    screen.print(title, style="bold", soft_wrap=True)
+    for cell in dict.fromkeys(row[0] for row in rows) if factors else [None]:
+        shown = Table(title=cell, box=None, title_justify="left", title_style="")
+        for place in kept:
+            words = head[place] in ("arm", "verdict")
+            shown.add_column(head[place], justify="left" if words else "right", no_wrap=True)
+        for row in rows:
+            if cell is None or row[0] == cell:
+                shown.add_row(*(Text(row[place]) for place in kept))
+        screen.print(shown)
 
 
 class _Progress:
@@ -134,7 +153,7 @@ class _Progress:
             self.shown = done * _LINES // of
             self.screen.print(f"{phase}: {done} of {of} runs", soft_wrap=True)
 
-    def _table(self, title: str):
+    def _table(self, title: str) -> "RichTable":
         from rich.table import Table
         from rich.text import Text
 

@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +134,14 @@ def results_of(
     }  # fmt: skip
 
 
-def write(study: Study, results: dict[str, Any]) -> Path:
-    """Write results.json into the folder of the comparison; return its path."""
-    path = study.folder / RESULTS
-    write_json(path, _SCHEMA, json.loads(json.dumps(results, default=str)))
-    return path
+def write(study: Study, results: dict[str, Any]) -> bool:
+    """Write results.json into the folder of the comparison; return whether it changed."""
+    path, plain = study.folder / RESULTS, json.loads(json.dumps(results, default=str))
+    with suppress(ValueError):  # a damaged file is replaced
+        if read_json(path, _SCHEMA, "") == plain:
+            return False
+    write_json(path, _SCHEMA, plain)
+    return True
 
 
 def read(path: str | Path) -> dict[str, Any]:

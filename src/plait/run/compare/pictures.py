@@ -115,37 +115,53 @@ def curves(results: dict[str, Any]) -> str | None:
 
 
 def pareto(results: dict[str, Any], cost: str) -> str | None:
-    """Draw the metric against a cost; None with fewer than two arms, or if all cost as much.
+    """Draw the metric against a cost, a panel for each cell.
+
+    None with fewer than two arms in each cell, or if all cost as much.
 
     cost: trainable, seconds or peak_memory.
     """
     title, factor = _COSTS[cost]
-    points = [
-        (x * factor, y, row)
-        for row in results["results"]
-        if (x := mean_of(row, cost)) and (y := mean_of(row, "value")) is not None
-    ]
-    costs = [x for x, *_ in points]
-    if len(points) < 2 or max(costs) < _SAME * min(costs):
+    cells: dict[str, list[tuple[float, float, dict[str, Any]]]] = {}
+    for row in results["results"]:
+        x, y = mean_of(row, cost), mean_of(row, "value")
+        if x and y is not None:
+            cells.setdefault(row["cell"], []).append((x * factor, y, row))
+    cells = {
+        cell: points
+        for cell, points in cells.items()
+        if max(x for x, *_ in points) > _SAME * min(x for x, *_ in points)
+    }
+    if not cells:
         return None
-    figure = _figure(3.4)
-    axes = figure.subplots()
-    front = _front([(x, y) for x, y, _ in points], METRICS[results["metrics"][0]].higher_is_better)
+    figure = _figure(3.2 * len(cells))
+    every = figure.subplots(len(cells), 1, squeeze=False)[:, 0]
+    for axes, (cell, points) in zip(every, cells.items(), strict=True):
+        _costs(axes, results, points)
+        axes.set_xlabel(title)
+        axes.set_ylabel(f"{_metric(results)}, test")
+        _title(axes, cell)
+    return _svg(figure, *every)
+
+
+def _costs(
+    axes: "Axes", results: dict[str, Any], points: list[tuple[float, float, dict[str, Any]]]
+) -> None:
+    """Draw arms at their cost and metric, and the line of those that no other beats in both."""
+    higher = METRICS[results["metrics"][0]].higher_is_better
+    front = _front([(x, y) for x, y, _ in points], higher)
     axes.plot(*zip(*front, strict=True), color=_NAMED["soft"], lw=1.2, zorder=1)
     for x, y, row in points:
         made = row["comparison"]
         kind = "reference" if made is None else made["verdict"]
         axes.plot(x, y, "o", color=_NAMED[kind], ms=7, zorder=3)
         axes.annotate(
-            _label(results, row), (x, y), (6, 5), textcoords="offset points",
+            _cut(row["arm"], 24), (x, y), (6, 5), textcoords="offset points",
             color=_NAMED["ink"], fontsize=8,
         )  # fmt: skip
     axes.margins(0.14, 0.16)
-    if max(costs) > 3 * min(costs):
+    if max(x for x, *_ in points) > 3 * min(x for x, *_ in points):
         axes.set_xscale("log")
-    axes.set_xlabel(title)
-    axes.set_ylabel(f"{_metric(results)}, test")
-    return _svg(figure, axes)
 
 
 def _front(points: Sequence[tuple[float, float]], higher: bool) -> list[tuple[float, float]]:
@@ -166,25 +182,38 @@ def _panels(
     draw: Callable[["Axes", dict[str, Any], dict[str, Any]], None],
     finish: Callable[["Axes"], None],
 ) -> str | None:
-    """Draw a line for each row, at most MOST in a panel, the panels below each other."""
+    """Draw a line for each row, in a panel for each cell and for each MOST arms.
+
+    An arm looks the same in all panels of a study with up to MOST arms.
+    """
     if not rows:
         return None
-    groups = [rows[i : i + MOST] for i in range(0, len(rows), MOST)]
-    figure = _figure(3.5 * len(groups))
+    arms = list(dict.fromkeys(row["arm"] for row in results["results"]))
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["cell"], arms.index(row["arm"]) // MOST), []).append(row)
+    figure = _figure(3.2 * len(groups))
     every = figure.subplots(len(groups), 1, squeeze=False)[:, 0]
-    for axes, group in zip(every, groups, strict=True):
-        for n, row in enumerate(group):
+    for axes, ((cell, _), group) in zip(every, groups.items(), strict=True):
+        for row in group:
+            n = arms.index(row["arm"]) % MOST
             style = {
                 "color": _LINES[n], "marker": _MARKS[n], "ls": _DASHES[n % len(_DASHES)],
-                "ms": 5, "lw": 1.7, "label": _label(results, row),
+                "ms": 5, "lw": 1.7, "label": _cut(row["arm"]),
             }  # fmt: skip
             draw(axes, row, style)
         finish(axes)
+        _title(axes, cell)
         axes.legend(
             frameon=False, fontsize=8, labelcolor=_NAMED["ink"], loc="upper left",
             bbox_to_anchor=(1.0, 1.0),
         )  # fmt: skip
     return _svg(figure, *every)
+
+
+def _title(axes: "Axes", cell: str) -> None:
+    if cell:
+        axes.set_title(cell, fontsize=10, color=_NAMED["ink"], loc="left")
 
 
 def _figure(height: float) -> "Figure":

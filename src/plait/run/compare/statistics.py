@@ -261,7 +261,7 @@ def crossed_draws(
         size = min(step, count - start)
         of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size) / seeds
         of_rows = rng.multinomial(rows, np.full(rows, 1 / rows), size) / rows
-        made.append(np.einsum("ds,sr,dr->d", of_seeds, differences, of_rows, optimize=True))
+        made.append(((of_seeds @ differences) * of_rows).sum(axis=1))
     return np.concatenate(made)
 
 
