@@ -44,7 +44,7 @@ def train(
             if there is none yet.
         callbacks: further Trainer callbacks, such as a progress bar.
         progress: called while the held-out metric is taken, with (rows done, rows in all).
-        announce: called before training with one line that says what the rows are.
+        announce: called before training with a line that says what the rows are, and one about packs.
 
     Raises:
         FileExistsError: output.dir holds something and resume is False, or another process writes
@@ -61,6 +61,9 @@ def train(
         folder = RunFolder.unfinished(path, config) if resume else RunFolder.free(path)
         run, _ = rehearse(cfg)
         announce(run.data.summary)
+        if cfg.data.packing:
+            size = run.arguments.per_device_train_batch_size
+            announce(run.data.packed(cfg.data.max_length, size))
         with _undone(folder, resume):
             return _train(run, folder, text, callbacks, progress)
 

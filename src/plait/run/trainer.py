@@ -40,12 +40,13 @@ from plait.run.adapter import (
 )
 from plait.run.callbacks import StopOnSignal
 from plait.run.config import PATIENCE, RunConfig, did_you_mean
+from plait.run.data.packing import PackCollator
 from plait.run.data.tokens import IGNORED
 from plait.run.evaluate import evaluate_model
 from plait.run.folder import RunFolder, replace_dir
 from plait.run.model import recomputes
 from plait.run.optimizers import DEFAULT, make_optimizer
-from plait.run.prepare import Prepared, prepare, upstream_refuses
+from plait.run.prepare import Prepared, prepare, training_rows, upstream_refuses
 from plait.upstream.adalora import adalora_of, load_adalora, save_adalora, upstream_noise
 
 _REMEDY = "Remove that checkpoint to resume from the one before it."
@@ -88,6 +89,14 @@ def only_targets(
     return {**inputs, **shown}
 
 
+def training_collator(run: Prepared) -> Any:
+    """Return what makes the batches of training: the run's collator, or one of packs."""
+    if not run.cfg.data.packing:
+        return run.data.collator
+    pad: Any = run.tokenizer.pad_token_id
+    return PackCollator(pad, run.data.collator.task_ids)
+
+
 class RunTrainer(Trainer):
     """Trains one run; see plait.run.train. Its checkpoints lie in `checkpoints`."""
 
@@ -116,8 +125,8 @@ class RunTrainer(Trainer):
             super().__init__(
                 model=run.model,
                 args=run.arguments,
-                data_collator=run.data.collator,
-                train_dataset=run.data.train,
+                data_collator=training_collator(run),
+                train_dataset=training_rows(run.cfg, run.data),
                 eval_dataset=run.data.validation,
                 processing_class=run.tokenizer,
                 callbacks=[

@@ -184,15 +184,15 @@ def _with_paths_of(config: FederateConfig, folder: FederatedFolder) -> FederateC
 
 
 # Keys that plait 0.1 did not have: unset, they must not change the digest of its checkpoints.
-_LATER = ("chat_template", "split_by", "form", "mix", "adapter", "chosen", "rejected")
+_LATER = ("chat_template", "split_by", "form", "mix", "adapter", "chosen", "rejected", "packing")
 
 
 def _as_before(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a section without later keys that are unset."""
+    """Return a section without later keys that are unset or off."""
     return {
         name: _as_before(value) if isinstance(value, dict) else value
         for name, value in values.items()
-        if value is not None or name not in _LATER
+        if value not in (None, False) or name not in _LATER
     }
 
 
