@@ -44,7 +44,7 @@ def train(
             if there is none yet.
         callbacks: further Trainer callbacks, such as a progress bar.
         progress: called while the held-out metric is taken, with (rows done, rows in all).
-        announce: called before training with a line that says what the rows are, and one about packs.
+        announce: called before training with a line on the rows, and one on packs.
 
     Raises:
         FileExistsError: output.dir holds something and resume is False, or another process writes
