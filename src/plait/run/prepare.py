@@ -390,7 +390,8 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
     if best is not None:  # upstream takes every name that does not end in "loss" for a score
         options.setdefault("greater_is_better", best.higher_is_better)
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # else torch warns
-    options.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
+    counts = "no" if cfg.objective.name == "grpo" else "non_padding"  # its trainer counts itself
+    options.setdefault("include_num_input_tokens_seen", counts)  # for tokens per second
     kind, own = arguments_of(cfg)
     with upstream_refuses("training"):
         args = kind(
