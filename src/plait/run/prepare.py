@@ -57,6 +57,7 @@ from plait.run.config import (
     peft_config,
 )
 from plait.run.data.bundle import DataBundle, Split, load_data
+from plait.run.data.packing import PackedRows, packs_apart
 from plait.run.folder import CHECKPOINTS, RunFolder
 from plait.run.metrics import METRICS, METRICS_OF, measures
 from plait.run.model import (
@@ -245,7 +246,7 @@ def prepare(cfg: RunConfig, place: bool = True, loader: Loader | None = None) ->
         )
     set_seed(cfg.training["seed"])
     base = loader.base(cfg, data)
-    rows = len(data.train)
+    rows = len(training_rows(cfg, data))
     rows = grpo_rows(arguments, rows) if cfg.objective.name == "grpo" else rows
     processes = max(ranks.size(), cfg.parallel.processes or 1)
     steps = planned_steps(cfg.training, rows, processes)
@@ -268,6 +269,11 @@ def prepare(cfg: RunConfig, place: bool = True, loader: Loader | None = None) ->
     if delta is not None and plan is None:  # a chain checks the steps of a link
         delta.check_schedule()
     model = to_device(model, cfg) if place else model
+    if cfg.data.packing and not packs_apart(model):
+        raise ValueError(
+            f"data.packing is true, and a {base.model.config.model_type} mixes the rows of a pack "
+            "(measured on two rows). Set it to false."
+        )
     if allocates(config):
         batch = data.batch("validation", _SCORED_ROWS)
         set_development_batch(model, {k: v.to(model.device) for k, v in batch.items()})
@@ -415,7 +421,8 @@ def training_arguments(cfg: RunConfig) -> TrainingArguments:
             "plait train FILE --processes N"
         )
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available())  # else torch warns
-    options.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
+    counts = "no" if cfg.objective.name == "grpo" else "non_padding"  # its trainer counts itself
+    options.setdefault("include_num_input_tokens_seen", counts)  # for tokens per second
     kind, own = arguments_of(cfg)
     with upstream_refuses("training"):
         args = kind(
@@ -511,6 +518,8 @@ def check_config(cfg: RunConfig) -> None:
             "data.validation to one, such as 0.1, or remove data.split_by."
         )
     check_objective(cfg)
+    if cfg.data.packing:
+        _check_packing(cfg)
     if cfg.output.also:
         _check_exact(cfg, "output.also", "[]")
     if cfg.objective.options.get("vllm"):  # which gets the adapter as a plain LoRA
@@ -522,6 +531,19 @@ def check_config(cfg: RunConfig) -> None:
             f"method.name: {name} does not work on a {quantization} base: {reason}. Set "
             "model.quantization: none, or use another method."
         )
+
+
+def _check_packing(cfg: RunConfig) -> None:
+    """Raise ValueError for what knows rows and no packs of them."""
+    reason = None
+    if cfg.model.task != "causal_lm" or cfg.objective.name != "sft":
+        reason = f"only the rows of a causal model are packed, for sft; this is {measures(cfg)}"
+    elif cfg.method.options.get("balance") not in (None, "none"):
+        reason = f"the balance loss of {cfg.method.name} is a mean over rows"
+    elif cfg.training.get("train_sampling_strategy") == "group_by_length":
+        reason = "the packs have about one length, so there is nothing to group"
+    if reason is not None:
+        raise ValueError(f"{cfg.source.at('data.packing')}: {reason}. Set it to false.")
 
 
 def _check_exact(cfg: RunConfig, key: str, off: str) -> None:
@@ -595,6 +617,11 @@ def _check_called(base: Base, targets: Iterable[str]) -> None:
             f"{base.model.config.model_type} reads its weight without calling the layer: an update "
             f"would have no effect. Set method.target_modules: [{', '.join(others)}]."
         )
+
+
+def training_rows(cfg: RunConfig, data: DataBundle) -> Any:
+    """Return what a run draws its batches of: the rows, or packs of them."""
+    return PackedRows(data.train, cfg.data.max_length) if cfg.data.packing else data.train
 
 
 def planned_steps(training: dict[str, Any], rows: int, processes: int = 1) -> int:

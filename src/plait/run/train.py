@@ -63,7 +63,7 @@ def train(
             if there is none yet.
         callbacks: further Trainer callbacks, such as a progress bar.
         progress: called while the held-out metric is taken, with (rows done, rows in all).
-        announce: called before training with one line that says what the rows are.
+        announce: called before training with a line on the rows, and one on packs.
         loader: of what the run reads; None: everything is loaded anew.
         measure: takes the held-out metric.
 
@@ -89,6 +89,9 @@ def train(
             run, _ = rehearse(cfg, loader=loader)
         if ranks.is_first():
             announce(run.data.summary)
+            if cfg.data.packing:
+                size = run.arguments.per_device_train_batch_size
+                announce(run.data.packed(cfg.data.max_length, size))
         with _undone(folder, resume):
             return _train(run, folder, text, callbacks, progress, measure)
 

@@ -42,6 +42,7 @@ from plait.run.adapter import (
 )
 from plait.run.callbacks import StopOnSignal
 from plait.run.config import PATIENCE, RunConfig, did_you_mean
+from plait.run.data.packing import PackCollator
 from plait.run.data.tokens import IGNORED
 from plait.run.evaluate import evaluate_model
 from plait.run.folder import RunFolder, replace_dir
@@ -59,7 +60,7 @@ from plait.run.parallel.sharded import (
     is_sharded,
     whole_state,
 )
-from plait.run.prepare import Loader, Prepared, prepare, upstream_refuses
+from plait.run.prepare import Loader, Prepared, prepare, training_rows, upstream_refuses
 from plait.upstream.adalora import adalora_of, load_adalora, save_adalora, upstream_noise
 
 _REMEDY = "Remove that checkpoint to resume from the one before it."
@@ -111,6 +112,14 @@ def narrowed(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     return only_targets(inputs, getattr(base.config, "vocab_size", 0))
 
 
+def training_collator(run: Prepared) -> Any:
+    """Return what makes the batches of training: the run's collator, or one of packs."""
+    if not run.cfg.data.packing:
+        return run.data.collator
+    pad: Any = run.tokenizer.pad_token_id
+    return PackCollator(pad, run.data.collator.task_ids)
+
+
 class RunTrainer(Trainer):
     """Trains one run; see plait.run.train. Its checkpoints lie in `checkpoints`."""
 
@@ -133,16 +142,16 @@ class RunTrainer(Trainer):
         self.chain: ChainCallback | None = None
         if run.chain is not None:
             self.chain = ChainCallback(run.chain, checkpoint=self.checkpoint)
-        collator: Any = run.data.collator
+        collator, rows = training_collator(run), training_rows(run.cfg, run.data)
         if ranks.size() > 1:
-            collator = Idling(collator, run.data.train)
+            collator = Idling(collator, rows)
             forget_earlier()
         with upstream_refuses("training"):
             super().__init__(
                 model=run.model,
                 args=run.arguments,
                 data_collator=collator,
-                train_dataset=run.data.train,
+                train_dataset=rows,
                 eval_dataset=run.data.validation,
                 processing_class=run.tokenizer,
                 callbacks=[

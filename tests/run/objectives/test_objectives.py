@@ -459,7 +459,7 @@ def test_the_policy_reaches_another_engine_as_a_plain_lora(
                 policy.eval()
                 assert torch.allclose(base(ids).logits, policy(ids).logits, atol=1e-5)
                 policy.train()
-            return [[4 + i % 3] * (2 + i % 3) + [2] for i in range(len(prompts))]
+            return [[4] * (1 + i % 2) + [2] for i in range(len(prompts))]
 
     def opened(run: Any) -> Engine:
         nonlocal policy
@@ -470,10 +470,10 @@ def test_the_policy_reaches_another_engine_as_a_plain_lora(
     monkeypatch.setattr(grpo, "open_vllm", opened)
     cfg = config(
         place, tmp_path / "run", {**GRPO, "vllm": True}, method={"name": "lora", "r": 2},
-        training={"max_steps": 3},
+        training={"max_steps": 3, "warmup_steps": 0},
     )  # fmt: skip
     train(cfg)
-    assert got == [(1, False), (2, True), (3, True)]
+    assert got == [(1, False), (2, True), (3, True)]  # the first adapter changes nothing
 
 
 def test_vllm_that_is_not_installed(

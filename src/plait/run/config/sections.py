@@ -145,6 +145,10 @@ class DataConfig:
     )
     max_length: int = option(512, "Tokens of a row; a longer row is an error.", least=1)
     truncate: bool = option(False, "True cuts longer rows to max_length.")
+    packing: bool = option(
+        False,
+        "True lays rows end to end up to max_length in training; each row's loss stays what it is.",
+    )
     train_on_prompt: bool = option(False, "False: the loss is taken on the completion alone.")
     add_eos: bool = option(True, "End each row with the end-of-sequence token.")
     limit: int | None = option(None, "Rows of train, drawn with the seed; null: all.", least=1)

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from plait.run.config import RunConfig
 from plait.run.data.forms import AnyForm, described
 from plait.run.data.noise import add_label_noise
+from plait.run.data.packing import pack, padding
 from plait.run.data.reader import Columns, Kind, read_columns
 from plait.run.data.rows import read_splits
 from plait.run.data.tokens import Collator, tokenize
@@ -72,6 +73,17 @@ class DataBundle:
         counts = ", ".join(f"{name} {len(rows):,}" for name, rows in self.splits().items())
         form = self.form and described(self.form, self.kind == "messages")
         return f"rows: {counts}" + (f"; each has {form}" if form else "")
+
+    def packed(self, limit: int, size: int) -> str:
+        """What packing the training rows saves, on one line; size: rows of a batch."""
+        lengths = [len(ids) for ids in self.train["input_ids"]]
+        packs = pack(lengths, limit)
+        sums = [sum(lengths[i] for i in rows) for rows in packs]
+        return (
+            f"packing: {len(lengths):,} rows in {len(packs):,} packs; "
+            f"{100 * padding(sums, size):.1f} % of a batch is padding, "
+            f"{100 * padding(lengths, size):.1f} % without"
+        )
 
     def digest(self, split: Split) -> str | None:
         """Return a digest of a split as a model reads it, in order; None without that split."""

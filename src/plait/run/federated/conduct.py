@@ -185,16 +185,17 @@ def _with_paths_of(config: FederateConfig, folder: FederatedFolder) -> FederateC
 
 # Keys that plait 0.1 did not have: unset, they must not change the digest of its checkpoints.
 _LATER = {
-    *("adapter", "chat_template", "chosen", "form", "label_noise", "mix", "rejected", "split_by"),
+    *("adapter", "chat_template", "chosen", "form", "label_noise", "mix", "packing", "rejected"),
+    "split_by",
 }
 
 
 def _as_before(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a section without later keys that are unset."""
+    """Return a section without later keys that are unset or off."""
     return {
         name: _as_before(value) if isinstance(value, dict) else value
         for name, value in values.items()
-        if value is not None or name not in _LATER
+        if value not in (None, False) or name not in _LATER
     }
 
 

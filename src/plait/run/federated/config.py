@@ -302,6 +302,8 @@ def _check(config: FederateConfig) -> None:
             f"model.adapter is {config.model.adapter!r}, and a federated run starts all clients "
             "from new adapters. Remove it."
         )
+    if config.data.packing:
+        raise ValueError("data.packing is true, and clients train row by row. Set it to false.")
     if config.federated.scaling is not None:
         _check_scaling(config.federated, config.method.options)
     reason = refusal(method, peft_config(config.method, config.model.task, tasks=["unknown"]))

@@ -31,7 +31,6 @@ def arguments_of(cfg: RunConfig) -> tuple[type[TrainingArguments], dict[str, Any
     if name == "grpo":
         for ours in ("reward", "vllm"):
             del options[ours]
-        options |= {"shuffle_dataset": True, "include_num_input_tokens_seen": "no"}
     return getattr(trl, _CLASSES[name]), options  # loaded when it is asked for
 
 

@@ -36,8 +36,8 @@ class GrpoTrainer(ObjectiveTrainer, _Grpo):
         self.rollout: Rollout | None = None
         if run.cfg.objective.options["vllm"]:
             policy: Any = self.trained
-            fresh = is_base(policy, run.data.batch("train", 2))
-            self.rollout = Rollout(open_vllm(run), policy, fresh)
+            batch = run.data.batch("train", 2)
+            self.rollout = Rollout(open_vllm(run), policy, lambda: is_base(policy, batch))
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return the rows as they were given, for the rewards, with their prompts and tasks."""

@@ -6,7 +6,7 @@ step (https://github.com/huggingface/trl/issues/5975).
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,12 +36,12 @@ class Rollout:
     """Keeps the adapter of an engine at that of the model.
 
     Args:
-        engine: draws the completions. model: with the adapter. fresh: whether that adapter changes
-            nothing yet.
+        engine: draws the completions. model: with the adapter. unchanged: whether that adapter
+            changes nothing, so that no plain LoRA holds it.
     """
 
-    def __init__(self, engine: Engine, model: PeftModel, fresh: bool) -> None:
-        self.engine, self.model, self.fresh = engine, model, fresh
+    def __init__(self, engine: Engine, model: PeftModel, unchanged: Callable[[], bool]) -> None:
+        self.engine, self.model, self.unchanged = engine, model, unchanged
         self.step: int | None = None
         self.folder = tempfile.TemporaryDirectory(prefix="plait-policy-")
         self.lora: Path | None = None
@@ -49,7 +49,7 @@ class Rollout:
     def draw(self, prompts: Sequence[Sequence[int]], step: int) -> list[list[int]]:
         """Return a completion of each prompt by the model after so many optimizer steps."""
         if step != self.step:
-            self.lora = None if self.fresh and not step else self._write(step)
+            self.lora = None if self.unchanged() else self._write(step)
             self.step = step
         return self.engine.draw(prompts, self.lora, step + 1)
 
