@@ -372,7 +372,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
                 f"{self.name}: this adapter was made from a saved config and its weights were not "
                 "loaded. Use PeftModel.from_pretrained(base, path), or a new config to train."
             )
-        if delta.training and torch.is_grad_enabled() and delta.needs_events:
+        if delta.training and torch.is_grad_enabled():
             delta.__dict__["forwards"] += 1  # nn.Module's way takes ten times as long
 
     def _mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:

@@ -4,6 +4,7 @@ A method declares stacked factors, gates on the rank axis and a mix; forward, we
 merge and export, and rank follow here.
 """
 
+import copy
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -436,6 +437,8 @@ class LowRankDelta(Delta):
     # Plans: what calls with the same weights have in common -------------------------------------
 
     closed: ClassVar[tuple[tuple[str, ...], ...] | None] = None
+    # Tensors whose numbers `close` looks at, beside config, mode and shapes, or None: unknown.
+    closes_by: ClassVar[tuple[str, ...] | None] = None
     # Tensors that factors() and mix() read, beside training mode and config, or None: unknown.
     reads: ClassVar[tuple[str, ...] | None] = None
 
@@ -523,8 +526,9 @@ class LowRankDelta(Delta):
         self, dtype: torch.dtype, kind: Kind, declared: Any, gated: bool, held: bool, stacked: bool
     ) -> Plan:
         """A plan that holds the factors, and the gate if `held`."""
-        plan, names = self._direct(kind, declared, gated), self.closed
+        names = self.closed
         assert names is not None
+        plan = self._pulling(kind, declared, gated)
         A, B, M = self._computed()
         plan.A = torch.cat([A, declared.G]) if stacked else A
         # Copies: a factor may be a view of the parameter that the optimizer is about to change.
@@ -544,8 +548,22 @@ class LowRankDelta(Delta):
                 return dg if factor is None else dg * factor
 
             plan.unspread = pull
-        self.close(plan)
         return plan
+
+    def _pulling(self, kind: Kind, declared: Any, gated: bool) -> Plan:
+        """A plan with its pulls, which are made once if what they depend on is stated."""
+
+        def make() -> Plan:
+            plan = self._direct(kind, declared, gated)
+            self.close(plan)
+            return plan
+
+        if not states(type(self), "closes_by", "close"):
+            return make()
+        named = {**self._parameters, **self._buffers}
+        sources = [named[n] for n in self.closes_by or () if named.get(n) is not None]
+        key = ("pulls", kind, gated, self.training, self.scaling)
+        return copy.copy(self.kept.get(key, sources, make))  # type: ignore[arg-type]
 
     def _fold(
         self, dtype: torch.dtype, kind: Kind, declared: Any, task: int | None

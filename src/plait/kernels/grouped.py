@@ -328,7 +328,7 @@ class Grouped(torch.autograd.Function):
             source = x if call.kept is None else (tokens * call.kept).view(x.shape)
             trained = _owned(call, dz, "own_z")
             if first.stacked:
-                trained = torch.cat([trained, dlogits], dim=-1)  # type: ignore[list-item, arg-type]
+                trained = torch.cat([trained, dlogits], dim=-1)  # type: ignore
             dA = of_each(torch.bmm(trained.mT, source))
             if first.stacked:
                 dA, dG = dA[:, : -first.groups], dA[:, -first.groups :]
