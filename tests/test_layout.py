@@ -45,7 +45,17 @@ ALLOWED = {
 }
 # Who may import these: heavy, optional, or another layer's business.
 ONLY = {
-    "peft": {"together.py", "core", "gates", "upstream", "chain", "optim", "federated", "run", "testing"},
+    "peft": {
+        "together.py",
+        "core",
+        "gates",
+        "upstream",
+        "chain",
+        "optim",
+        "federated",
+        "run",
+        "testing",
+    },
     "transformers": {"callback.py", "core", "upstream", "chain", "run", "assets", "cli", "testing"},
     "pytest": {"testing"},
     "datasets": {"run"},

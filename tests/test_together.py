@@ -122,7 +122,7 @@ def test_another_loss() -> None:
 
 
 def test_what_cannot_train_together_is_refused() -> None:
-    one, two, three = arms_of(CASES[0])
+    one, two, _ = arms_of(CASES[0])
     base = tiny.llama()
     for arms, text in (
         ([], "there is no arm"),
@@ -142,7 +142,7 @@ def test_what_cannot_train_together_is_refused() -> None:
     base.config.attention_dropout = 0.1
     with pytest.raises(ValueError, match="attention_dropout"):
         train_together(base, [one])
+    arm = replace(one, config=CASES[0].config(target_modules=["linear"], task_type=None))
     with pytest.raises(ValueError, match="has no loss_function"):
-        config = CASES[0].config(target_modules=["linear"], task_type=None)
-        train_together(tiny.OneLinear(7, 5), [replace(one, config=config)])
+        train_together(tiny.OneLinear(7, 5), [arm])
     assert plait.train_together is train_together
