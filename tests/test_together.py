@@ -121,6 +121,17 @@ def test_another_loss() -> None:
     assert all(len(own) == STEPS for own in losses.values())
 
 
+def test_masks_of_padding_and_of_recomputation_are_refused() -> None:
+    arms = arms_of(Case("droplora", {}))
+    arms[2] = replace(arms[2], batches=batches(3, length=6))
+    with pytest.raises(ValueError, match="step 0 has rows of unequal length"):
+        train_together(tiny.llama(), arms)
+    base = tiny.llama()
+    base.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing would draw"):
+        train_together(base, arms_of(Case("droplora", {})))
+
+
 def test_what_cannot_train_together_is_refused() -> None:
     one, two, _ = arms_of(CASES[0])
     base = tiny.llama()

@@ -347,7 +347,6 @@ def test_number_of_products_does_not_grow(n: int) -> None:
 # are saved beside x: R_in of z, and of a router its n logits and n weights. A matrix between the
 # factors takes one small product forward and, with those that make the matrix, five backward.
 COUNTS = [
-    (Case("alloc", {"r": 4, "rounds": 0, "spare": 0}), 3, 5, 4),
     (Case("cola", {"r": 4, "init": "kaiming", "num_A": 5, "num_B": 7}), 3, 5, 4),
     (Case("cola", {"r": 4, "num_A": 5, "num_B": 7}), 3, 5, 8),
     (Case("droplora", {"r": 4, "inner_dropout": 0.0}), 3, 5, 4),

@@ -281,7 +281,8 @@ class LowRankDelta(Delta):
             crew = _crew(deltas, x, dtype, graph)
             if crew is None:
                 return None
-            deltas[0].crews[graph] = crew
+            if crew.noted and not traced():
+                deltas[0].crews[graph] = crew
         kept, mask, raised = None, None, None
         if crew.draws:
             sizes = zip(deltas, rows.rows, strict=True)

@@ -338,11 +338,12 @@ class Grouped(torch.autograd.Function):
         if needs[1]:
             dx = _input_gradient(call, flat.to(call.dtype), weight, both, own, dlogits)
             dx = dx.to(ctx.x_dtype).view(ctx.x_shape)
+        slices = [None if t is None else t.unbind() for t in (dA, dB, dg, dM, dG)]
         found: list[Tensor | None] = []
         for k in range(adapters):
             at = len(found)
             until = at + call.counts[k]
-            of_k = [None if t is None else t[k] for t in (dA, dB, dg, dM, dG)]
+            of_k = [None if t is None else t[k] for t in slices]
             asked = needs[_LEAVES + at : _LEAVES + until]
             found += _pulled(call.plans[k], call.ranks[k], asked, leaves[at:until], *of_k)
         return (
@@ -419,14 +420,14 @@ def _pulled(
     count = plan.of_A + plan.of_B
     if dA is not None and True in needs[: plan.of_A]:
         width = ranks[0] if plan.own_z is None else plan.own_z(dA.new_empty(1, ranks[0])).shape[1]
-        own = dA[:width]
+        own = dA if len(dA) == width else dA[:width]
         found[: plan.of_A] = [own] if plan.pull_A is None else plan.pull_A(leaves, own)
     if dB is not None and True in needs[plan.of_A : count]:
         width = ranks[1] if plan.own_h is None else plan.own_h(dB.new_empty(1, ranks[1])).shape[1]
-        own = dB[:, :width]
+        own = dB if dB.shape[1] == width else dB[:, :width]
         found[plan.of_A : count] = [own] if plan.pull_B is None else plan.pull_B(leaves, own)
     if plan.gated and dg is not None and needs[count]:
-        own = dg[: ranks[0]]
+        own = dg if len(dg) == ranks[0] else dg[: ranks[0]]
         found[count] = own if plan.unspread is None else plan.unspread(own)
     if dG is not None and needs[-1]:
         found[-1] = dG
