@@ -202,11 +202,11 @@ def adapters(name: str, count: int, training: bool) -> Callable[[], float]:
         for p in model.parameters():
             if p.requires_grad:
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
-    if training:  # one step: the adapters are in use, not fresh copies of each other
-        trained = [p for p in model.parameters() if p.requires_grad]
-        for p in trained:
-            p.grad = torch.zeros_like(p)
-        torch.optim.SGD(trained, lr=0.1).step()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:  # one step: the adapters are in use, not fresh copies of each other
+        p.grad = torch.zeros_like(p)
+    torch.optim.SGD(trained, lr=0.1).step()
+    if training:
         base.get_input_embeddings().register_forward_hook(
             lambda module, args, out: out if out.requires_grad else out.requires_grad_()
         )

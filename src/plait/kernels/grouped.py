@@ -321,7 +321,7 @@ class Grouped(torch.autograd.Function):
             dz = dz * call.mask.view(dz.shape)
         raised = _raised(call, own, index)
         dz = dz if raised is None else dz * raised
-        both = torch.cat([dz, dlogits], dim=-1) if first.stacked else dz
+        both = torch.cat([dz, dlogits], dim=-1) if first.stacked else dz  # type: ignore[list-item, arg-type]
         dA = None
         if tokens is not None:
             x = tokens.view(segments.groups, -1, tokens.shape[-1])
