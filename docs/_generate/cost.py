@@ -131,7 +131,8 @@ def arithmetic(config: Any) -> Fraction:
     counts of a few small layers give that of SIDE x SIDE and TOKENS tokens exactly.
     """
 
-    def counted(model: nn.Module, side: int, tokens: int) -> int:
+    def counted(side: int, tokens: int) -> int:
+        model = adapted(config, side)  # a new one keeps nothing of an earlier count
         x = torch.zeros(tokens, side, requires_grad=True)
         with Arithmetic() as counter:
             model.train()(x).sum().backward()
@@ -139,8 +140,7 @@ def arithmetic(config: Any) -> Fraction:
 
     by_side = {}
     for side in SMALL_SIDES:
-        model = adapted(config, side)
-        by_side[side] = at(TOKENS, {n: counted(model, side, n) for n in FEW_TOKENS})
+        by_side[side] = at(TOKENS, {n: counted(side, n) for n in FEW_TOKENS})
     return at(SIDE, by_side)
 
 
