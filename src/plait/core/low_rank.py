@@ -292,8 +292,15 @@ class LowRankDelta(Delta):
                     drawn.append(delta._draw(x[: len(own)], dtype))
             kept, mask = (rows.spread([part[i] for part in drawn]) for i in (0, 2))
             raised = None if kept is None else tuple(part[1] for part in drawn)
-        call = grouped.Batch(crew.plans, crew.counts, crew.ranks, rows, dtype, kept, raised, mask)
         flat = crew.leaves
+        call = grouped.Batch(
+            crew.plans, crew.counts, crew.ranks, rows, dtype, kept, raised, mask, None
+        )
+        if not flat and crew.noted and not traced():  # all that is computed from is watched
+            if rows.idle not in crew.stacks:
+                with torch.inference_mode(False), torch.no_grad():
+                    crew.stacks[rows.idle] = grouped.stacks_of(call, ())
+            call = call._replace(stacks=crew.stacks[rows.idle])
         if graph and (
             crew.trains
             or x.requires_grad
@@ -723,6 +730,7 @@ class _Crew(NamedTuple):
         draws: whether one of them draws masks.
         trains: whether one of the leaves needs a gradient.
         plans, counts, ranks, leaves: for kernels/grouped.py.
+        stacks: of plans without leaves, without and with a slice of zeros.
     """
 
     deltas: list[Any]
@@ -740,6 +748,7 @@ class _Crew(NamedTuple):
     counts: tuple[int, ...]
     ranks: tuple[tuple[int, int], ...]
     leaves: list[Tensor]
+    stacks: dict[bool, grouped.Stacks]
 
     def holds(self, deltas: Sequence[Any], dtype: torch.dtype) -> bool:
         """Whether all that it was made of is as it was."""
@@ -793,6 +802,7 @@ def _crew(deltas: Sequence[Any], x: Tensor, dtype: torch.dtype, graph: bool) -> 
         counts=tuple(map(len, leaves)),
         ranks=tuple(map(grouped.ranks, plans, leaves)),
         leaves=flat,
+        stacks={},
     )
 
 

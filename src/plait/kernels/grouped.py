@@ -100,6 +100,7 @@ class Batch(NamedTuple):
         kept: which inputs of the A are kept (T, in), bool; None: all.
         raised: 1 / (1 - p) of each adapter, (K,), by which z is multiplied for that; None: 1.
         mask: factor on z (T, R_in), or None.
+        stacks: of these plans, if they were made before.
     """
 
     plans: tuple[Plan, ...]
@@ -110,6 +111,7 @@ class Batch(NamedTuple):
     kept: Tensor | None
     raised: tuple[float, ...] | None
     mask: Tensor | None
+    stacks: "Stacks | None"
 
 
 class Stacks(NamedTuple):
@@ -158,7 +160,8 @@ def _stacked(parts: Sequence[Any], more: int) -> Tensor | None:
     return whole
 
 
-def _stacks(call: Batch, leaves: Sequence[Tensor]) -> Stacks:
+def stacks_of(call: Batch, leaves: Sequence[Tensor]) -> Stacks:
+    """The factors of all adapters, with a slice of zeros if there are rows without one."""
     parts, at = [], 0
     for plan, count in zip(call.plans, call.counts, strict=True):
         parts.append(factors_of(plan, call.dtype, leaves[at : at + count]))
@@ -224,7 +227,8 @@ def product(
     first, dtype, groups = call.plans[0], call.dtype, call.segments.groups
     tokens = x.reshape(-1, x.shape[-1])
     tokens = tokens if tokens.dtype == dtype else tokens.to(dtype)
-    stacks, index = _stacks(call, leaves), call.segments.index(x.device)
+    stacks, index = call.stacks, call.segments.index(x.device)
+    stacks = stacks_of(call, leaves) if stacks is None else stacks
     own = stacks.gathered(index)
     source = tokens if call.kept is None else tokens * call.kept
     z, w = torch.bmm(source.view(groups, -1, x.shape[-1]), own.A.mT), None
