@@ -15,7 +15,7 @@ OFF := LLAVA_BUILD LLAMA_BUILD_TESTS LLAMA_BUILD_TOOLS LLAMA_BUILD_EXAMPLES LLAM
 LLAMA_OPTIONS := $(foreach option,$(OFF),-D$(option)=OFF)
 
 .PHONY: demo test test-parallel test-deploy test-security test-servers test-loaders \
-  test-simulations lint format docs docs-update assets clean
+  test-simulations lint format docs docs-update assets bench clean
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -84,6 +84,12 @@ test-security: $(VENV)/dev.stamp
 		tests/run/test_nothing_lost.py tests/federated/test_guard.py tests/federated/test_payload.py \
 		tests/federated/test_protocol.py tests/run/federated/test_faults.py \
 		tests/run/compare/test_runs.py
+
+# What methods cost beside peft's LoRA, on docs/performance.md: a quarter of an hour of one idle core.
+bench: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed.ratios all
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed.counts all
+	$(MAKE) docs-update
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check src tests examples docs benchmarks

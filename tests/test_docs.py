@@ -188,6 +188,10 @@ def test_cost_is_that_of_a_full_count() -> None:
     cost = importlib.import_module("_generate.cost")
     share = cost.arithmetic(cost.LoraConfig(r=8)) / cost.arithmetic(None)
     assert share == 1 + cost.Fraction(12 * 8, 4 * cost.SIDE)
+    dual = cost.arithmetic(plait.DualLoraConfig(r=8)) / cost.arithmetic(None)
+    assert dual == cost.Fraction(3, 2) + cost.Fraction(8 * 8, 4 * cost.TOKENS)
+    nola = cost.arithmetic(plait.NolaConfig(r=8)) / cost.arithmetic(None)
+    assert nola == share + cost.Fraction((256 + 256) * 8, cost.TOKENS * cost.SIDE)
 
 
 def test_readme_has_two_commands_and_the_quick_start() -> None:

@@ -121,8 +121,19 @@ def test_another_loss() -> None:
     assert all(len(own) == STEPS for own in losses.values())
 
 
+def test_masks_of_padding_and_of_recomputation_are_refused() -> None:
+    arms = arms_of(Case("droplora", {}))
+    arms[2] = replace(arms[2], batches=batches(3, length=6))
+    with pytest.raises(ValueError, match="step 0 has rows of unequal length"):
+        train_together(tiny.llama(), arms)
+    base = tiny.llama()
+    base.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing would draw"):
+        train_together(base, arms_of(Case("droplora", {})))
+
+
 def test_what_cannot_train_together_is_refused() -> None:
-    one, two, three = arms_of(CASES[0])
+    one, two, _ = arms_of(CASES[0])
     base = tiny.llama()
     for arms, text in (
         ([], "there is no arm"),
@@ -142,7 +153,7 @@ def test_what_cannot_train_together_is_refused() -> None:
     base.config.attention_dropout = 0.1
     with pytest.raises(ValueError, match="attention_dropout"):
         train_together(base, [one])
+    arm = replace(one, config=CASES[0].config(target_modules=["linear"], task_type=None))
     with pytest.raises(ValueError, match="has no loss_function"):
-        config = CASES[0].config(target_modules=["linear"], task_type=None)
-        train_together(tiny.OneLinear(7, 5), [replace(one, config=config)])
+        train_together(tiny.OneLinear(7, 5), [arm])
     assert plait.train_together is train_together

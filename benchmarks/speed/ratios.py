@@ -4,6 +4,9 @@
     python -m benchmarks.speed.ratios step        # a training step of a small Llama, fp32
     python -m benchmarks.speed.ratios step --bf16
     python -m benchmarks.speed.ratios generate    # greedy tokens of an adapter that is not merged
+    python -m benchmarks.speed.ratios adapters    # 8, 32 and 128 adapters in one training batch
+    python -m benchmarks.speed.ratios served      # the same without gradients
+    python -m benchmarks.speed.ratios arms        # 8 arms of a sweep in one process
     python -m benchmarks.speed.ratios calls --only cola-kaiming dual_lora
 
 Variants take turns, forwards and backwards, in each round; a figure is the median over the rounds
@@ -12,6 +15,7 @@ measured against a second one of itself: outside 1.00 +- .03 the run tells nothi
 """
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +28,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import plait
-from benchmarks._common import parser, read_results, table, write_results
+from benchmarks._common import parser, read_results, table, versions, write_results
 from plait.run.folder import environment
 
 RESULTS = Path(__file__).parent / "results" / "ratios.json"
@@ -181,6 +185,74 @@ def generate(name: str, wide: bool) -> Callable[[], float]:
     return run
 
 
+MANY = (8, 32, 128)
+ROWS = 128  # rows of a batch of many adapters, 8 tokens each
+
+
+def adapters(name: str, count: int, training: bool) -> Callable[[], float]:
+    """Gradients, or outputs, of 1,024 tokens in rows of 8, shared out among some adapters."""
+    base = llama(256, 688, 2, 512).requires_grad_(False)
+    names = [f"number {i}" for i in range(count)]
+    model: Any = get_peft_model(base, config(name, LINEARS), adapter_name=names[0])
+    for other in names[1:]:
+        model.add_adapter(other, config(name, LINEARS))
+    model.base_model.set_adapter(names)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:  # one step: the adapters are in use, not fresh copies of each other
+        p.grad = torch.zeros_like(p)
+    torch.optim.SGD(trained, lr=0.1).step()
+    if training:
+        base.get_input_embeddings().register_forward_hook(
+            lambda module, args, out: out if out.requires_grad else out.requires_grad_()
+        )
+    model.train(training)
+    tokens = torch.randint(0, 512, (ROWS, 8), generator=generator)
+    each = [names[i * count // ROWS] for i in range(ROWS)]
+    extra = {"adapter_names": each} if count > 1 else {}
+
+    def run() -> float:
+        gc.collect()
+        begin = time.process_time()
+        if training:
+            model(input_ids=tokens, labels=tokens, **extra).loss.backward()
+        else:
+            with torch.no_grad():
+                model(input_ids=tokens, **extra)
+        taken = time.process_time() - begin
+        model.zero_grad()
+        return taken
+
+    return run
+
+
+def arms(name: str, count: int, rows: int) -> Callable[[], float]:
+    """20 steps of some arms on a model of 260,000 parameters, each with rows of 32 tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def batch() -> dict[str, torch.Tensor]:
+        tokens = torch.randint(0, 512, (rows, 32), generator=generator)
+        return {"input_ids": tokens, "labels": tokens}
+
+    sweep = [
+        plait.Arm(f"arm {i}", config(name, LINEARS, seed=i), [batch() for _ in range(20)], lr=1e-3)
+        for i in range(count)
+    ]
+
+    def run() -> float:
+        base = llama(64, 172, 5, 512).requires_grad_(False)
+        gc.collect()
+        begin = time.process_time()
+        plait.train_together(base, sweep)
+        return time.process_time() - begin
+
+    return run
+
+
 def measure(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each variant in each round, after two rounds that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -200,53 +272,104 @@ def ratio(seconds: dict[str, list[float]], name: str, to: str) -> tuple[float, f
     return middle, low, high
 
 
-def main() -> None:
-    """Measure one kind of figure and write it into the results."""
-    arguments = parser(__doc__)
-    arguments.add_argument("what", choices=["calls", "evaluate", "step", "generate"])
-    arguments.add_argument("--bf16", action="store_true", help="with step: a bf16 base")
-    arguments.add_argument("--wide", action="store_true", help="with generate: hidden size 512")
-    arguments.add_argument("--rounds", type=int, default=9)
-    arguments.add_argument("--only", nargs="*", help="variants; default: all")
-    arguments.add_argument("--label", default="", help="what is measured, such as a commit")
-    args = arguments.parse_args()
-    torch.set_num_threads(1)
-    names = args.only or [n for n in METHODS if args.what != "generate" or n != "dual_lora"]
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
+KINDS = ("calls", "evaluate", "step", "step bf16", "generate", "adapters", "served", "arms")
+TITLES = {
+    "calls": "Forward and backward of 50 layers of 16 x 16, 4 rows",
+    "evaluate": "Forward of the same layers in evaluation",
+    "step": "A training step, fp32: 2 blocks of hidden size 512, 1,024 tokens, r = 8",
+    "step bf16": "The same step, bf16 base",
+    "generate": "128 greedy tokens, adapters not merged, hidden size 64, 5 blocks",
+    "adapters": "Gradients of 128 rows of 8 tokens, hidden size 256, by number of adapters",
+    "served": "The same rows without gradients",
+    "arms": "20 steps of 8 arms in one process, hidden size 64, rows of 32 tokens",
+}
+
+
+def variants(kind: str, only: list[str] | None) -> tuple[dict[str, Callable[[], float]], list[str]]:
+    """The runs of a kind by name, and the names of those that others are divided by."""
+    names = only or [n for n in METHODS if kind != "generate" or n != "dual_lora"]
+    if kind in ("adapters", "served"):
+        training, method = kind == "adapters", (only or ["sora"])[0]
+        runs = {"one": adapters(method, 1, training), "self": adapters(method, 1, training)}
+        for count in MANY:
+            runs[f"{count} adapters"] = adapters(method, count, training)
+        return runs, ["one"]
+    if kind == "arms":
+        method = (only or ["sora"])[0]
+        runs = {"one": arms(method, 1, 1), "self": arms(method, 1, 1)}
+        return runs | {"8 arms": arms(method, 8, 1)}, ["one"]
     makers: dict[str, Callable[[str], Callable[[], float]]] = {
         "calls": lambda n: calls(n, True)[0],
         "evaluate": lambda n: calls(n, False)[0],
-        "step": lambda n: step(n, dtype),
-        "generate": lambda n: generate(n, args.wide),
+        "step": lambda n: step(n, torch.float32),
+        "step bf16": lambda n: step(n, torch.bfloat16),
+        "generate": lambda n: generate(n, wide=False),
+        "generate wide": lambda n: generate(n, wide=True),
     }
-    make = makers[args.what]
+    make, references = makers[kind], ["lora"]
     runs = {"lora": make("lora"), "self": make("lora")}
-    references = ["lora"]
-    if args.what == "step":
-        extra = ["frozen", "frozen-2", "lora-native", "full"]
-        runs |= {name: make(name) for name in extra}
+    if kind.startswith("step"):
+        runs |= {name: make(name) for name in ("frozen", "frozen-2", "lora-native", "full")}
         references.append("frozen")
-    elif args.what == "generate":
+    elif kind.startswith("generate"):
         runs["base"] = make("base")
-    runs |= {name: make(name) for name in names}
-    seconds = measure(runs, args.rounds)
-    rows = []
-    found: dict[str, Any] = {}
-    for name in runs:
-        found[name] = {to: ratio(seconds, name, to) for to in references}
-        cells = [f"{m:.2f} ({a:.2f} to {b:.2f})" for m, a, b in found[name].values()]
-        rows.append([name, f"{1e3 * statistics.median(seconds[name]):.1f}", *cells])
-    kind = args.what + (" bf16" if args.bf16 else "") + (" wide" if args.wide else "")
-    key = f"{kind} {args.label}".strip()
-    print(table(["variant", "ms", *(f"/ {to}" for to in references)], rows))
-    results = read_results(RESULTS)
-    results[key] = {
+    return runs | {name: make(name) for name in names}, references
+
+
+def figures(kind: str, only: list[str] | None, rounds: int) -> dict[str, Any]:
+    """Measure one kind; `valid` tells whether a reference beside itself gave 1.00 +- .03."""
+    load = os.getloadavg()[0]
+    runs, references = variants(kind, only)
+    seconds = measure(runs, rounds)
+    found = {n: {to: ratio(seconds, n, to) for to in references} for n in runs}
+    return {
         "ratios": found,
         "milliseconds": {n: 1e3 * statistics.median(s) for n, s in seconds.items()},
-        "rounds": args.rounds,
+        "rounds": rounds,
+        "valid": abs(found["self"][references[0]][0] - 1) <= 0.03,
+        "load": [round(load, 1), round(os.getloadavg()[0], 1)],
         "environment": environment(),
     }
-    write_results(RESULTS, results)
+
+
+def page(results: dict[str, Any]) -> str:
+    """The tables of all kinds, with their conditions."""
+    parts = []
+    for kind, title in TITLES.items():
+        if kind not in results:
+            continue
+        one = results[kind]
+        references = list(next(iter(one["ratios"].values())))
+        rows = [
+            [name, f"{one['milliseconds'][name]:.1f}"]
+            + [f"{m:.2f} ({low:.2f} to {high:.2f})" for m, low, high in own.values()]
+            for name, own in one["ratios"].items()
+        ]
+        packages = versions(one["environment"], "torch", "peft", "transformers")
+        state = "" if one["valid"] else " **Void: `self` is outside 1.00 +- 0.03.**"
+        note = (
+            f"{one['rounds']} rounds, one thread, {packages}; load of the machine "
+            f"{one['load'][0]} to {one['load'][1]} on {one['environment']['cpu_count']} cores."
+        )
+        head = ["variant", "ms", *(f"/ {to}" for to in references)]
+        parts += [f"### {title}\n", note + state + "\n", table(head, rows)]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Measure some kinds of figures and write them into the results."""
+    arguments = parser(__doc__)
+    arguments.add_argument("what", nargs="+", choices=[*KINDS, "all", "generate wide", "page"])
+    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--only", nargs="*", help="variants; default: all")
+    args = arguments.parse_args()
+    torch.set_num_threads(1)
+    results = read_results(RESULTS)
+    for kind in KINDS if "all" in args.what else [k for k in args.what if k != "page"]:
+        results[kind] = figures(kind, args.only, args.rounds)
+        print(page({kind: results[kind]}), flush=True)
+        write_results(RESULTS, results, page(results))
+    write_results(RESULTS, results, page(results))
 
 
 if __name__ == "__main__":

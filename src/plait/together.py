@@ -69,7 +69,8 @@ def train_together(
     Raises:
         ValueError: no arms; arms of several methods, of one name or of unequal length; a method
             that scores ranks by forwards of its own; parts that train outside the adapted layers;
-            a base model with dropout, whose masks would not be those of separate runs.
+            masks that would not be those of separate runs: a base model with dropout, or adapters
+            with it under gradient checkpointing or with rows of unequal length.
     """
     _check(base, arms)
     model: Any = get_peft_model(base, arms[0].config, adapter_name=arms[0].name)  # type: ignore
@@ -87,11 +88,12 @@ def train_together(
             parameters |= {id(p): p for p in delta.parameters() if p.requires_grad}
         trained = list(parameters.values())
         groups.append({"params": trained, "lr": arm.lr, "weight_decay": arm.weight_decay})
-    optimizer = torch.optim.AdamW(groups)
+    kinds = {p.device.type for group in groups for p in group["params"]}
+    optimizer = torch.optim.AdamW(groups, fused=kinds <= {"cpu", "cuda"})  # of many small tensors
     steps = len(arms[0].batches)
     model.train()
     if any(delta.draws for layer in layers for delta in layer.plait_delta.values()):
-        _check_lengths(arms, steps)
+        _check_masks(base, arms, steps)
     set_total_steps(model, steps)
     set_micro_batches(model, 1)
     values = [_step(model, arms, step, optimizer, loss or _own_loss(base)) for step in range(steps)]
@@ -150,8 +152,13 @@ def _check(base: nn.Module, arms: Sequence[Arm]) -> None:
         )
 
 
-def _check_lengths(arms: Sequence[Arm], steps: int) -> None:
-    """Raise ValueError if padding would draw masks that separate runs do not draw."""
+def _check_masks(base: nn.Module, arms: Sequence[Arm], steps: int) -> None:
+    """Raise ValueError where the masks would not be those of separate runs."""
+    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        raise ValueError(
+            "train_together: gradient checkpointing would draw the masks of each arm a second "
+            "time. Train without dropout, or without gradient checkpointing."
+        )
     for step in range(steps):
         lengths = {arm.name: arm.batches[step]["input_ids"].shape[1] for arm in arms}
         if len(set(lengths.values())) > 1:

@@ -131,6 +131,30 @@ def test_without_gradients(case: Case, calls: list[Any]) -> None:
                 configure(fused=True)
 
 
+def test_no_stale_stack() -> None:
+    """Factors are stacked once in evaluation, and again after any change of their numbers."""
+    model = model_of(Case("sora", {})).eval()
+    x, names = tiny.numbers(3, 7), ORDERS[0]
+    delta: Any = layers(model)[0].plait_delta["two"]
+
+    def outputs() -> tuple[Tensor, Tensor]:
+        with torch.inference_mode():
+            found = model(x, adapter_names=names)
+        configure(fused=False)
+        try:
+            with torch.no_grad():
+                return found, model(x, adapter_names=names)
+        finally:
+            configure(fused=True)
+
+    assert relative(*outputs()) < 1e-12
+    delta.A.detach().numpy()[...] *= 1.5  # raises no version and calls no hook
+    assert relative(*outputs()) < 1e-12
+    delta.scaling *= 2
+    assert relative(*outputs()) < 1e-12
+    compare(model.train(), names)  # what inference kept does not enter a graph
+
+
 def test_rows_of_the_base_alone_keep_its_output() -> None:
     model = model_of(Case("sora", {}))
     x = tiny.numbers(3, 7)

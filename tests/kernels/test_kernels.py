@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from plait.core.mix import TaskTable, TokenRouter
 from plait.core.route import Rows
+from plait.kernels import configure
 from plait.kernels.dense_tiles import DenseTiles, tile_rows
 from plait.kernels.reference import up
 from plait.testing import tiny
@@ -232,6 +233,36 @@ def test_dual_lora_makes_no_weight(dtype: torch.dtype, joint: bool) -> None:
     assert OUT * IN in {shape.numel() for shape, _ in watch.made}
 
 
+def test_cached_weights_are_those_of_tiles() -> None:
+    """dense="cached" gives the same numbers, once a step, and never those of before a step."""
+    model, host = one_layer(DUAL, IN, OUT)
+    delta: Any = host.plait_delta["default"]
+    delta.tile = 8
+    model.train()
+    x = tiny.numbers(T, IN).requires_grad_()
+    for _ in range(2):
+
+        def run() -> list[Tensor]:
+            y = model(x)
+            return [y, *torch.autograd.grad(y.square().sum(), [x, *delta.parameters()])]
+
+        expected = run()
+        configure(dense="cached")
+        try:
+            first = run()
+            made = delta.kept.made
+            again = run()
+        finally:
+            configure(dense="tiles")
+        assert delta.kept.made == made
+        for one, other, third in zip(expected, first, again, strict=True):
+            assert relative(other, one) < 1e-12
+            assert torch.equal(other, third)
+        with torch.no_grad():
+            delta.A.mul_(1.5)
+    assert any(key[0] == "whole" for key in delta.kept.values)
+
+
 def test_dual_lora_saves_its_inputs_only() -> None:
     model, host = one_layer(DUAL, IN, OUT, torch.float32)
     delta: Any = host.plait_delta["default"]
@@ -310,6 +341,42 @@ def test_number_of_products_does_not_grow(n: int) -> None:
         case = Case("cola", {"r": 1, "strategy": strategy, "num_A": n, "num_B": n + 1})
         forward, backward, _ = watched(case)
         assert (forward.products, backward.products) == (3, 5)
+
+
+# Method -> products forward and backward once the factors are kept, and the numbers of a token that
+# are saved beside x: R_in of z, and of a router its n logits and n weights. A matrix between the
+# factors takes one small product forward and, with those that make the matrix, five backward.
+COUNTS = [
+    (Case("cola", {"r": 4, "init": "kaiming", "num_A": 5, "num_B": 7}), 3, 5, 4),
+    (Case("cola", {"r": 4, "num_A": 5, "num_B": 7}), 3, 5, 8),
+    (Case("droplora", {"r": 4, "inner_dropout": 0.0}), 3, 5, 4),
+    (Case("dual_module", {"r": 8, "shared_r": 2, "total_steps": 10}), 3, 5, 10),
+    (Case("fedalora_het", {"r": 4, "common_rank": 6}), 4, 10, 4),
+    (Case("hydra", {"r": 4, "num_B": 3}), 3, 5, 4 + 2 * 3),
+    (Case("hydra", {"r": 4, "num_B": 8}), 3, 5, 4 + 2 * 8),
+    (Case("molora", {"r": 4, "num_experts": 3}), 3, 5, 3 * 4 + 2 * 3),
+    (Case("shared_b", {"r": 4, "num_A": 3}), 3, 5, 3 * 4 + 2 * 3),
+    (Case("sora", {"r": 4}), 3, 5, 4),
+    (Case("sora", {"r": 4, "init": "pissa"}), 3, 5, 8),
+    (Case("tied", {"r": 4}), 3, 5, 4),
+]
+
+
+@pytest.mark.parametrize(("case", "ahead", "back", "saved"), COUNTS, ids=str)
+def test_products_and_saved_bytes_as_integers(
+    case: Case, ahead: int, back: int, saved: int
+) -> None:
+    """What a call costs is known to the number, and does not grow with M, N or experts."""
+    model = one_layer(case, IN, OUT, torch.float32)[0].train()
+    x = tiny.numbers(T, IN, dtype=torch.float32).requires_grad_()
+    model(x).sum().backward()
+    with Watch() as forward:
+        y, kept = saved_by(lambda: model(x))
+    with Watch() as backward:
+        y.backward(torch.ones_like(y))
+    own = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
+    extra = [t.untyped_storage().nbytes() for place, t in kept.items() if place not in own]
+    assert (forward.products, backward.products, sum(extra)) == (ahead, back, 4 * T * saved)
 
 
 @pytest.mark.parametrize("case", LOW_RANK, ids=str)

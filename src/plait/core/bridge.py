@@ -226,7 +226,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         delta.awaits_weights = False
         return True
 
-    def complete_copies(self, used: Any) -> None:
+    def complete_copies(self, *used: Any) -> None:
         """Give an adapter whose parameters were copied from another one that one's state, too.
 
         Libraries copy an adapter by `add_adapter(name, config)` and its parameters alone, such as
@@ -234,7 +234,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         before the first step after that changes the original, and whenever the copy is used.
 
         Args:
-            used: the Delta that is about to be used.
+            used: the Deltas that are about to be used.
 
         Raises:
             RuntimeError: the original is a chain, whose finished links no adapter can hold.
@@ -246,7 +246,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
             if not self._may_copy(delta):
                 continue
             for source, original in deltas.items():
-                again = delta.state_from == "copy" and delta is not used
+                again = delta.state_from == "copy" and not any(delta is one for one in used)
                 if delta is original or again or not delta.copies(original):
                     continue
                 if delta.awaits_weights and not original.lived and self._untouched(name):
@@ -372,7 +372,7 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
                 f"{self.name}: this adapter was made from a saved config and its weights were not "
                 "loaded. Use PeftModel.from_pretrained(base, path), or a new config to train."
             )
-        if delta.training and torch.is_grad_enabled() and delta.needs_events:
+        if delta.training and torch.is_grad_enabled():
             delta.__dict__["forwards"] += 1  # nn.Module's way takes ten times as long
 
     def _mixed(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
@@ -393,9 +393,9 @@ class PlaitLayer(nn.Module, BaseTunerLayer):
         deltas: Any = self.plait_delta._modules
         parts = segments(names, frozenset(deltas))  # the other rows: BASE, or not of this layer
         used = [deltas[name] for name in parts.adapters]
-        copies = [delta for delta in deltas.values() if self._may_copy(delta)]
+        self.complete_copies(*used)
         for delta in used:
-            self._begin(delta, deltas if copies else {})
+            self._begin(delta, {})
         grouped: Any = _one_kind(used, x)
         joins = grouped and not (args or kwargs) and self._can_join(used[0], self.base_layer, x)
         if joins:

@@ -388,6 +388,8 @@ class Delta(nn.Module):
 
     def autocast(self) -> torch.dtype | None:
         """The dtype of the autocast region that the call is in, or None."""
+        if not torch._C._is_any_autocast_enabled():
+            return None
         device = next(self.parameters()).device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 

@@ -166,7 +166,8 @@ def _by_adapter(selects: Callable[["Delta"], bool]) -> list[list["Delta"]]:
 
 def _trained(deltas: Iterable["Delta"]) -> dict[int, nn.Parameter]:
     """The parameters that train, by id; a shared one is there once."""
-    return {id(p): p for delta in deltas for p in delta.parameters() if p.requires_grad}
+    each = (d.parameters() if d._modules else d._parameters.values() for d in deltas)
+    return {id(p): p for own in each for p in own if p is not None and p.requires_grad}
 
 
 def _own_rates(held: Collection[int]) -> dict[int, float | None]:

@@ -35,6 +35,7 @@ class FreeDelta(LowRankDelta):
 
     rank_axes: ClassVar[dict[str, int]] = {"A": -2, "B": -1, "A0": -2, "B0": -1}
     reads: ClassVar[tuple[str, ...] | None] = ("A", "B", "A0", "B0")
+    closes_by: ClassVar[tuple[str, ...] | None] = ()
 
     config: Any  # a FreeConfig
     A0: Tensor | None

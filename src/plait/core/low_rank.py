@@ -4,6 +4,7 @@ A method declares stacked factors, gates on the rank axis and a mix; forward, we
 merge and export, and rank follow here.
 """
 
+import copy
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -280,7 +281,8 @@ class LowRankDelta(Delta):
             crew = _crew(deltas, x, dtype, graph)
             if crew is None:
                 return None
-            deltas[0].crews[graph] = crew
+            if crew.noted and not traced():
+                deltas[0].crews[graph] = crew
         kept, mask, raised = None, None, None
         if crew.draws:
             sizes = zip(deltas, rows.rows, strict=True)
@@ -290,8 +292,15 @@ class LowRankDelta(Delta):
                     drawn.append(delta._draw(x[: len(own)], dtype))
             kept, mask = (rows.spread([part[i] for part in drawn]) for i in (0, 2))
             raised = None if kept is None else tuple(part[1] for part in drawn)
-        call = grouped.Batch(crew.plans, crew.counts, crew.ranks, rows, dtype, kept, raised, mask)
         flat = crew.leaves
+        call = grouped.Batch(
+            crew.plans, crew.counts, crew.ranks, rows, dtype, kept, raised, mask, None
+        )
+        if not flat and crew.noted and not traced():  # all that is computed from is watched
+            if rows.idle not in crew.stacks:
+                with torch.inference_mode(False), torch.no_grad():
+                    crew.stacks[rows.idle] = grouped.stacks_of(call, ())
+            call = call._replace(stacks=crew.stacks[rows.idle])
         if graph and (
             crew.trains
             or x.requires_grad
@@ -436,6 +445,8 @@ class LowRankDelta(Delta):
     # Plans: what calls with the same weights have in common -------------------------------------
 
     closed: ClassVar[tuple[tuple[str, ...], ...] | None] = None
+    # Tensors whose numbers `close` looks at, beside config, mode and shapes, or None: unknown.
+    closes_by: ClassVar[tuple[str, ...] | None] = None
     # Tensors that factors() and mix() read, beside training mode and config, or None: unknown.
     reads: ClassVar[tuple[str, ...] | None] = None
 
@@ -523,8 +534,9 @@ class LowRankDelta(Delta):
         self, dtype: torch.dtype, kind: Kind, declared: Any, gated: bool, held: bool, stacked: bool
     ) -> Plan:
         """A plan that holds the factors, and the gate if `held`."""
-        plan, names = self._direct(kind, declared, gated), self.closed
+        names = self.closed
         assert names is not None
+        plan = self._pulling(kind, declared, gated)
         A, B, M = self._computed()
         plan.A = torch.cat([A, declared.G]) if stacked else A
         # Copies: a factor may be a view of the parameter that the optimizer is about to change.
@@ -544,8 +556,22 @@ class LowRankDelta(Delta):
                 return dg if factor is None else dg * factor
 
             plan.unspread = pull
-        self.close(plan)
         return plan
+
+    def _pulling(self, kind: Kind, declared: Any, gated: bool) -> Plan:
+        """A plan with its pulls, which are made once if what they depend on is stated."""
+
+        def make() -> Plan:
+            plan = self._direct(kind, declared, gated)
+            self.close(plan)
+            return plan
+
+        if not states(type(self), "closes_by", "close"):
+            return make()
+        named = {**self._parameters, **self._buffers}
+        sources = [named[n] for n in self.closes_by or () if named.get(n) is not None]
+        key = ("pulls", kind, gated, self.training, self.scaling)
+        return copy.copy(self.kept.get(key, sources, make))  # type: ignore[arg-type]
 
     def _fold(
         self, dtype: torch.dtype, kind: Kind, declared: Any, task: int | None
@@ -704,6 +730,7 @@ class _Crew(NamedTuple):
         draws: whether one of them draws masks.
         trains: whether one of the leaves needs a gradient.
         plans, counts, ranks, leaves: for kernels/grouped.py.
+        stacks: of plans without leaves, without and with a slice of zeros.
     """
 
     deltas: list[Any]
@@ -721,6 +748,7 @@ class _Crew(NamedTuple):
     counts: tuple[int, ...]
     ranks: tuple[tuple[int, int], ...]
     leaves: list[Tensor]
+    stacks: dict[bool, grouped.Stacks]
 
     def holds(self, deltas: Sequence[Any], dtype: torch.dtype) -> bool:
         """Whether all that it was made of is as it was."""
@@ -774,6 +802,7 @@ def _crew(deltas: Sequence[Any], x: Tensor, dtype: torch.dtype, graph: bool) -> 
         counts=tuple(map(len, leaves)),
         ranks=tuple(map(grouped.ranks, plans, leaves)),
         leaves=flat,
+        stacks={},
     )
 
 

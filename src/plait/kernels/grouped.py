@@ -100,6 +100,7 @@ class Batch(NamedTuple):
         kept: which inputs of the A are kept (T, in), bool; None: all.
         raised: 1 / (1 - p) of each adapter, (K,), by which z is multiplied for that; None: 1.
         mask: factor on z (T, R_in), or None.
+        stacks: of these plans, if they were made before.
     """
 
     plans: tuple[Plan, ...]
@@ -110,6 +111,7 @@ class Batch(NamedTuple):
     kept: Tensor | None
     raised: tuple[float, ...] | None
     mask: Tensor | None
+    stacks: "Stacks | None"
 
 
 class Stacks(NamedTuple):
@@ -158,7 +160,8 @@ def _stacked(parts: Sequence[Any], more: int) -> Tensor | None:
     return whole
 
 
-def _stacks(call: Batch, leaves: Sequence[Tensor]) -> Stacks:
+def stacks_of(call: Batch, leaves: Sequence[Tensor]) -> Stacks:
+    """The factors of all adapters, with a slice of zeros if there are rows without one."""
     parts, at = [], 0
     for plan, count in zip(call.plans, call.counts, strict=True):
         parts.append(factors_of(plan, call.dtype, leaves[at : at + count]))
@@ -224,7 +227,8 @@ def product(
     first, dtype, groups = call.plans[0], call.dtype, call.segments.groups
     tokens = x.reshape(-1, x.shape[-1])
     tokens = tokens if tokens.dtype == dtype else tokens.to(dtype)
-    stacks, index = _stacks(call, leaves), call.segments.index(x.device)
+    stacks, index = call.stacks, call.segments.index(x.device)
+    stacks = stacks_of(call, leaves) if stacks is None else stacks
     own = stacks.gathered(index)
     source = tokens if call.kept is None else tokens * call.kept
     z, w = torch.bmm(source.view(groups, -1, x.shape[-1]), own.A.mT), None
@@ -321,14 +325,14 @@ class Grouped(torch.autograd.Function):
             dz = dz * call.mask.view(dz.shape)
         raised = _raised(call, own, index)
         dz = dz if raised is None else dz * raised
-        both = torch.cat([dz, dlogits], dim=-1) if first.stacked else dz
+        both = torch.cat([dz, dlogits], dim=-1) if first.stacked else dz  # type: ignore[list-item, arg-type]
         dA = None
         if tokens is not None:
             x = tokens.view(segments.groups, -1, tokens.shape[-1])
             source = x if call.kept is None else (tokens * call.kept).view(x.shape)
             trained = _owned(call, dz, "own_z")
             if first.stacked:
-                trained = torch.cat([trained, dlogits], dim=-1)  # type: ignore[list-item, arg-type]
+                trained = torch.cat([trained, dlogits], dim=-1)  # type: ignore
             dA = of_each(torch.bmm(trained.mT, source))
             if first.stacked:
                 dA, dG = dA[:, : -first.groups], dA[:, -first.groups :]
@@ -338,11 +342,12 @@ class Grouped(torch.autograd.Function):
         if needs[1]:
             dx = _input_gradient(call, flat.to(call.dtype), weight, both, own, dlogits)
             dx = dx.to(ctx.x_dtype).view(ctx.x_shape)
+        slices = [None if t is None else t.unbind() for t in (dA, dB, dg, dM, dG)]
         found: list[Tensor | None] = []
         for k in range(adapters):
             at = len(found)
             until = at + call.counts[k]
-            of_k = [None if t is None else t[k] for t in (dA, dB, dg, dM, dG)]
+            of_k = [None if t is None else t[k] for t in slices]
             asked = needs[_LEAVES + at : _LEAVES + until]
             found += _pulled(call.plans[k], call.ranks[k], asked, leaves[at:until], *of_k)
         return (
@@ -419,14 +424,14 @@ def _pulled(
     count = plan.of_A + plan.of_B
     if dA is not None and True in needs[: plan.of_A]:
         width = ranks[0] if plan.own_z is None else plan.own_z(dA.new_empty(1, ranks[0])).shape[1]
-        own = dA[:width]
+        own = dA if len(dA) == width else dA[:width]
         found[: plan.of_A] = [own] if plan.pull_A is None else plan.pull_A(leaves, own)
     if dB is not None and True in needs[plan.of_A : count]:
         width = ranks[1] if plan.own_h is None else plan.own_h(dB.new_empty(1, ranks[1])).shape[1]
-        own = dB[:, :width]
+        own = dB if dB.shape[1] == width else dB[:, :width]
         found[plan.of_A : count] = [own] if plan.pull_B is None else plan.pull_B(leaves, own)
     if plan.gated and dg is not None and needs[count]:
-        own = dg[: ranks[0]]
+        own = dg if len(dg) == ranks[0] else dg[: ranks[0]]
         found[count] = own if plan.unspread is None else plan.unspread(own)
     if dG is not None and needs[-1]:
         found[-1] = dG

@@ -21,23 +21,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from plait.kernels.dense_tiles import MANY_TILES, tiles
-from plait.kernels.low_rank import shaped
+from plait.kernels.low_rank import scaled_mm, shaped
 
 
 class _Buffers:
-    """What one call writes its tiles into; the last tile may be lower."""
+    """What one call writes its tiles into; the last tile may be lower.
 
-    def __init__(self, A: Tensor, height: int, dtype: torch.dtype) -> None:
-        wide, n_in = A.dtype, A.shape[1]
+    A layer of one tile needs none: its tensors are made by the operations themselves.
+    """
+
+    def __init__(self, A: Tensor, height: int, dtype: torch.dtype, out_features: int) -> None:
+        self.single, self.dtype = height >= out_features, dtype
+        if self.single:
+            return
+        n_in = A.shape[1]
         self.P, self.Z, self.N = A.new_empty(3, height, n_in).unbind()
         self.positive = A.new_empty(height, n_in, dtype=torch.bool)
         self.W = A.new_empty(height, n_in, dtype=dtype)
-        self.wide = wide
 
     def rows(
         self, A: Tensor, B: Tensor, C: Tensor, D: Tensor, start: int, stop: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """R, Z and N of rows start:stop."""
+        if self.single:
+            P, Z = torch.mm(B, A).relu_(), torch.mm(D, C)
+            return P, Z, torch.where(Z > 0, P, -P)
         n = stop - start
         P, Z, N, positive = self.P[:n], self.Z[:n], self.N[:n], self.positive[:n]
         torch.mm(B[start:stop], A, out=P).relu_()
@@ -49,6 +57,9 @@ class _Buffers:
 
     def weight(self, N: Tensor, base: Tensor | None, c: float) -> Tensor:
         """W + c N in the dtype of the computation."""
+        if self.single:
+            W = N * c if base is None else torch.add(base, N, alpha=c)
+            return W if W.dtype == self.dtype else W.to(self.dtype)
         W = self.W[: len(N)]
         if base is None:
             return torch.mul(N, c, out=W)
@@ -90,11 +101,16 @@ class SignedTiles(torch.autograd.Function):
         flat = flat if flat.dtype == dtype else flat.to(dtype)
         shift = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
         out_features = len(B)
-        if whole is not None:
-            y = F.linear(flat, whole, shift)
+        if whole is None and height >= out_features:
+            buffers = _Buffers(A, height, dtype, out_features)
+            N = buffers.rows(A, B, C, D, 0, out_features)[2]
+            whole_now: Tensor | None = buffers.weight(N, weight, c)
         else:
-            height = min(height, out_features)
-            buffers = _Buffers(A, height, dtype)
+            whole_now = whole
+        if whole_now is not None:
+            y = F.linear(flat, whole_now, shift)
+        else:
+            buffers = _Buffers(A, height, dtype, out_features)
             y = flat.new_empty(len(flat), out_features)
             for start, stop in tiles(out_features, height):
                 N = buffers.rows(A, B, C, D, start, stop)[2]
@@ -127,12 +143,13 @@ class SignedTiles(torch.autograd.Function):
             dx = torch.mm(dy, ctx.whole)
         many = out_features > MANY_TILES * height
         wide = torch.promote_types(dtype, torch.float32) if many else dtype
-        if trains:
+        single = height >= out_features
+        if trains and not single:
             dA, dB, dC, dD = (torch.zeros_like(A), torch.empty_like(B),
                               torch.zeros_like(C), torch.empty_like(D))  # fmt: skip
         rows_needed = tiles(out_features, height) if trains or by_tile else ()
-        buffers = _Buffers(A, height if rows_needed else 0, dtype)
-        G = A.new_empty(height if trains else 0, A.shape[1])
+        buffers = _Buffers(A, height, dtype, out_features)
+        G = A.new_empty(height if trains and not single else 0, A.shape[1])
         narrow = None if dtype == A.dtype else torch.empty_like(G, dtype=dtype)
         for start, stop in rows_needed:
             R, Z, N = buffers.rows(A, B, C, D, start, stop)
@@ -147,6 +164,9 @@ class SignedTiles(torch.autograd.Function):
                 else:
                     dx += torch.mm(dy_rows, rows)
             if not trains:
+                continue
+            if single:
+                dA, dB, dC, dD = _all_rows(ctx, dy, flat, A, B, C, D, R, Z, N)
                 continue
             n = stop - start
             g = G[:n]
@@ -170,6 +190,34 @@ class SignedTiles(torch.autograd.Function):
         return None, None, None, None, None, dx, None, dbias, dA, dB, dC, dD
 
 
+def _all_rows(
+    ctx: Any,
+    dy: Tensor,
+    flat: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    R: Tensor,
+    Z: Tensor,
+    N: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of A, B, C and D where one tile holds all rows; Z and N are overwritten."""
+    needs, c = ctx.needs_input_grad, ctx.c
+    dA = dB = dC = dD = None
+    g = torch.mm(dy.t(), flat)
+    g = g if g.dtype == A.dtype else g.to(A.dtype)
+    if needs[10] or needs[11]:
+        torch.mul(g, R, out=Z)
+        if ctx.clip and c > 0:
+            Z.clamp_(-1 / c, 1 / c)
+        dD, dC = scaled_mm(Z, C.t(), c), scaled_mm(D.t(), Z, c)
+    if needs[8] or needs[9]:
+        N.sign_().mul_(g)
+        dB, dA = scaled_mm(N, A.t(), c), scaled_mm(B.t(), N, c)
+    return dA, dB, dC, dD
+
+
 def signed_weight(
     weight: Tensor,
     c: float,
@@ -183,7 +231,7 @@ def signed_weight(
     """W + c N, (out, in) in `dtype`, by the same tiles as SignedTiles; arguments as there."""
     whole = torch.empty_like(weight, dtype=dtype)
     height = min(height, len(B))
-    buffers = _Buffers(A, height, dtype)
+    buffers = _Buffers(A, height, dtype, len(B))
     for start, stop in tiles(len(B), height):
         N = buffers.rows(A, B, C, D, start, stop)[2]
         torch.add(weight[start:stop], N, alpha=c, out=whole[start:stop])

@@ -99,10 +99,7 @@ def _mixture(w: Tensor, basis: Basis, keep: bool) -> Tensor:
 def mixture(w: Tensor, basis: Basis, keep: bool) -> Tensor:
     """sum_i w_i M_i / sqrt(k), (rows, cols) in the dtype of w, under autocast too.
 
-    Args:
-        w: weights (k,).
-        basis: of k matrices.
-        keep: hold the basis in memory from now on.
+    w: weights (k,) of the k matrices. keep: hold the basis in memory from now on.
     """
     apart: Any = _mixture  # torch does not say what its decorator returns
     return apart(w, basis, keep)
@@ -123,6 +120,9 @@ def inner(grad: Tensor, basis: Basis, keep: bool) -> Tensor:
         basis, keep: as in `mixture`.
     """
     flat = grad.reshape(-1, 1).to(torch.promote_types(grad.dtype, torch.float32))
+    kept = basis.kept.get(flat.device) if keep else None
+    if kept is not None and kept.dtype == flat.dtype and not torch._C._is_any_autocast_enabled():
+        return (kept @ flat)[:, 0] / math.sqrt(basis.count)
     with _no_autocast(flat.device):
         products = [m.to(flat.dtype) @ flat for _, _, m in basis.parts(flat.device, keep)]
     return torch.cat(products)[:, 0] / math.sqrt(basis.count)

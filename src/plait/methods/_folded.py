@@ -16,6 +16,7 @@ class Folded(LowRankDelta):
 
     closed = (("A",), ("B",))
     reads = ("A", "B", "A0", "B0", "draw")
+    closes_by = ("draw",)
     config: Any  # a ColaConfig
     A: nn.Parameter
     B: nn.Parameter

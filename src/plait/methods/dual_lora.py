@@ -116,8 +116,10 @@ class DualLora(DenseDelta):
 
     def signed(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float, bool]:
         """A, B, C, D, g s and whether sgn clips."""
-        c = self.scaling * float(self.gate())
-        return self.A, self.B, self.C, self.D, c, self.config.ste == "clip"
+        t, training = [] if self.t is None else [self.t], self.training
+        gate = self.kept.get(("gate", training), t, lambda: float(self.gate()))
+        of: Any = self._parameters  # nn.Module's own way to them takes longer than a product
+        return of["A"], of["B"], of["C"], of["D"], self.scaling * gate, self.config.ste == "clip"
 
     def check_step(self) -> None:
         """Raise ValueError under fp16 autocast: the clip would depend on the loss scale."""

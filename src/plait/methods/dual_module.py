@@ -68,6 +68,7 @@ class DualModule(LowRankDelta):
 
     closed = (("A_s", "A_e"), ("B_s", "B_e"))
     reads = ("A_s", "A_e", "B_s", "B_e", "A_s0", "B_s0")
+    closes_by = ()
     input_dropout = 0.0  # type: ignore[assignment]  # see rank_mask
     config: DualModuleLoraConfig
     alive = (("E", "B_e"),)  # with both zero no gradient ever leaves zero

@@ -51,6 +51,7 @@ class FedAloraHet(LowRankDelta):
     no_pairs = "B is a common part and a product of two factors"
     closed = (("A",), ("B2",), ("M", "B1"))
     reads = ("A", "B2", "B_bar", "M", "B1")
+    closes_by = ()
     config: FedAloraHetConfig
 
     def __init__(self, base: FrozenLinear, config: Any, gen: torch.Generator) -> None:

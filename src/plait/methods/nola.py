@@ -58,6 +58,7 @@ class Nola(LowRankDelta):
     no_pairs = "its factors are mixtures of fixed bases"
     closed = (("a",), ("b",))
     reads = ("a", "b", "A0")
+    closes_by = ()
     config: NolaConfig
 
     def __init__(self, base: FrozenLinear, config: NolaConfig, gen: torch.Generator) -> None:

@@ -60,6 +60,7 @@ class TiedLora(LowRankDelta):
     shared: ClassVar[tuple[str, ...]] = ("A", "B")
     closed = (("A", "u"), ("B", "v"))
     reads = NAMES
+    closes_by = ()
     config: TiedLoraConfig
     A: Tensor
     B: Tensor
