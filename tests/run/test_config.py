@@ -247,7 +247,7 @@ def test_every_key_of_every_file_has_a_help():
         (
             "- 1",
             "dual.yaml: is a list. Give sections: model, method, optimizer, data, training, "
-            "evaluation, chain, output.",
+            "parallel, evaluation, chain, output.",
         ),
         ("a: b: c", "dual.yaml: line 1, column 5: mapping values are not allowed here."),
         (
