@@ -19,6 +19,7 @@ from plait.run.parallel import ranks
 from plait.run.train import train
 from plait.run.trainer import RunTrainer
 
+SIZE = int(os.environ["WORLD_SIZE"])
 spent: dict[str, float] = {}
 
 
@@ -51,7 +52,7 @@ def main(folder: Path) -> None:
     for method in ("lora", "sora", "dual_module"):
         spent.clear()
         words = [f"method.name={method}", f"output.dir={folder / method}"]
-        words.append(f"training.per_device_train_batch_size={ROWS // 2}")
+        words.append(f"training.per_device_train_batch_size={ROWS // SIZE}")
         train(load_config(folder / "run.yaml", words))
         if ranks.is_first():
             shares = {k: spent.get(k, 0.0) / spent["training"] for k in ("events", "agreement")}

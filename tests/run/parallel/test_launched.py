@@ -118,24 +118,23 @@ def test_a_run_that_was_killed_ten_times_ends_as_one_that_was_not(
     config: Path, tmp_path: Path
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, _, err = end(start(config, f"output.dir={whole}"))
+    longer = ("training.max_steps=400", "training.save_steps=5")
+    code, _, err = end(start(config, f"output.dir={whole}", *longer))
     assert code == 0, err
     draw, seconds = random.Random(0), []
-    for number in range(10):
+    for _ in range(10):
+        last = latest_checkpoint(killed / "checkpoints")
         resume = ["--resume"] if (killed / "config.yaml").exists() else []
-        launcher = start(config, f"output.dir={killed}", *resume)
-        step = draw.randint(1, 5) + 5 * number
-        while not (killed / "config.yaml").exists():
-            assert launcher.poll() is None, launcher.communicate()
-            time.sleep(0.05)
-        wait_for(killed, step, launcher)
-        time.sleep(draw.random() / 2)
+        launcher = start(config, f"output.dir={killed}", *longer, *resume)
+        step = 0 if last is None else int(last.name.rpartition("-")[2])
+        wait_for(killed, step + draw.randint(1, 20), launcher)
+        time.sleep(draw.random() / 4)
         began = time.monotonic()
         os.kill(draw.choice(processes_of(launcher)), signal.SIGKILL)
         code, _, err = end(launcher, within=30)
         seconds.append(time.monotonic() - began)
         assert code == 1, err
-    code, _, err = end(start(config, f"output.dir={killed}", "--resume"))
+    code, _, err = end(start(config, f"output.dir={killed}", *longer, "--resume"))
     assert code == 0, err
     assert_same(RunFolder.open(whole), RunFolder.open(killed))
     print(f"killed ten times; all ended within {max(seconds):.1f} s")
