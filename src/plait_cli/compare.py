@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             if outcome.write(study, results) or not page.is_file():
                 write_report(results, study.folder)
     except KeyboardInterrupt as stopped:
-        text = f"{stopped or 'compare: stopped.'}"
+        text = str(stopped) or "compare: stopped."
         print(f"\n{text}\nWhat has finished is kept. Go on with: {again}", file=sys.stderr)
         return 130
     _print(screen, tables.verdict_table(results))

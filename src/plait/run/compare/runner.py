@@ -179,7 +179,7 @@ class Pool:
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, KeyboardInterrupt):  # the signal reached the workers, too
-            _wait_for([w.process for w in self._workers if w.trial is not None])
+            _wait_for([w.pipe for w in self._workers if w.trial is not None])
         for worker in self._workers:
             worker.process.kill()
             worker.process.join()
@@ -268,13 +268,13 @@ class Pool:
                 worker.process.join()
                 self._workers.remove(worker)
                 continue
+            trial, worker.trial = worker.trial, None
             if kind == "KeyboardInterrupt":
                 raise KeyboardInterrupt(text)
             if kind:
-                raise _TOLD.get(kind, RuntimeError)(_named(worker.trial, text))
+                raise _TOLD.get(kind, RuntimeError)(_named(trial, text))
             self._note(worker.began)
-            ended.append(worker.trial)
-            worker.trial = None
+            ended.append(trial)
         return ended, lost
 
     def _here(self, trial: Trial) -> Trial:
@@ -301,10 +301,12 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _wait_for(processes: Sequence[Any]) -> None:
+def _wait_for(pipes: list[Connection]) -> None:
+    """Wait until the runs in hand have ended or written a checkpoint, which a worker then says."""
     until = time.monotonic() + _PATIENCE
-    for process in processes:
-        process.join(max(0.0, until - time.monotonic()))
+    while pipes and time.monotonic() < until:
+        ready = wait(pipes, max(0.0, until - time.monotonic()))
+        pipes = [pipe for pipe in pipes if pipe not in ready]
 
 
 def _start(count: int, modules: list[str]) -> _Worker:
