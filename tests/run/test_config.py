@@ -246,8 +246,8 @@ def test_every_key_of_every_file_has_a_help():
         ("data: [1]", "dual.yaml: data is [1]. It should be keys and values."),
         (
             "- 1",
-            "dual.yaml: is a list. Give sections: model, method, optimizer, objective, data, training, "
-            "evaluation, chain, output.",
+            "dual.yaml: is a list. Give sections: model, method, optimizer, objective, data, "
+            "training, evaluation, chain, output.",
         ),
         ("a: b: c", "dual.yaml: line 1, column 5: mapping values are not allowed here."),
         (
