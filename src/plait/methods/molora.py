@@ -121,7 +121,7 @@ class MoLora(FreeDelta):
         """The weights; in training their gradient gets that of the balance loss."""
         if self.balance is None or not (self.training and w.requires_grad and self.G.requires_grad):
             return w
-        return self.balance.into(w, rows, self)
+        return self.balance.into(w, rows, self)  # type: ignore[attr-defined]
 
     def check_step(self) -> None:
         """Raise ValueError under fp16 autocast: the loss scale does not reach the balance loss."""
