@@ -122,11 +122,7 @@ class MoLora(FreeDelta):
         balance: Any = self.balance  # torch's decorator hides the type of its method
         if balance is None or not (self.training and w.requires_grad and self.G.requires_grad):
             return w
-<<<<<<< HEAD
         return balance.into(w, rows, self)
-=======
-        return self.balance.into(w, rows, self)  # type: ignore[attr-defined]
->>>>>>> speed
 
     def check_step(self) -> None:
         """Raise ValueError under fp16 autocast: the loss scale does not reach the balance loss."""
