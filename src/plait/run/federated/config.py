@@ -117,7 +117,7 @@ class HeldOutConfig:
         False, "Measure the exact match of greedy generation on rows with a completion."
     )
     max_new_tokens: int = option(64, "Tokens that generation may add.", least=1)
-    batch_size: int = option(32, "Rows at a time.", least=1)
+    batch_size: int = option(32, "Rows per batch.", least=1)
 
 
 @dataclass(kw_only=True)
