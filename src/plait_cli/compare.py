@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
                 write_report(results, study.folder)
     except KeyboardInterrupt as stopped:
         text = str(stopped) or "compare: stopped."
-        print(f"\n{text}\nWhat has finished is kept. Go on with: {again}", file=sys.stderr)
+        print(f"\n{text}\nFinished runs are kept. Continue with: {again}", file=sys.stderr)
         return 130
     _print(screen, tables.verdict_table(results))
     for sentence in tables.conclusions(results):

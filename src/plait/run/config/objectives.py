@@ -128,7 +128,7 @@ def check_objective_section(raw: dict[str, Any], source: Source, trusted: bool) 
     name = raw.pop("name", "sft")
     if name not in OBJECTIVES:
         raise ValueError(
-            f"{source.at('objective')} is {shown(name)}, which is no objective. "
+            f"{source.at('objective')} is {shown(name)}, which is not an objective. "
             f"{did_you_mean(str(name), OBJECTIVES)}"
         )
     options = dataclasses.asdict(check_section(OBJECTIVES[name], raw, "objective", source))

@@ -231,8 +231,8 @@ class ParallelConfig:
         if self.kind == "deepspeed":
             raise ValueError(
                 "parallel.kind is deepspeed, which hides its optimizer steps from the schedules "
-                "and penalties of methods. Set it to ddp, or to fsdp2 for a model that one GPU "
-                "does not hold."
+                "and penalties of methods. Set it to ddp, or to fsdp2 for a model that does "
+                "not fit on one GPU."
             )
 
 
