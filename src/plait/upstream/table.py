@@ -327,11 +327,14 @@ def saved_options(config: Any) -> dict[str, Any]:
     """Return the options of a config as those of its trained adapter are saved.
 
     An adapter that started with a part of the base weight is saved as a LoRA of twice the rank and
-    the same scaling.
+    the same scaling. EVA chooses ranks by layer, and each layer's alpha with them: these are left
+    out.
     """
     options = config.to_dict()
     if start_kind(config) == "residual":
         options["r"] *= 2
         options["lora_alpha"] *= 2**0.5 if options.get("use_rslora") else 2
         options["init_lora_weights"] = True
+    if options.get("init_lora_weights") == "eva":
+        del options["rank_pattern"], options["alpha_pattern"]
     return options
