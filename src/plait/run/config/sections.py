@@ -240,7 +240,7 @@ class ParallelConfig:
 class OutputConfig:
     """Where the run goes."""
 
-    dir: str = option("runs/first", "The run folder; it must not exist or be empty.", least=1)
+    dir: str = option("runs/first", "The run folder; it must be new or empty.", least=1)
     also: list[Literal["lora"]] = option(
         list,
         "What else to write after training: lora, the adapter as a plain LoRA that loads without "
