@@ -264,7 +264,7 @@ def read_study(path: str | Path, *, import_plugins: bool = False) -> Study:
     reference = next(iter(arms)) if options.reference is None else options.reference
     if reference not in arms:
         raise ValueError(
-            f"{source.at('reference')} is {shown(reference)}, which is no arm. "
+            f"{source.at('reference')} is {shown(reference)}, which is not an arm. "
             f"{did_you_mean(reference, arms)}"
         )
     study = Study(str(path), base, arms, _cells(options.vary), options, reference, [])
@@ -352,7 +352,7 @@ def _checked(study: Study, source: Source) -> list[str]:
         )
     rates = options.tune.learning_rate
     if len(set(rates)) < len(rates):
-        raise ValueError(f"{source.at('tune.learning_rate')}: a rate stands twice. Remove one.")
+        raise ValueError(f"{source.at('tune.learning_rate')}: a rate is given twice. Remove one.")
     if len(rates) > 1 and data.validation is None:
         raise ValueError(
             f"{source.at('tune.learning_rate')}: several rates, and data.validation of the "
