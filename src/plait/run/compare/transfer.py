@@ -435,7 +435,9 @@ class _Start:
                 layer.register_forward_pre_hook(
                     lambda _, args, kwargs, name=name: again(name), with_kwargs=True
                 ),
-                layer.register_forward_hook(lambda _, args, output, name=name: compare(name, output)),
+                layer.register_forward_hook(
+                    lambda _, args, output, name=name: compare(name, output)
+                ),
             ]
         with _hooks(hooks):
             yield changes
