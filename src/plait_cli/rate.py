@@ -1,7 +1,6 @@
 """`plait rate FILE --from RUN`: the learning rate of a method, carried over from a finished run."""
 
 import argparse
-import shlex
 
 
 def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentParser:
@@ -42,12 +41,8 @@ def run(args: argparse.Namespace) -> int:
     ]
     lines += [f"{name} at the rate {rate:.3g}: {change:.3g}" for rate, change in found.tries]
     lines.append(f"learning rate of {name}: {found.rate:.3g}")
-    again = shlex.join(["plait", "train", args.file, *args.overrides])
-    rates = ", ".join(f"{rate:.3g}" for rate in around(found.rate))
-    lines.append(
-        "It is a prediction. Compare it with a lower and a higher one on validation rows: "
-        f"{again} training.learning_rate=R, R in {rates}"
-    )
+    low, _, high = around(found.rate)
+    lines.append(f"It is a prediction: try {low:g} and {high:g} beside it, on validation rows.")
     for line in lines:
         screen.print(line, soft_wrap=True, highlight=False)
     return 0

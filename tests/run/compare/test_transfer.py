@@ -177,6 +177,11 @@ def test_methods_that_route_or_screen_are_measured(method: dict[str, Any]) -> No
     assert 0 < low.change < high.change < 1
 
 
+def test_a_gate_that_opens_slowly_is_open() -> None:
+    slow, wide = (config_of({"name": "dual_lora", "gate_steps": n}) for n in (10_000, 0))
+    assert probe(slow, RATE) == probe(wide, RATE)
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

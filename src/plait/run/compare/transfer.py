@@ -2,21 +2,24 @@
 
 The probe makes five Adam steps at a constant rate on the run's own training rows. The change of a
 layer is then the norm of the change of its output for the input that it had at the start, divided
-by the norm of W x; all layers have the same weight in their mean. A second method gets the rate at
-which its mean is that of the first, the anchor, whose own rate is known to be good.
+by the norm of W x, which is its output at the start without a bias; all layers have the same weight
+in their mean. A second method gets the rate at which its mean is that of the first, the anchor,
+whose own rate is known to be good.
 
     probe          the change of a run's layers at a rate
     carried_rate   the rate of a run, from a finished one
     predicted      the rates of the arms of a comparison, from that of its reference
 
 Only hooks on the layers are used, so methods that route rows or depend on the mode are measured as
-they train. Masks and schedules that close ranks later stay open, and there is no warm-up.
+they train. Masks and schedules that close ranks later stay open, gates that open step by step are
+open, and there is no warm-up.
 """
 
 import copy
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from plait.callback import PlaitCallback
+from plait.core.events import PlaitWarning
 from plait.core.files import write_atomic
 from plait.run.compare.study import Study
 from plait.run.compare.warm import Warm, generators
@@ -39,6 +43,7 @@ from plait.run.config import (
     check_remote_code,
     config_to_dict,
     load_config,
+    method_options,
 )
 from plait.run.folder import RunFolder, diff_configs, with_absolute_paths
 from plait.run.model import adaptable_layers
@@ -58,6 +63,8 @@ _LEFT_OUT = (
     "save_steps", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
     "eval_on_start", PATIENCE,
 )  # fmt: skip
+# Options of methods that open an update step by step -> the value with which it is open at once.
+_OPEN = {"gate_steps": 0}
 _FILE, _VERSION = "rates.json", 1
 
 
@@ -95,7 +102,9 @@ def probe(cfg: RunConfig, rate: float, loader: Loader | None = None) -> Probe:
     """
     check_probe(cfg)
     with TemporaryDirectory(prefix="plait-") as folder, _generators_kept():
-        run = prepare(_opened(cfg, rate, folder), loader=loader)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PlaitWarning)  # an open gate moves the start
+            run = prepare(_opened(cfg, rate, folder), loader=loader)
         layers = _layers(run)
         if not layers:
             raise ValueError(
@@ -320,6 +329,9 @@ def _opened(cfg: RunConfig, rate: float, folder: str) -> RunConfig:
     }
     opened = copy.copy(cfg)
     opened.training, opened.parallel, opened.chain = training, ParallelConfig(), None
+    known = _OPEN.keys() & method_options(cfg.method.name).keys()
+    options = cfg.method.options | {key: _OPEN[key] for key in known}
+    opened.method = dataclasses.replace(cfg.method, options=options)
     opened.model = dataclasses.replace(cfg.model, dtype="float32")
     opened.output = dataclasses.replace(cfg.output, dir=folder, also=[])
     return opened
@@ -410,13 +422,14 @@ class _Start:
         sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in self.layers}
         changes: dict[str, float | None] = {}
 
-        def again(name: str) -> tuple[Any, Any]:
-            if calls[name] >= len(self.inputs[name]):
+        def again(name: str, args: Any) -> tuple[Any, Any]:
+            known = self.inputs[name][calls[name] :]
+            if not known or _shapes(known[0][0]) != _shapes(args):
                 raise ValueError(
-                    f"{name}: is called more often than at the start, so its outputs cannot be "
-                    "compared. Sweep the learning rate instead."
+                    f"{name}: gets other rows than at the start, as an expert of a router does, so "
+                    "its outputs cannot be compared. Sweep the learning rate instead."
                 )
-            return self.inputs[name][calls[name]]
+            return known[0]
 
         def compare(name: str, output: Any) -> None:
             before, after = self.outputs[name][calls[name]], _tensor(output)
@@ -433,7 +446,7 @@ class _Start:
         for name, layer in self.layers.items():
             hooks += [
                 layer.register_forward_pre_hook(
-                    lambda _, args, kwargs, name=name: again(name), with_kwargs=True
+                    lambda _, args, kwargs, name=name: again(name, args), with_kwargs=True
                 ),
                 layer.register_forward_hook(
                     lambda _, args, output, name=name: compare(name, output)
@@ -454,6 +467,10 @@ def _hooks(handles: Sequence[Any]) -> Iterator[None]:
         for handle in handles:
             with suppress(KeyError):
                 handle.remove()
+
+
+def _shapes(args: Any) -> list[Any]:
+    return [x.shape if isinstance(x, Tensor) else None for x in args]
 
 
 def _tensor(output: Any) -> Tensor:
