@@ -14,7 +14,7 @@ OFF := LLAVA_BUILD LLAMA_BUILD_TESTS LLAMA_BUILD_TOOLS LLAMA_BUILD_EXAMPLES LLAM
   LLAMA_BUILD_APP LLAMA_OPENSSL GGML_NATIVE GGML_OPENMP GGML_LLAMAFILE
 LLAMA_OPTIONS := $(foreach option,$(OFF),-D$(option)=OFF)
 
-.PHONY: demo test test-parallel test-deploy test-security test-servers test-loaders \
+.PHONY: demo test test-parallel test-types test-deploy test-security test-servers test-loaders \
   test-simulations lint format docs docs-update assets bench clean
 
 $(VENV)/core.stamp: pyproject.toml constraints.txt
@@ -55,6 +55,10 @@ test-parallel: $(VENV)/dev.stamp
 # Servers and clients that are killed, and whole runs of them: some minutes. Needs plait[federated].
 test-deploy: $(VENV)/dev.stamp
 	PLAIT_DEPLOY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/run/deploy/test_deploy_long.py
+
+# Every type of the installed peft through run files: some minutes.
+test-types: $(VENV)/dev.stamp
+	PLAIT_UPSTREAM=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/upstream/test_types.py
 
 # The statistics of comparisons on 1,000 simulated studies for each case: some minutes.
 test-simulations: $(VENV)/dev.stamp

@@ -72,3 +72,11 @@ model.unmerge_adapter()  # puts the copy back, bit for bit
 plain = model.merge_and_unload(safe_merge=True)  # a plain transformers model
 # --8<-- [end:merge]
 print("merged model:", type(plain).__name__)
+
+base = AutoModelForCausalLM.from_pretrained(tiny_model_dir(), dtype="float32")
+batches = [{"input_ids": ids, "labels": ids}] * 5
+# --8<-- [start:together]
+arms = [plait.Arm(name, config, batches, lr=lr) for name, lr in (("slow", 1e-3), ("fast", 1e-2))]
+model, losses = plait.train_together(base, arms)  # an adapter and a list of losses for each arm
+# --8<-- [end:together]
+print("last losses:", {name: round(own[-1], 2) for name, own in losses.items()})

@@ -169,7 +169,7 @@ class ForgetsItsStep(HasAStep):
         return torch.full((len(self.A),), 1 + 0.1 * self.n)
 
 
-@caught_by(checks.events_fire, "no event came in three steps")
+@caught_by(checks.events_fire, "t = 0 after three steps")
 class IsNeverCalled(HasAStep):
     needs_events = False  # type: ignore[assignment]
 

@@ -138,6 +138,7 @@ def test_what_cannot_train_together_is_refused() -> None:
     for arms, text in (
         ([], "there is no arm"),
         ([one, replace(two, name="first")], "two arms have one name"),
+        ([replace(one, name="lr 0.1")], "has a dot"),
         ([one, replace(two, config=Case("sora", {}).config())], "of the methods cola, sora"),
         ([one, replace(two, batches=two.batches[:2])], "unequal steps"),
         ([replace(one, config=Case("alloc", {}).config())], "by forwards with this adapter"),

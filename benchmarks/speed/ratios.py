@@ -347,12 +347,14 @@ def page(results: dict[str, Any]) -> str:
         ]
         packages = versions(one["environment"], "torch", "peft", "transformers")
         state = "" if one["valid"] else " **Void: `self` is outside 1.00 +- 0.03.**"
-        note = (
-            f"{one['rounds']} rounds, one thread, {packages}; load of the machine "
-            f"{one['load'][0]} to {one['load'][1]} on {one['environment']['cpu_count']} cores."
-        )
+        note = f"{one['rounds']} rounds, one thread, {packages}"
+        if "load" in one:
+            cores = one["environment"]["cpu_count"]
+            note += f"; load of the machine {one['load'][0]} to {one['load'][1]} on {cores} cores"
+        if "commit" in one:
+            note += f"; measured at commit {one['commit']}"
         head = ["variant", "ms", *(f"/ {to}" for to in references)]
-        parts += [f"### {title}\n", note + state + "\n", table(head, rows)]
+        parts += [f"### {title}\n", f"{note}.{state}\n", table(head, rows)]
     return "\n".join(parts)
 
 

@@ -1,6 +1,6 @@
 """Train several adapters of one base model in one process, each as if it trained by itself.
 
-    arms = [Arm(f"lr {lr}", config, batches, lr=lr) for lr in (1e-4, 1e-3)]
+    arms = [Arm("slow", config, batches, lr=1e-4), Arm("fast", config, batches, lr=1e-3)]
     model, losses = plait.train_together(base, arms)
 
 The rows of all arms pass the base model in one batch (`adapter_names`), the updates are products of
@@ -113,6 +113,10 @@ def _check(base: nn.Module, arms: Sequence[Arm]) -> None:
     lengths = {arm.name: len(arm.batches) for arm in arms}
     if len(set(names)) < len(names):
         raise ValueError(f"train_together: two arms have one name, {names}. Give each its own.")
+    if any(not name or "." in name for name in names):
+        raise ValueError(
+            f"train_together: an arm's name is empty or has a dot, {names}. Rename it."
+        )
     if len(methods) > 1:
         raise ValueError(
             f"train_together: the arms are of the methods {', '.join(methods)}; one base holds "

@@ -309,6 +309,34 @@ def test_compiled_without_a_break() -> None:
         assert relative(compiled(x), host(x)) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("case", "breaks"),
+    [
+        (Case("nola", {"num_basis_A": 5, "num_basis_B": 6}), 0),
+        (Case("droplora", {}), 0),
+        (Case("dual_lora", {"gate_steps": 8}), 1),
+    ],
+    ids=str,
+)
+def test_breaks_of_a_compiled_graph(case: Case, breaks: int) -> None:
+    """And the same numbers, gradients too, where nothing is drawn."""
+    torch._dynamo.reset()
+    host = one_layer(case, 7, 5)[1].train()
+    x = tiny.numbers(4, 7)
+    host(x)
+    assert torch._dynamo.explain(host)(x).graph_break_count <= breaks
+    if case.key == "droplora":
+        return
+    torch._dynamo.reset()
+    delta: Any = host.plait_delta["default"]
+    trains = [p for p in delta.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(host(x).square().sum(), trains)
+    compiled = torch.compile(host, backend="eager")
+    found = torch.autograd.grad(compiled(x).square().sum(), trains)
+    for one, other in zip(found, expected, strict=True):
+        assert relative(one, other) < 1e-12
+
+
 # What is kept -------------------------------------------------------------------------------------
 
 

@@ -157,8 +157,10 @@ def test_export_with_unequal_ranks(init: str, tmp_path: Path) -> None:
     assert export.error == 0
     export.write(tmp_path)
     stock = PeftModel.from_pretrained(tiny.llama(), tmp_path).eval()
-    absent = deltas(model)[4].base.name
-    assert not [name for name in export.tensors if absent in name]
+    shut = deltas(model)[4].base.name
+    zeros = [x for name, x in export.tensors.items() if shut in name]  # for servers that stack it
+    assert len(zeros) == 2
+    assert not any(x.any() for x in zeros)
     with torch.no_grad():
         found = stock(input_ids=tiny.tokens()).logits
     assert float((found - expected).abs().max()) < 1e-6

@@ -67,7 +67,8 @@ def kept(folder: RunFolder) -> int | None:
     return fact["step"]
 
 
-CASES = [(task, metric) for task, metrics in METRICS_OF.items() for metric in metrics]
+TASKS = ("causal_lm", "classification", "regression")  # other keys are objectives
+CASES = [(task, metric) for task in TASKS for metric in METRICS_OF[task]]
 
 
 @pytest.mark.parametrize(("task", "metric"), CASES)
@@ -88,7 +89,7 @@ def test_the_better_value_is_kept_for_every_metric(
     assert f"| weights kept | {text} |" in folder.card.read_text()
 
 
-@pytest.mark.parametrize("task", METRICS_OF)
+@pytest.mark.parametrize("task", TASKS)
 def test_the_default_metric_is_the_loss(task: str, tmp_path: Path, script: Script) -> None:
     metric = "mse" if task == "regression" else "loss"
     script(metric, 3.0, 5.0, 1.0, 2.0)

@@ -205,5 +205,6 @@ def test_a_fresh_process_says_nothing_of_its_libraries(place: Path, tmp_path: Pa
     assert done.returncode == 0
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("step 1/1")
+    assert lines[0].startswith("rows: train 32")
+    assert lines[1].startswith("step 1/1")
     assert len(lines) < 16

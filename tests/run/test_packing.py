@@ -9,6 +9,7 @@ from peft import get_peft_model
 from transformers import OPTConfig, OPTForCausalLM
 
 import plait
+from plait.run.check import check
 from plait.run.data.packing import PackCollator, pack, packs_apart, padding
 from plait.run.data.tokens import Collator
 from plait.run.prepare import prepare
@@ -170,3 +171,17 @@ def test_a_model_that_mixes_rows_is_refused(
     with pytest.raises(ValueError, match="a llama mixes the rows of a pack"):
         train(config(place, tmp_path / "run", data={"packing": True}))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_memory_estimate_counts_packs(tmp_path: Path) -> None:
+    """A pack is as long as many rows, so a step of as many packs takes more."""
+    base = save_model("llama", tmp_path / "base")
+    rows = write_rows(tmp_path / "rows.jsonl", copy_rows(64))
+    sizes = {
+        packing: check(
+            run_config(base, rows, tmp_path / "run", data={"packing": packing, "max_length": 64})
+        ).memory
+        for packing in (False, True)
+    }
+    assert sizes[True].traced
+    assert sizes[True].activations > 2 * sizes[False].activations

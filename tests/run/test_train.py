@@ -327,7 +327,9 @@ def test_train_verb(
     file = _write(run_config(llama, rows, tmp_path / "run"), tmp_path / "run.yaml")
     assert main(["train", str(file), "training.max_steps=3", "method.r=2"]) == 0
     out = capsys.readouterr().out
-    assert out.splitlines()[0].startswith("step 1/3")  # not the 50 lines of the config
+    first, second, *_ = out.splitlines()  # not the 50 lines of the config
+    assert first == "rows: train 32, validation 8; each has prompt and completion"
+    assert second.startswith("step 1/3")
     assert "step 3/3" in out
     assert "before" in out
     assert "exact match" in out

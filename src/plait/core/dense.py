@@ -61,6 +61,12 @@ class DenseDelta(Delta):
             bias: (out,), only with a weight.
             rows, y: not used.
         """
+        if torch.compiler.is_compiling():  # the tiles are one break of the graph, not several
+            return _uncompiled(self, x, weight, bias)
+        return self._joint(x, weight, bias)
+
+    def _joint(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """As `joint`, never compiled."""
         if self.training:
             self.check_training()
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -124,11 +130,14 @@ class DenseDelta(Delta):
         return min(self.base.in_features, self.base.out_features)
 
 
+def _tiles(delta: DenseDelta, *args: Any) -> Tensor:
+    return delta._joint(*args)
+
+
+_uncompiled: Any = torch.compiler.disable(_tiles)
+
+
 def _fuses(*factors: Tensor) -> bool:
-    """Whether the closed form applies to these factors: all alike, fp32 or wider, not traced."""
+    """Whether the closed form applies to these factors: all alike, fp32 or wider."""
     dtype = factors[0].dtype
-    return (
-        dtype in (torch.float32, torch.float64)
-        and all(t.dtype == dtype for t in factors)
-        and not torch.compiler.is_compiling()
-    )
+    return dtype in (torch.float32, torch.float64) and all(t.dtype == dtype for t in factors)

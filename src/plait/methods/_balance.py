@@ -34,6 +34,7 @@ class Balance:
     count: int = 0
     last: Tensor | None = None
 
+    @torch.compiler.disable  # one break of a compiled graph: it differentiates the loss by itself
     def into(self, w: Tensor, rows: Rows, delta: Any) -> Tensor:
         """Return the weights w (batch, .., N); their gradient gets that of this loss added."""
         if not w.numel():

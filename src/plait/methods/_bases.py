@@ -91,18 +91,19 @@ def first_values(basis: Basis) -> int:
     return zlib.crc32(values(basis.seed, basis.tag, 0, size).astype("<f4").tobytes())
 
 
-@torch.compiler.disable  # NumPy makes the values
-def _mixture(w: Tensor, basis: Basis, keep: bool) -> Tensor:
-    return Mixture.apply(w, basis, keep)
+_mixture: Any = torch.compiler.disable(lambda w, *how: Mixture.apply(w, *how))  # NumPy's values
 
 
 def mixture(w: Tensor, basis: Basis, keep: bool) -> Tensor:
     """sum_i w_i M_i / sqrt(k), (rows, cols) in the dtype of w, under autocast too.
 
-    w: weights (k,) of the k matrices. keep: hold the basis in memory from now on.
+    w: weights (k,) of the k matrices. keep: hold the basis in memory from now on, so that later
+    compiled graphs have no break.
     """
-    apart: Any = _mixture  # torch does not say what its decorator returns
-    return apart(w, basis, keep)
+    kept = basis.kept.get(w.device) if keep and torch.compiler.is_compiling() else None
+    if kept is not None:
+        return ((w[None] @ kept.to(w.dtype))[0] / basis.count**0.5).view(basis.rows, basis.cols)
+    return _mixture(w, basis, keep)
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -115,9 +116,7 @@ def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def inner(grad: Tensor, basis: Basis, keep: bool) -> Tensor:
     """<M_i, grad> / sqrt(k) for all i, (k,): the gradient of a mixture's weights.
 
-    Args:
-        grad: (rows, cols), of the mixture.
-        basis, keep: as in `mixture`.
+    grad: (rows, cols), of the mixture. basis, keep: as in `mixture`.
     """
     flat = grad.reshape(-1, 1).to(torch.promote_types(grad.dtype, torch.float32))
     kept = basis.kept.get(flat.device) if keep else None

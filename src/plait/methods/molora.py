@@ -119,9 +119,10 @@ class MoLora(FreeDelta):
 
     def tap(self, w: Tensor, rows: Rows) -> Tensor:
         """The weights; in training their gradient gets that of the balance loss."""
-        if self.balance is None or not (self.training and w.requires_grad and self.G.requires_grad):
+        balance: Any = self.balance  # torch's decorator hides the type of its method
+        if balance is None or not (self.training and w.requires_grad and self.G.requires_grad):
             return w
-        return self.balance.into(w, rows, self)
+        return balance.into(w, rows, self)
 
     def check_step(self) -> None:
         """Raise ValueError under fp16 autocast: the loss scale does not reach the balance loss."""

@@ -218,7 +218,7 @@ def _check_options(saved: Mapping[str, Any], expected: PeftConfig, file: Path) -
     for name, value in saved.items():
         if name not in options:
             continue  # of another version of peft, which says so when it reads the file
-        if name in _DECIDED:
+        if name in _DECIDED or name.endswith("_modules"):
             check_value(bounded(hints[name], {}), value, name, Source(str(file)))
         elif not _equal(value, options[name]):
             raise ValueError(

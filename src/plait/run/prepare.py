@@ -86,8 +86,10 @@ from plait.run.parallel.arguments import group_options
 from plait.upstream.adalora import check_total_step
 from plait.upstream.export import trained_beside
 from plait.upstream.layers import targeted
+from plait.upstream.starts import check_start, start_from_rows
 from plait.upstream.table import BASELINES
 
+_START_ROWS = 1024  # training rows that a start is made from
 _SCORED_ROWS = 32  # validation rows that an allocation scores ranks on
 # Options that set the rank of a layer, and those that set how many such pairs it has.
 _RANKS = ("r", "init_r", "r1", "r2", "shared_r", "common_rank")
@@ -269,6 +271,7 @@ def prepare(cfg: RunConfig, place: bool = True, loader: Loader | None = None) ->
     if delta is not None and plan is None:  # a chain checks the steps of a link
         delta.check_schedule()
     model = to_device(model, cfg) if place else model
+    start_from_rows(model, _first_batches(cfg, data))
     if cfg.data.packing and not packs_apart(model):
         raise ValueError(
             f"data.packing is true, and a {base.model.config.model_type} mixes the rows of a pack "
@@ -278,6 +281,14 @@ def prepare(cfg: RunConfig, place: bool = True, loader: Loader | None = None) ->
         batch = data.batch("validation", _SCORED_ROWS)
         set_development_batch(model, {k: v.to(model.device) for k, v in batch.items()})
     return Prepared(cfg, arguments, tokenizer, data, model.train(), steps, plan)
+
+
+def _first_batches(cfg: RunConfig, data: DataBundle) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield batches of the training rows in their order, for a start that is made from them."""
+    size = cfg.training["per_device_train_batch_size"]
+    for start in range(0, min(len(data.train), _START_ROWS), size):
+        rows = range(start, min(start + size, len(data.train)))
+        yield data.collator([data.train[i] for i in rows])
 
 
 def _go_on_from(model: Any, path: Path, config: PeftConfig | None) -> None:
@@ -592,8 +603,12 @@ def method_config(
     except (ValueError, TypeError) as error:
         raise ValueError(f"{cfg.source.at('method')}: {error}") from error
     if config is not None:
+        check_start(config)
         baseline, values = BASELINES.get(cfg.method.name), config.to_dict()
-        everywhere = values["target_modules"] == "all-linear"
+        everywhere = values.get("target_modules") == "all-linear"
+        chosen = baseline is not None and baseline.defaults.get("target_modules", "") is None
+        if chosen and not cfg.method.options.get("target_modules"):
+            return config  # peft knows the targets of the architecture
         if values["target_modules"] is None and not values.get("target_parameters"):
             raise ValueError(
                 "method.target_modules is null. Name the layers to adapt, such as "

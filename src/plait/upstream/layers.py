@@ -16,7 +16,9 @@ import torch
 from peft import PeftConfig
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.conversion import _convert_module_to_lora
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.miss.layer import MissLinear
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
@@ -70,6 +72,9 @@ class DenseUpdate:
     def weight(self, **choice: Any) -> Tensor:
         """dW (out, in) in fp32 or wider."""
         layer, adapter = self.layer, self.adapter
+        if isinstance(layer, MissLinear):  # it is B A, and get_delta_weight is for another form
+            A, B, _ = _convert_module_to_lora(layer, 1.0, adapter)
+            return B.float() @ A.float()
         dW = layer.get_delta_weight(adapter)
         dW = dW.T if isinstance(layer.get_base_layer(), Conv1D) else dW
         dW = dW.to(torch.promote_types(dW.dtype, torch.float32))

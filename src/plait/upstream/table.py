@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from plait.upstream.options import Sizes, check_pissa, check_vblora, fill_adalora
+from plait.upstream.types import own_targets, peft_types, type_of
 
 # The common defaults of plait's methods (r = 8, alpha = 16), given to every baseline of the family.
 _LORA = {"r": 8, "lora_alpha": 16}
@@ -89,8 +90,46 @@ class Baseline:
         return options and start.startswith(self.start)
 
 
-BASELINES: dict[str, Baseline] = {
-    row.key: row
+class Rows(dict[str, Baseline]):
+    """Rows by key; every type of the installed peft has one, too, under `peft:TYPE`."""
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or type_of(key) is not None
+
+    def __missing__(self, key: str) -> Baseline:
+        kind = type_of(key)
+        if kind is None:
+            raise KeyError(key)
+        return _typed(key, kind)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The row of a key, or the default."""
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+
+def _typed(key: str, kind: str) -> Baseline:
+    """The row of a type: what no row of its own says is refused."""
+    return Baseline(
+        key,
+        peft_types()[kind],
+        "",
+        f"as peft's {kind} has it",
+        f"peft's method of type {kind}, under its own options.",
+        "those of its config",
+        "min(in, out)",
+        no_chain=f"{kind} has no place in a chain. Use lora",
+        no_federation=f"{kind} is neither upstream's LoRA nor a method of plait",
+        no_export=_APPROXIMATE,
+        no_reference=None,
+        defaults={"target_modules": None} if own_targets(kind) else {},
+    )
+
+
+BASELINES: dict[str, Baseline] = Rows(
+    (row.key, row)
     for row in (
         Baseline(
             "lora",
@@ -248,7 +287,7 @@ BASELINES: dict[str, Baseline] = {
             no_quantised=dict.fromkeys(("8bit", "4bit"), "packed weights cannot be trained"),
         ),
     )
-}
+)
 
 
 def baseline_of(config: Any) -> Baseline | None:
@@ -288,11 +327,14 @@ def saved_options(config: Any) -> dict[str, Any]:
     """Return the options of a config as those of its trained adapter are saved.
 
     An adapter that started with a part of the base weight is saved as a LoRA of twice the rank and
-    the same scaling.
+    the same scaling. EVA chooses ranks by layer, and each layer's alpha with them: these are left
+    out.
     """
     options = config.to_dict()
     if start_kind(config) == "residual":
         options["r"] *= 2
         options["lora_alpha"] *= 2**0.5 if options.get("use_rslora") else 2
         options["init_lora_weights"] = True
+    if options.get("init_lora_weights") == "eva":
+        del options["rank_pattern"], options["alpha_pattern"]
     return options

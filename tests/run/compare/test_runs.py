@@ -174,7 +174,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     """SIGKILL of the command, within the first runs and the last; then the same final table."""
     base = bert(tmp_path, max_steps=12, save_strategy="steps", save_steps=4)
     rates = [1e-2, 3e-2] if LONG else [1e-2]
-    options: Any = {"tune": {"learning_rate": rates, "grow": 0}, "seeds": 2}
+    options: Any = {"tune": {"learning_rate": rates, "grow": 0}, "seeds": 2 if LONG else 4}
     whole = study_of(tmp_path, base=base, dir=str(tmp_path / "whole"), **options)
     expected = _table(finished(whole)[1])
     path = write_study(tmp_path, base=base, **options)

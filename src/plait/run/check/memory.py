@@ -24,11 +24,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from plait.run.data.bundle import DataBundle
 from plait.run.evaluate import batches
 from plait.run.model import context_of, recomputes
-from plait.run.prepare import Prepared
-from plait.run.trainer import narrowed
+from plait.run.prepare import Prepared, training_rows
+from plait.run.trainer import narrowed, training_collator
 
 _KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # key of `training` -> type of autocast
 
@@ -149,7 +148,7 @@ def _trace(run: Prepared, optimizer: torch.optim.Optimizer) -> tuple[int, int, i
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(fake):
         model, moving = copy.deepcopy((run.model, optimizer))
-    step_rows = _longest(run.data, run.arguments.per_device_train_batch_size)
+    step_rows = _longest(run, run.arguments.per_device_train_batch_size)
     if run.cfg.model.task == "causal_lm":
         step_rows = narrowed(run.model, step_rows) or step_rows
     held_out = [_first(run, split) for split in run.data.splits() if split != "train"]
@@ -169,8 +168,17 @@ def _trace(run: Prepared, optimizer: torch.optim.Optimizer) -> tuple[int, int, i
     return state, step, evaluation
 
 
-def _longest(data: DataBundle, count: int) -> dict[str, Tensor]:
-    """Return a batch of `count` rows as long as the longest training row, padded if rows differ."""
+def _longest(run: Prepared, count: int) -> dict[str, Tensor]:
+    """Return a batch of `count` rows as long as the longest training row, padded if rows differ.
+
+    Packs count as rows; without their positions, whose numbers a model looks at.
+    """
+    data = run.data
+    if run.cfg.data.packing:
+        packs = training_rows(run.cfg, data)
+        sizes = [sum(len(row["input_ids"]) for row in packs[i]) for i in range(len(packs))]
+        batch = training_collator(run)([packs[sizes.index(max(sizes))]] * count)
+        return {k: v for k, v in batch.items() if k not in ("position_ids", "use_cache")}
     lengths = [len(ids) for ids in data.train["input_ids"]]
     rows = [data.train[lengths.index(most)] for most in (max(lengths), min(lengths))]
     return _unmasked(data.collator([rows[0], *[rows[1]] * (count - 1)]))

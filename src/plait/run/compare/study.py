@@ -347,6 +347,12 @@ def _checked(study: Study, source: Source) -> list[str]:
     options = study.options
     configs = {arm: study.config(arm) for arm in study.arms}
     data, task = configs[study.reference].data, configs[study.reference].model.task
+    objective = configs[study.reference].objective.name
+    if objective != "sft":
+        raise ValueError(
+            f"{source.at('base')}: objective is {objective}, and comparisons are of supervised "
+            "runs (sft). Remove it."
+        )
     if options.match in ("time", "memory"):
         raise ValueError(
             f"{source.at('match')} is {options.match}, which this plait cannot match. Use "

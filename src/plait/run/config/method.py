@@ -9,6 +9,7 @@ from plait.run.config.schema import Option
 from plait.run.config.sections import MethodConfig, ModelTask, OptimizerConfig
 from plait.run.config.yaml import Source, bounded, check_value
 from plait.upstream.table import BASELINES
+from plait.upstream.types import PREFIX, peft_types
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -66,7 +67,7 @@ def method_options(name: str) -> dict[str, Option]:
     Raises:
         ValueError: there is no such method; the message has the nearest name.
     """
-    if name not in method_names():
+    if name not in method_names() and name not in BASELINES:
         raise ValueError(f"{name!r} is no method. {_nearest_method(name)}")
     baseline = BASELINES.get(name)
     if baseline is None:
@@ -98,7 +99,9 @@ def check_method_section(raw: dict[str, Any], source: Source) -> MethodConfig:
     """
     raw = dict(raw)
     name = raw.pop("name", MethodConfig.name)
-    if name not in method_names():
+    if name == "peft" or str(name).startswith(PREFIX):
+        name = _typed(name, raw.pop("type", None), source)
+    elif name not in method_names():
         raise ValueError(
             f"{source.at('method.name')} is {shown(name)}, which is no method. "
             f"{_nearest_method(name)}"
@@ -137,6 +140,24 @@ def check_method_section(raw: dict[str, Any], source: Source) -> MethodConfig:
     return MethodConfig(name=name, options=options, lr_scale=lr_scale)
 
 
+def _typed(name: str, kind: Any, source: Source) -> str:
+    """Return the key of a type of peft's: `method: {name: peft, type: MISS}`."""
+    where = "method.name" if kind is None else "method.type"
+    kind = name[len(PREFIX) :] if kind is None else kind
+    if not kind:
+        raise ValueError(
+            f"{source.at('method')}: peft needs a type, such as MISS. Types: "
+            f"{', '.join(sorted(peft_types()))}."
+        )
+    key = f"{PREFIX}{str(kind).upper()}"
+    if key not in BASELINES:
+        raise ValueError(
+            f"{source.at(where)} is {shown(kind)}, which is no type of the installed peft. "
+            f"{did_you_mean(str(kind).upper(), peft_types())}"
+        )
+    return key
+
+
 def peft_config(
     method: MethodConfig,
     task: ModelTask,
@@ -153,6 +174,8 @@ def peft_config(
     if cls is None:
         return None
     options: dict[str, Any] = {"target_modules": "all-linear"}
+    if "target_modules" not in cls.__dataclass_fields__:
+        options = {}
     baseline = BASELINES.get(method.name)
     if baseline:
         options |= {**baseline.defaults, **baseline.fixed}

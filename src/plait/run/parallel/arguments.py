@@ -31,6 +31,11 @@ def group_options(cfg: RunConfig) -> dict[str, Any]:
 
     Raises ValueError for a key of `training` that does not work with them.
     """
+    if cfg.objective.name != "sft":
+        raise ValueError(
+            f"{cfg.source.at('objective.name')} is {cfg.objective.name}, whose trainer shares out "
+            "rows in a way of its own. Train in one process."
+        )
     for key, (taken, reason) in _TAKEN.items():
         value = cfg.training.get(key)
         if value not in taken:
