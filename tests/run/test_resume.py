@@ -137,6 +137,19 @@ def test_resume_after_the_last_step_makes_no_further_one(
     assert_same(whole, train(cfg, resume=True))
 
 
+def test_resume_after_a_stop_before_the_seconds_were_noted(
+    whole: RunFolder, llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = run_config(llama, rows, tmp_path / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "note", lambda self, **facts: crash(0).act(None))
+        with pytest.raises(MemoryError):
+            train(cfg)
+    folder = train(cfg, resume=True)
+    assert_same(whole, folder)
+    assert "| seconds of training | not known" in folder.card.read_text()
+
+
 def test_resume_of_a_changed_config_lists_the_differences(
     llama: Path, rows: Path, tmp_path: Path
 ) -> None:

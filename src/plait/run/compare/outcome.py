@@ -94,6 +94,7 @@ def results_of(
                     "cell": cell,
                     "arm": arm,
                     "rate": known.rate,
+                    "carried": known.carried,
                     "at_an_end": known.at_an_end(),
                     "first": _pairs(known.first),
                     "tuned": _pairs(known.values),
@@ -119,7 +120,8 @@ def results_of(
         "metrics": study.metrics,
         "seeds": study.seeds,
         "match": study.options.match,
-        "tune": vars(study.options.tune) | {"learning_rate": study.rates},
+        "tune": vars(study.options.tune)
+        | {"learning_rate": study.rates, "transfer": study.transfers},
         "cells": list(study.cells),
         "steps": sizes.steps,
         "rows": sizes.rows,

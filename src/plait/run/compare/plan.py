@@ -17,7 +17,7 @@ from plait.run.compare.statistics import (
 )
 from plait.run.compare.study import Study, Trial
 from plait.run.compare.tables import number, size
-from plait.run.compare.tuning import KEPT, SHARE, tune
+from plait.run.compare.tuning import AROUND, KEPT, SHARE, tune
 from plait.run.metrics import METRICS
 
 CORRELATION = 0.6  # of two arms' answers to a row, if nothing is known
@@ -168,7 +168,8 @@ def make_plan(study: Study, sizes: Sizes, pool: Pool) -> Plan:
         row = (result["measured"] or 0.0) / max(1, rows[split])
         for cell in study.cells:
             whole, on = step * sizes.steps[cell], sizes.rows[cell]
-            tuning += _tuning_seconds(study, start + row * on[split], whole)
+            rates = AROUND if study.transfers and trial.arm != study.reference else len(study.rates)
+            tuning += _tuning_seconds(study, rates, start + row * on[split], whole)
             per_seed += start + row * on["test"] + whole
         run = start + row * rows["test"] + step * sizes.steps[first]
         arms.append(ArmPlan(trial.arm, step, run, result["peak_memory"]))
@@ -185,12 +186,12 @@ def make_plan(study: Study, sizes: Sizes, pool: Pool) -> Plan:
     )
 
 
-def _tuning_seconds(study: Study, around: float, training: float) -> float:
+def _tuning_seconds(study: Study, rates: int, around: float, training: float) -> float:
     """Seconds of the trials of one arm's rates, without those of a grid that grows.
 
-    around: of a trial without training. training: of a whole run.
+    rates: how many the arm tries first. around: of a trial without training. training: of a whole
+    run.
     """
-    rates = len(study.rates)
     if rates < 2:
         return 0.0
     made = rates * (around + training)

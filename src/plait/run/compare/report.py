@@ -181,7 +181,14 @@ def _conditions(results: dict[str, Any]) -> Iterator[str]:
         rows = ", ".join(f"{count:,} {split}" for split, count in results["rows"][cell].items())
         yield f"{cell or 'Each run'}: {results['steps'][cell]:,} steps; rows: {rows}."
     rates = ", ".join(f"{rate:g}" for rate in tune["learning_rate"])
-    if len(tune["learning_rate"]) > 1:
+    if tune.get("transfer"):
+        yield (
+            f"Rates of {results['reference']}: {rates}; the other arms: three around the rate that "
+            f"is carried over from its best one; budget {tune['budget']}, {tune['seeds']} seeds "
+            f"each, chosen on validation rows; up to {tune['grow']} more where the best one was at "
+            "an end. The reference may have another number of trials than the others."
+        )
+    elif len(tune["learning_rate"]) > 1:
         yield (
             f"Rates: {rates}, budget {tune['budget']}, {tune['seeds']} seeds each, chosen on "
             f"validation rows; up to {tune['grow']} more where the best one was at an end, as many "

@@ -26,6 +26,7 @@ from plait.run.metrics import METRICS, METRICS_OF
 _MOST_RUNS = 100_000
 _VERSIONS = ("plait", "torch", "transformers", "peft")  # that change what a run computes
 _WHOLE = 2**26  # bytes of a file that is read whole for a digest; of a larger one both ends
+TRANSFER = "transfer"  # value of tune.learning_rate
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -33,8 +34,18 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 class TuneConfig:
     """How each arm's learning rate is chosen: on validation rows, with as many trials as others."""
 
-    learning_rate: list[float] = option(
-        list, "Rates that each arm tries first; an empty list: training.learning_rate.", above=0
+    learning_rate: list[float] | Literal["transfer"] = option(
+        list,
+        "Rates that each arm tries first; an empty list: training.learning_rate. transfer: the "
+        "reference tries those of `reference`, and each other arm three around the rate that is "
+        "carried over from the best of them.",
+        above=0,
+    )
+    reference: list[float] = option(
+        list,
+        "With transfer, rates that the reference tries first; an empty list: a half of "
+        "training.learning_rate, itself and twice that.",
+        above=0,
     )
     budget: Literal["full", "halving"] = option(
         "full",
@@ -159,11 +170,20 @@ class Study:
         """The arms that are compared with the reference."""
         return [arm for arm in self.arms if arm != self.reference]
 
+    @property
+    def transfers(self) -> bool:
+        """Whether rates are carried over from the reference to the other arms."""
+        return self.options.tune.learning_rate == TRANSFER
+
     @functools.cached_property
     def rates(self) -> list[float]:
-        """The learning rates that each arm tries first, ascending."""
-        given = self.options.tune.learning_rate
-        return sorted(given or [float(self.config(self.reference).training["learning_rate"])])
+        """The learning rates that each arm tries first, ascending; with transfer the reference."""
+        tune = self.options.tune
+        given = tune.reference if self.transfers else tune.learning_rate
+        own = float(self.config(self.reference).training["learning_rate"])
+        if self.transfers and not given:
+            return [own / 2, own, 2 * own]
+        return sorted(map(float, given)) or [own]
 
     @functools.cached_property
     def seeds(self) -> list[int]:
@@ -350,12 +370,23 @@ def _checked(study: Study, source: Source) -> list[str]:
             f"{source.at('base')}: data.test is not set, and the arms are compared on test rows. "
             "Give them."
         )
-    rates = options.tune.learning_rate
+    rates, tune = study.rates, options.tune
+    key = "tune.reference" if study.transfers else "tune.learning_rate"
+    if tune.reference and not study.transfers:
+        raise ValueError(
+            f"{source.at('tune.reference')}: is read with tune.learning_rate: transfer alone. Set "
+            "that, or give all rates as tune.learning_rate."
+        )
     if len(set(rates)) < len(rates):
-        raise ValueError(f"{source.at('tune.learning_rate')}: a rate is given twice. Remove one.")
+        raise ValueError(f"{source.at(key)}: a rate is given twice. Remove one.")
+    if study.transfers and len(rates) < 2:
+        raise ValueError(
+            f"{source.at(key)}: one rate, and rates are carried over from the best of several. "
+            "Give two or more."
+        )
     if len(rates) > 1 and data.validation is None:
         raise ValueError(
-            f"{source.at('tune.learning_rate')}: several rates, and data.validation of the "
+            f"{source.at(key)}: several rates, and data.validation of the "
             "base is not set. A rate is chosen on validation rows; give a source, or a fraction."
         )
     tried = (len(rates) + options.tune.grow) * options.tune.seeds if len(rates) > 1 else 0

@@ -10,6 +10,7 @@ from plait.run.metrics import METRICS
 Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
 
 _NOTHING = 1e-12  # a difference that is rounding
+_FAR = 4  # times that a rate is off what was carried over, from which on it is said
 _SIZES = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -98,6 +99,8 @@ def rates_table(results: dict[str, Any]) -> Table | None:
         tried = [f"{rate:g}: {_value(value)}" for rate, value in row["tuned"]]
         short = len(row["first"])
         best = _rate(row) + (" (at an end)" if row["at_an_end"] else "")
+        carried = row.get("carried")
+        best += "" if carried is None else f" (carried over: {carried:.3g})"
         trials = f"{len(tried)}" if not short else f"{short} short, {len(tried)} whole"
         width = "" if row["octaves"] is None else f"{row['octaves']:.1f}"
         rows.append([*_cell(results, row), row["arm"], best, trials, width, ", ".join(tried)])
@@ -142,6 +145,12 @@ def conclusions(results: dict[str, Any]) -> Iterator[str]:
             yield (
                 f"{name}: the best rate is at an end of what was tried, so a better one may lie "
                 "beyond. Raise tune.grow, or give other rates."
+            )
+        carried, rate = row.get("carried"), row["rate"]
+        if carried is not None and rate is not None and not 1 / _FAR <= rate / carried <= _FAR:
+            yield (
+                f"{name}: the best rate, {rate:g}, is more than {_FAR} times off the one that was "
+                f"carried over, {carried:.3g}."
             )
         failed = sum(value is None for _, value in (*row["first"], *row["tuned"]))
         if failed:

@@ -96,7 +96,7 @@ class Warm(Loader):
                 for name, value in loaded.model.state_dict().items()
                 if not torch.equal(value, known[name])
             }
-            kept.starts[seed] = _Start(new, _generators())
+            kept.starts[seed] = _Start(new, generators())
             return loaded
         model, start = copy.deepcopy(kept.model), kept.starts[seed]
         assert model is not None
@@ -143,7 +143,7 @@ def _common(cfg: RunConfig) -> str:
     return json.dumps(raw, sort_keys=True, default=str)
 
 
-def _generators() -> list[tuple[Callable[[Any], Any], Any]]:
+def generators() -> list[tuple[Callable[[Any], Any], Any]]:
     """Return (how it is restored, the state) of every generator that modules are drawn from."""
     states: list[tuple[Callable[[Any], Any], Any]] = [
         (random.setstate, random.getstate()),
