@@ -114,7 +114,7 @@ def section(name: str) -> str:
         Option(
             f.name,
             hints[f.name],
-            None if f.default is dataclasses.MISSING else f.default,
+            f.default_factory() if callable(f.default_factory) else f.default,
             str(f.metadata["help"]),
         )
         for f in dataclasses.fields(cls)

@@ -10,12 +10,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the task, the length, and how tokens are chosen."""
     parser.add_argument("--task", help="the task, for a run with routing: task")
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="without it evaluation.max_new_tokens"
+        "--max-new-tokens", type=int, metavar="N", help="default: evaluation.max_new_tokens"
     )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default): the likeliest token each time"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of sampling, with --temperature")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling, with --temperature")
 
 
 def check_sampling(args: argparse.Namespace) -> None:
@@ -40,10 +38,10 @@ def add_form(parser: argparse.ArgumentParser, size: Any = None) -> None:
         dest="server",
         choices=("peft", "vllm", "sglang", "llamacpp", "all"),
         default="all",
-        help="refuse what this reader would read wrong; default all: say what each makes of it",
+        help="refuse what this reader would misread; all (default): report on each reader",
     )
     (parser if size is None else size).add_argument(
-        "--max-rank", type=int, metavar="N", help="largest rank that the server takes"
+        "--max-rank", type=int, metavar="N", help="largest rank that the server accepts"
     )
     parser.add_argument(
         "--compact",
@@ -51,10 +49,12 @@ def add_form(parser: argparse.ArgumentParser, size: Any = None) -> None:
         help="keep each layer's own rank and scale: smaller, for stock peft and vLLM >= 0.33",
     )
     parser.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), help="of the file; default: of the factors"
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        help="dtype of the file; default: that of the factors",
     )
     parser.add_argument(
-        "--lossy", action="store_true", help="write an export that loses more than it may"
+        "--lossy", action="store_true", help="write the export even if it loses too much"
     )
 
 

@@ -25,7 +25,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         nargs="*",
         metavar="section.key=value",
         help="such as data.chat_template=chatml for a run without a chat template, or "
-        "model.trust_remote_code=true, to run code that the base model brings along",
+        "model.trust_remote_code=true, to run code that comes with the base model",
     )
     return parser
 

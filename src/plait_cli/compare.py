@@ -24,13 +24,15 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     """Describe the verb."""
     parser = subparsers.add_parser(
         "compare",
-        help="compare methods, each at its own rate, with intervals and verdicts",
+        help="compare methods, each at its own learning rate, with intervals and verdicts",
         description="Compare the arms of a file: tune each one's learning rate on validation rows, "
         "train all with the same seeds, and say which wins, which loses and what cannot be told. "
-        "What has finished is never run again: the same command goes on after a stop.",
+        "Finished runs are never repeated: the same command continues after an interruption.",
     )
     parser.add_argument("file", help="the file of the comparison; see examples/compare/")
-    parser.add_argument("--out", metavar="DIR", help="the folder of the comparison, before `dir`")
+    parser.add_argument(
+        "--out", metavar="DIR", help="the folder of the comparison; overrides `dir`"
+    )
     parser.add_argument(
         "--plan",
         action="store_true",
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
                 write_report(results, study.folder)
     except KeyboardInterrupt as stopped:
         text = str(stopped) or "compare: stopped."
-        print(f"\n{text}\nWhat has finished is kept. Go on with: {again}", file=sys.stderr)
+        print(f"\n{text}\nFinished runs are kept. Continue with: {again}", file=sys.stderr)
         return 130
     _print(screen, tables.verdict_table(results))
     for sentence in tables.conclusions(results):

@@ -17,13 +17,13 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         "overrides",
         nargs="*",
         metavar="data.key=value",
-        help="other data, or another evaluation.* setting; then eval.json stays as it is. "
-        "model.trust_remote_code=true runs code that the base model brings along",
+        help="other data, or another evaluation.* setting; eval.json is then not written. "
+        "model.trust_remote_code=true runs code that comes with the base model",
     )
     parser.add_argument(
         "--split",
         choices=("train", "validation", "test"),
-        help="which rows; without it test, else validation",
+        help="which rows; default: test, else validation",
     )
     parser.add_argument(
         "--harness",

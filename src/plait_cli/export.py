@@ -34,23 +34,25 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     parser.add_argument(
         "--task", metavar="NAME", help='which task, with routing="task"; all: one folder each'
     )
-    parser.add_argument("--approx", choices=("mean",), help="take a token router as uniform")
+    parser.add_argument(
+        "--approx", choices=("mean",), help="replace a token router by uniform weights"
+    )
     parser.add_argument(
         "--weighted",
         action="store_true",
-        help="cut ranks by what they change of the layers' outputs on training rows",
+        help="cut the ranks that change the layers' outputs on training rows least",
     )
     parser.add_argument(
         "--distill",
         type=int,
         default=0,
         metavar="STEPS",
-        help="then train the exported factors to give the run's logits on training rows",
+        help="then train the exported factors to match the run's logits on training rows",
     )
     parser.add_argument(
         "--requantise",
         action="store_true",
-        help="--to merged on a quantised base: pack the merged weights again; else 16 bits",
+        help="--to merged on a quantised base: quantise the result again; else 16 bits",
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
     parser.add_argument(

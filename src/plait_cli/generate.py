@@ -32,7 +32,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="model.trust_remote_code=true, to run code that the base model brings along",
+        help="model.trust_remote_code=true, to run code that comes with the base model",
     )
     return parser
 

@@ -18,9 +18,9 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     """Describe the verb."""
     parser = subparsers.add_parser(
         "inspect",
-        help="what a trained run changed, and how alike several are",
+        help="measure what a run learned, and how similar runs are",
         description="Measure what runs learned: size, direction, rank and spectrum of each "
-        "update, likeness of factors and of updates within a run and between runs, gates, and "
+        "update, similarity of factors and updates within and between runs, gates, and "
         "what token routers do on held-out rows. Writes inspect.json and pictures.",
     )
     parser.add_argument(

@@ -113,7 +113,7 @@ def _print_meanings(name: str, console: "Console") -> None:
         for text in elsewhere:
             console.print(f"  {text}")
     else:
-        raise ValueError(f"{name!r} is no method. {did_you_mean(name, entries)}")
+        raise ValueError(f"{name!r} is not a method. {did_you_mean(name, entries)}")
 
 
 def _other_names(entry: "Method | Baseline") -> set[str]:

@@ -25,13 +25,13 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     parser.add_argument(
         "--task",
         metavar="NAME",
-        help="the task of all rows, for a run with routing: task; without it each row has a task",
+        help="the task of all rows, for a run with routing: task; default: the task column",
     )
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="without it evaluation.batch_size"
+        "--batch-size", type=int, metavar="N", help="default: evaluation.batch_size"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="without it evaluation.max_new_tokens"
+        "--max-new-tokens", type=int, metavar="N", help="default: evaluation.max_new_tokens"
     )
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument(
@@ -39,7 +39,7 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
         nargs="*",
         metavar="section.key=value",
         help="another data.* or evaluation.* setting, such as data.truncate=true; "
-        "model.trust_remote_code=true runs code that the base model brings along",
+        "model.trust_remote_code=true runs code that comes with the base model",
     )
     return parser
 

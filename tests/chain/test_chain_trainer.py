@@ -336,7 +336,7 @@ def test_a_run_without_its_ledger_is_refused(base: Path, rows: Path, tmp_path: P
         (
             {"plan": "boost"},
             "lora",
-            "config: chain.plan is 'boost', which is no plan. Known: chain, rac, xgb.",
+            "config: chain.plan is 'boost', which is not a plan. Known: chain, rac, xgb.",
         ),
         ({"freeze": "A"}, "lora", "config: chain: chain: freeze is no option of the plan chain."),
         (

@@ -80,7 +80,7 @@ def test_a_name_belongs_to_the_first_node_until_that_leaves(
     exchanged(talk, "a", "b")
     assert talk.refused == {
         2: "it says it is 'a', which node 1 is already",
-        4: "it says it is 'x', which is no client of this run",
+        4: "it says it is 'x', which is not a client of this run",
     }
     assert "node 2 is refused: it says it is 'a', which node 1 is already" in caplog.text
     assert (1, "train") in grid.sent

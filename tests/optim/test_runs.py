@@ -108,7 +108,8 @@ def test_section_is_checked_and_written_back(tmp_path: Path) -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     (
         {"optimizer": {"name": "lora_right"}},
-        "config: optimizer.name is 'lora_right', which is no optimizer. Did you mean lora_rite?",
+        "config: optimizer.name is 'lora_right', which is not an optimizer. Did you mean "
+        "lora_rite?",
     ),
     (
         {"optimizer": {"name": "lora_rite", "escap": True}},

@@ -125,7 +125,7 @@ def test_bos_comes_first_where_the_tokenizer_adds_it(place: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("template", "text"),
     [
-        ("chatlm", "data.chat_template is 'chatlm', which is no file here and no template of "
+        ("chatlm", "data.chat_template is 'chatlm', which is neither a file nor a template of "
          "plait's. Did you mean chatml?"),
         ("broken.jinja", "broken.jinja: line 2: "),
         ("latin.jinja", "latin.jinja: byte 0xe9 is not UTF-8 text"),

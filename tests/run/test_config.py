@@ -203,7 +203,7 @@ def test_every_key_of_every_file_has_a_help():
         ),
         (
             "method: {name: dual_lara}",
-            "dual.yaml: method.name is 'dual_lara', which is no method. Did you mean dual_lora?",
+            "dual.yaml: method.name is 'dual_lara', which is not a method. Did you mean dual_lora?",
         ),
         (
             "method: {name: lora, rr: 4}",
@@ -252,7 +252,7 @@ def test_every_key_of_every_file_has_a_help():
         ("a: b: c", "dual.yaml: line 1, column 5: mapping values are not allowed here."),
         (
             "method: {r: 4}\nmethod: {r: 8}\n",
-            "dual.yaml: line 2, column 1: the key 'method' stands twice. Correct the YAML there.",
+            "dual.yaml: line 2, column 1: the key 'method' is given twice. Correct the YAML there.",
         ),
     ],
 )
@@ -474,7 +474,7 @@ def test_the_command_line_imports_a_file(registry, capsys, tmp_path):
     with open("run.yaml", "w") as file:
         file.write("method: {name: toy_two, strength: -1}\n")
     assert main(["check", "run.yaml"]) == 2
-    assert "method.name is 'toy_two', which is no method." in capsys.readouterr().err
+    assert "method.name is 'toy_two', which is not a method." in capsys.readouterr().err
     assert main(["--import", "toy_two.py", "check", "run.yaml"]) == 2
     assert capsys.readouterr().err == (
         "plait check: run.yaml: method.strength is -1. It should be greater than 0.\n"
@@ -490,7 +490,7 @@ def test_the_command_line_imports_a_file(registry, capsys, tmp_path):
 
 
 def test_a_plugin_is_a_module_and_no_path():
-    with pytest.raises(ValueError, match=r"plugins has 'a/b\.py', which is no name of a module"):
+    with pytest.raises(ValueError, match=r"plugins has 'a/b\.py', which is not a module name"):
         config_from_dict({"plugins": ["a/b.py"]}, import_plugins=True)
     with pytest.raises(ValueError, match=r"config: plugins is 'json'\. It should be a valid list"):
         config_from_dict({"plugins": "json"})
@@ -706,7 +706,7 @@ def test_methods_resolves_names_that_clash(capsys):
     assert "chain of LoRA (COLA, 2401.04151)" in out
     assert main(["methods", "dual_lara"]) == 2
     assert capsys.readouterr().err == (
-        "plait methods: 'dual_lara' is no method. Did you mean dual_lora?\n"
+        "plait methods: 'dual_lara' is not a method. Did you mean dual_lora?\n"
     )
 
 

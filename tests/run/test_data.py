@@ -164,7 +164,7 @@ def test_builtin_rows_come_by_split(tokenizer):
         (
             "a.csv",
             "x,x\na,b\n",
-            "a.csv: line 1: a column name stands twice: ['x', 'x']. Rename one.",
+            "a.csv: line 1: a column name is given twice: ['x', 'x']. Rename one.",
         ),
         (
             "a.label",
@@ -847,7 +847,7 @@ def test_a_json_key_that_stands_twice_is_refused(name, content):
     key = "content" if name == "b.jsonl" else "prompt"
     line = f"{name}: line 2" if name.endswith("l") else name
     assert str(caught.value) == (
-        f"{line}: the key {key!r} stands twice in an object ('a', 'b'). Remove one."
+        f"{line}: the key {key!r} is given twice in an object ('a', 'b'). Remove one."
     )
 
 

@@ -226,7 +226,7 @@ BROKEN: dict[str, list[tuple[Any, str]]] = {
         ({"prompt": "a", "completion": {"text": "b"}}, "column 'completion' is .*, not text"),
         ({"prompt": "\ud800", "completion": "b"}, "half of a surrogate pair"),
         ('{"prompt": "a", "completion": NaN}', "column 'completion' is nan, not text"),
-        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "the key 'prompt' stands twice"),
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "the key 'prompt' is given twice"),
     ],
     "prompt-completion, lists of messages": [
         ({"prompt": [USER]}, "there is no column 'completion'"),
@@ -249,7 +249,7 @@ BROKEN: dict[str, list[tuple[Any, str]]] = {
         ({"other": "a"}, "there is no column 'text'"),
         ({"text": "\udfff"}, "half of a surrogate pair"),
         ('{"text": Infinity}', "column 'text' is inf, not text"),
-        ('{"text": "a", "text": "b"}', "the key 'text' stands twice"),
+        ('{"text": "a", "text": "b"}', "the key 'text' is given twice"),
         ('{"text": "a"', "not valid JSON"),
     ],
 }  # fmt: skip

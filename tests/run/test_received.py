@@ -268,7 +268,7 @@ def test_a_config_is_refused_while_it_is_read(
     [
         ({"modules_to_save": ["nope"]}, "method.modules_to_save: 'nope' matches no module"),
         ({"target_modules": r"(\w+\.?)+X"}, "method.target_modules has"),
-        ({"target_modules": "(q_proj"}, "is no regular expression"),
+        ({"target_modules": "(q_proj"}, "is not a regular expression"),
         ({"rank_pattern": {r"(\w+\.?)+X": 2}}, "method.rank_pattern has"),
         ({"r": 65_536}, "method.r is 65536, and the widest layer of this model has"),
     ],

@@ -84,9 +84,9 @@ def test_options_are_those_of_the_type() -> None:
     assert "mini_r" in method_options("peft:MISS")
     for wrong, expected in (
         ({"name": "peft"}, "method: peft needs a type, such as MISS. Types: ADALORA, "),
-        ({"name": "peft", "type": "MIS"}, "method.type is 'MIS', which is no type .*mean MISS"),
-        ({"name": "peft", "type": "P_TUNING"}, "method.type is 'P_TUNING', which is no type"),
-        ({"name": "peft:MIS"}, "method.name is 'MIS', which is no type"),
+        ({"name": "peft", "type": "MIS"}, "method.type is 'MIS', which is not a type .*mean MISS"),
+        ({"name": "peft", "type": "P_TUNING"}, "method.type is 'P_TUNING', which is not a type"),
+        ({"name": "peft:MIS"}, "method.name is 'MIS', which is not a type"),
         ({"name": "peft", "type": "MISS", "mini": 3}, "method.mini is not an option of peft:MISS"),
         ({"name": "peft", "type": "MISS", "r": "x"}, "method.r is 'x'. It should be"),
     ):

@@ -302,7 +302,7 @@ def _go_on_from(model: Any, path: Path, config: PeftConfig | None) -> None:
     if splits_base(model):
         raise ValueError(
             f"{key} is {path}, and this method is saved on another base than it is trained on, so "
-            "it cannot go on. Export the run to a merged model, and start from that."
+            "it cannot continue. Export the run to a merged model, and start from that."
         )
     folder = path.expanduser()
     folder = folder / "adapter" if (folder / "config.yaml").is_file() else folder

@@ -39,7 +39,8 @@ def why_not(method: str, feature: str) -> str | None:
     if reason is None:
         return None
     reason = re.sub(rf"\b{method}'s\b", "its", reason)
-    return re.sub(rf"\b{method}\b", "it", reason).partition(". ")[0].rstrip(".")
+    name = rf"\b{method}\b( fine-tuning)?"
+    return re.sub(name, "it", reason).partition(". ")[0].rstrip(".")
 
 
 def matrix() -> dict[str, dict[str, str | None]]:

@@ -78,7 +78,9 @@ def _add_runs(actions: "argparse._SubParsersAction") -> list[argparse.ArgumentPa
     export.add_argument("out", metavar="OUT", help="the folder to write, with a folder per client")
     export.add_argument("--client", metavar="NAME", help="this client alone")
     add_form(export)
-    _add_overrides(export, "model.trust_remote_code=true, to run code that the base brings along")
+    _add_overrides(
+        export, "model.trust_remote_code=true, to run code that comes with the base model"
+    )
     for action in (simulate, report, export):
         action.set_defaults(module="runs")
     return [simulate, report, export]

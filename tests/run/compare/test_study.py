@@ -109,7 +109,7 @@ def test_a_run_is_named_by_what_decides_its_result(
         ),
         (
             {"base": sections(), "arms": ARMS, "reference": "loar"},
-            "reference is 'loar', which is no arm. Did you mean lora?",
+            "reference is 'loar', which is not an arm. Did you mean lora?",
         ),
         (
             {"base": sections(), "arms": ARMS, "metrics": ["accuracy"]},
@@ -122,7 +122,7 @@ def test_a_run_is_named_by_what_decides_its_result(
         ({"base": sections(), "arms": ARMS, "budget": "soon"}, "budget is 'soon'. Give a time"),
         (
             {"base": sections(), "arms": ARMS, "tune": {"learning_rate": [1e-3, 1e-3]}},
-            "a rate stands twice",
+            "a rate is given twice",
         ),
         ({"base": sections(), "arms": {**ARMS, "x": {"name": "lora", "rnk": 3}}}, "arms.x"),
         (

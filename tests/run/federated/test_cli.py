@@ -244,7 +244,7 @@ def test_what_is_wrong_in_a_config(changes: dict[str, Any], text: str, tmp_path:
     ("changes", "text"),
     [
         ({"federated": {"ranks": [1, 2]}}, r"2 ranks for 3 clients"),
-        ({"federated": {"ranks": {"client-9": 1}}}, r"names 'client-9', which is no client"),
+        ({"federated": {"ranks": {"client-9": 1}}}, r"names 'client-9', which is not a client"),
         ({"federated": {"ranks": [1, 2, 3]}}, r"needs one rank and scaling"),
         ({"federated": {"ranks": 0}}, r"has rank 0\. Give 1 or more"),
         (

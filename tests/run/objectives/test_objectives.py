@@ -344,7 +344,7 @@ BROKEN: list[tuple[str, dict[str, Any], list[tuple[Any, str]]]] = [
         ({"prompt": [user("a")]}, "column 'prompt' is .*, not text"),
         ({"prompt": ""}, "the prompt has no tokens"),
         ({"prompt": "\ud800"}, "half of a surrogate pair"),
-        ('{"prompt": "a", "prompt": "b"}', "stands twice"),
+        ('{"prompt": "a", "prompt": "b"}', "is given twice"),
         ('{"prompt": NaN}', "column 'prompt' is nan, not text"),
         ('{"prompt"}', "not valid JSON"),
     ]),
@@ -404,7 +404,7 @@ def test_what_an_objective_refuses(place: Path, tmp_path: Path) -> None:
 
 def test_options_are_checked_with_the_nearest_name() -> None:
     for raw, expected in (
-        ({"objective": "dpos"}, "objective is 'dpos', which is no objective. Did you mean dpo"),
+        ({"objective": "dpos"}, "objective is 'dpos', which is not an objective. Did you mean dpo"),
         ({"objective": {"name": "dpo", "bta": 1}}, "objective.bta .*Did you mean beta"),
         ({"objective": {"name": "dpo", "beta": 0}}, "objective.beta is 0. It should be greater"),
         ({"objective": {"name": "dpo", "loss_type": "x"}}, "objective.loss_type is 'x'"),

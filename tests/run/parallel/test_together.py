@@ -244,7 +244,7 @@ def test_sharding_that_would_not_happen_is_refused(size: int, ends: Ends, make: 
     (error,) = set(ends[size]["silent:lora"])
     assert error == (
         "ValueError: config: parallel.kind is fsdp2, and accelerate would train with MULTI_CPU. It "
-        "shares a model out on GPUs only; set parallel.kind: ddp."
+        "shards a model on GPUs only; set parallel.kind: ddp."
     )
     assert not Path(make("silent:lora", size)["config"]["output"]["dir"]).exists()
 

@@ -284,7 +284,7 @@ def read_study(path: str | Path, *, import_plugins: bool = False) -> Study:
     reference = next(iter(arms)) if options.reference is None else options.reference
     if reference not in arms:
         raise ValueError(
-            f"{source.at('reference')} is {shown(reference)}, which is no arm. "
+            f"{source.at('reference')} is {shown(reference)}, which is not an arm. "
             f"{did_you_mean(reference, arms)}"
         )
     study = Study(str(path), base, arms, _cells(options.vary), options, reference, [])
@@ -378,7 +378,7 @@ def _checked(study: Study, source: Source) -> list[str]:
             "that, or give all rates as tune.learning_rate."
         )
     if len(set(rates)) < len(rates):
-        raise ValueError(f"{source.at(key)}: a rate stands twice. Remove one.")
+        raise ValueError(f"{source.at(key)}: a rate is given twice. Remove one.")
     if study.transfers and len(rates) < 2:
         raise ValueError(
             f"{source.at(key)}: one rate, and rates are carried over from the best of several. "

@@ -68,7 +68,7 @@ def method_options(name: str) -> dict[str, Option]:
         ValueError: there is no such method; the message has the nearest name.
     """
     if name not in method_names() and name not in BASELINES:
-        raise ValueError(f"{name!r} is no method. {_nearest_method(name)}")
+        raise ValueError(f"{name!r} is not a method. {_nearest_method(name)}")
     baseline = BASELINES.get(name)
     if baseline is None:
         options = schema.method_class_options(name)
@@ -103,7 +103,7 @@ def check_method_section(raw: dict[str, Any], source: Source) -> MethodConfig:
         name = _typed(name, raw.pop("type", None), source)
     elif name not in method_names():
         raise ValueError(
-            f"{source.at('method.name')} is {shown(name)}, which is no method. "
+            f"{source.at('method.name')} is {shown(name)}, which is not a method. "
             f"{_nearest_method(name)}"
         )
     lr_scale = raw.pop("lr_scale", None)
@@ -152,7 +152,7 @@ def _typed(name: str, kind: Any, source: Source) -> str:
     key = f"{PREFIX}{str(kind).upper()}"
     if key not in BASELINES:
         raise ValueError(
-            f"{source.at(where)} is {shown(kind)}, which is no type of the installed peft. "
+            f"{source.at(where)} is {shown(kind)}, which is not a type of the installed peft. "
             f"{did_you_mean(str(kind).upper(), peft_types())}"
         )
     return key
@@ -212,7 +212,7 @@ def check_optimizer_section(raw: dict[str, Any], source: Source) -> OptimizerCon
     name, names = raw.pop("name", DEFAULT_OPTIMIZER), [DEFAULT_OPTIMIZER, *schema.optimizers()]
     if name not in names:
         raise ValueError(
-            f"{source.at('optimizer.name')} is {shown(name)}, which is no optimizer. "
+            f"{source.at('optimizer.name')} is {shown(name)}, which is not an optimizer. "
             f"{did_you_mean(name, names, 'The page on optimizers lists them.')}"
         )
     known, options = optimizer_options(name), {}

@@ -22,7 +22,7 @@ class SftConfig:
 class DpoConfig:
     """Direct preference optimization (arXiv:2305.18290) on rows of prompt, chosen and rejected."""
 
-    beta: float = option(0.1, "How much a step away from the reference costs.", above=0)
+    beta: float = option(0.1, "Weight of the distance from the reference.", above=0)
     loss_type: Literal[
         "sigmoid",
         "sigmoid_norm",
@@ -38,7 +38,7 @@ class DpoConfig:
         "discopop",
     ] = option("sigmoid", "The loss of a pair; sigmoid is that of the paper.")
     label_smoothing: float = option(
-        0.0, "Share of pairs that may be the wrong way round.", least=0, below=1
+        0.0, "Assumed share of pairs whose preference is wrong.", least=0, below=1
     )
 
 
@@ -46,10 +46,10 @@ class DpoConfig:
 class KtoConfig:
     """Kahneman-Tversky optimization (arXiv:2402.01306) on rows of prompt, completion and label."""
 
-    beta: float = option(0.1, "How much a step away from the reference costs.", above=0)
+    beta: float = option(0.1, "Weight of the distance from the reference.", above=0)
     loss_type: Literal["kto", "apo_zero_unpaired"] = option("kto", "The loss of a row.")
-    desirable_weight: float = option(1.0, "Weight of rows that are desired.", above=0)
-    undesirable_weight: float = option(1.0, "Weight of rows that are not.", above=0)
+    desirable_weight: float = option(1.0, "Weight of desired rows.", above=0)
+    undesirable_weight: float = option(1.0, "Weight of undesired rows.", above=0)
 
 
 @dataclass(kw_only=True)
@@ -67,25 +67,29 @@ class GrpoConfig:
 
     reward: str | list[str] = option(
         "",
-        "`module:function`, or several: called as TRL calls it, with prompts, completions and the "
-        "columns of the rows; returns a number for each completion.",
+        "`module:function`, or a list: called as TRL does, with prompts, completions and the "
+        "columns of the rows; returns one number per completion.",
     )
-    reward_weights: list[float] | None = option(None, "Of several rewards; null: 1 each.")
-    num_generations: int = option(8, "Completions of a prompt.", least=2, most=65_536)
-    max_completion_length: int = option(256, "Tokens of a completion.", least=1)
-    temperature: float = option(1.0, "Of the draws.", above=0)
-    top_p: float = option(1.0, "Share of the likeliest tokens to draw from.", above=0, most=1)
+    reward_weights: list[float] | None = option(
+        None, "One weight per reward function; null: 1 each."
+    )
+    num_generations: int = option(8, "Completions sampled per prompt.", least=2, most=65_536)
+    max_completion_length: int = option(256, "Largest number of tokens in a completion.", least=1)
+    temperature: float = option(1.0, "Sampling temperature.", above=0)
+    top_p: float = option(
+        1.0, "Nucleus sampling: probability mass of the tokens to sample from.", above=0, most=1
+    )
     beta: float = option(0.0, "Weight of the distance from the reference; 0: none.", least=0)
-    epsilon: float = option(0.2, "How far a token's probability may move in a step.", above=0)
-    num_iterations: int = option(1, "Optimizer steps on the same completions.", least=1)
+    epsilon: float = option(0.2, "Clipping range of the probability ratio of a token.", above=0)
+    num_iterations: int = option(1, "Passes over the same completions.", least=1)
     loss_type: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = option(
         "dapo", "How the loss is averaged over tokens."
     )
     scale_rewards: Literal["group", "batch", "none"] = option(
-        "group", "Whose standard deviation divides the advantages."
+        "group", "Which standard deviation divides the advantages; none: no scaling."
     )
     vllm: bool = option(
-        False, "True draws in vLLM, which gets the adapter as a plain LoRA at each step."
+        False, "True samples in vLLM, which gets the adapter as a plain LoRA at each step."
     )
 
 
@@ -124,7 +128,7 @@ def check_objective_section(raw: dict[str, Any], source: Source, trusted: bool) 
     name = raw.pop("name", "sft")
     if name not in OBJECTIVES:
         raise ValueError(
-            f"{source.at('objective')} is {shown(name)}, which is no objective. "
+            f"{source.at('objective')} is {shown(name)}, which is not an objective. "
             f"{did_you_mean(str(name), OBJECTIVES)}"
         )
     options = dataclasses.asdict(check_section(OBJECTIVES[name], raw, "objective", source))

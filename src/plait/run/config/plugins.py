@@ -76,7 +76,7 @@ def check_plugins(raw: Any, source: Source, trusted: bool) -> list[str]:
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):
             raise ValueError(
-                f"{source.at('plugins')} has {shown(name)}, which is no name of a module. Give "
+                f"{source.at('plugins')} has {shown(name)}, which is not a module name. Give "
                 "an importable module; a file is named on the command line: plait --import FILE.py"
             )
         if name in sys.modules:

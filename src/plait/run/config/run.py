@@ -151,7 +151,7 @@ def _check_chain(chain: ChainConfig, method: str, source: Source) -> None:
 
     if chain.plan not in RECIPES:
         raise ValueError(
-            f"{source.at('chain.plan')} is {shown(chain.plan)}, which is no plan. "
+            f"{source.at('chain.plan')} is {shown(chain.plan)}, which is not a plan. "
             f"{did_you_mean(chain.plan, RECIPES)}"
         )
     try:

@@ -31,27 +31,26 @@ class ModelConfig:
         "none", 'Bits of the frozen base weights; needs pip install "plait[quant]".'
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "float32", "Type of the base weights."
+        "float32", "Data type of the base weights."
     )
     adapter: str | None = option(
         None,
-        "A trained adapter of the same method that training starts from: a run folder, or the "
-        "folder of an adapter; null: a new one.",
+        "Start from a trained adapter of the same method: a run folder, or the folder of an "
+        "adapter; null: start a new one.",
         least=1,
     )
-    trust_remote_code: bool = option(False, "True runs code that the model brings along.")
+    trust_remote_code: bool = option(False, "True runs code that comes with the model.")
 
 
 @dataclass(kw_only=True)
 class MethodConfig:
     """The fine-tuning method; all other keys of the section are options of that method."""
 
-    name: str = option("lora", "One of `plait methods`, which lists upstream's methods, too.")
+    name: str = option("lora", "A method of `plait methods`, or `peft` with a `type` of peft's.")
     options: dict[str, Any] = option(dict, "Checked keywords of the method's config class.")
     lr_scale: dict[str, float] | None = option(
         None,
-        "Factors on the learning rate of parameters by name; their weight decay is divided by "
-        "them.",
+        "Parameter name -> factor on its learning rate; its weight decay is divided by it.",
         above=0,
     )
 
@@ -76,8 +75,8 @@ class ColumnsConfig:
 
     prompt: str | int | None = option(None, "What the model reads, without loss.")
     completion: str | int | None = option(None, "What the model learns to write.")
-    chosen: str | int | None = option(None, "dpo, reward: the better completion.")
-    rejected: str | int | None = option(None, "dpo, reward: the worse completion.")
+    chosen: str | int | None = option(None, "dpo, reward: the preferred completion.")
+    rejected: str | int | None = option(None, "dpo, reward: the other completion.")
     messages: str | int | None = option(None, "A chat: a list of {role, content}.")
     text: str | int | None = option(None, "The text to learn, or to classify.")
     text_pair: str | int | None = option(None, "The second text of a pair to classify.")
@@ -101,7 +100,7 @@ class DataConfig:
     mix: list[float] | None = option(
         None,
         "Weights of the sources of train, in their order: rows are drawn in these proportions "
-        "until a source is used up; null: all rows of all sources.",
+        "until one source is used up; null: all rows of all sources.",
         above=0,
     )
     validation: float | str | list[str] | None = option(
@@ -109,8 +108,8 @@ class DataConfig:
     )
     split_by: str | int | None = option(
         None,
-        "A column, by name or index: rows with an equal value there stay on one side where "
-        "validation is a fraction of train; null: rows are drawn one by one.",
+        "A column, by name or index: if validation is a fraction of train, rows with an equal "
+        "value there stay on the same side; null: rows are drawn one by one.",
     )
     test: str | list[str] | None = option(None, "A source; null: none.")
     split: str = option(
@@ -122,8 +121,8 @@ class DataConfig:
     )
     form: Form | None = option(
         None,
-        "Form of the rows of a causal model; null: by their columns, and an error where they could "
-        "be two.",
+        "Form of the rows of a causal model; null: by their columns, and an error if two forms "
+        "fit.",
     )
     delimiter: str | None = option(
         None,
@@ -143,13 +142,15 @@ class DataConfig:
         None,
         "For messages: alpaca, chatml, llama, zephyr, or a Jinja file; null: the tokenizer's own.",
     )
-    max_length: int = option(512, "Tokens of a row; a longer row is an error.", least=1)
+    max_length: int = option(
+        512, "Largest number of tokens in a row; a longer row is an error.", least=1
+    )
     truncate: bool = option(False, "True cuts longer rows to max_length.")
     packing: bool = option(
         False,
-        "True lays rows end to end up to max_length in training; each row's loss stays what it is.",
+        "True packs training rows end to end up to max_length; the loss of each row is unchanged.",
     )
-    train_on_prompt: bool = option(False, "False: the loss is taken on the completion alone.")
+    train_on_prompt: bool = option(False, "False computes the loss on the completion alone.")
     add_eos: bool = option(True, "End each row with the end-of-sequence token.")
     limit: int | None = option(None, "Rows of train, drawn with the seed; null: all.", least=1)
     validation_limit: int | None = option(None, "Rows of validation; null: all.", least=1)
@@ -157,7 +158,7 @@ class DataConfig:
     label_noise: float | None = option(
         None,
         "Share of the train rows that get a wrong label or completion, drawn with the seed; null: "
-        "none.",
+        "0.",
         least=0,
         below=1,
     )
@@ -171,25 +172,25 @@ class EvaluationConfig:
     generate: bool = option(
         True, "Measure the exact match of greedy generation on rows with a completion."
     )
-    max_new_tokens: int = option(64, "Tokens that generation may add.", least=1)
-    batch_size: int = option(32, "Rows at a time.", least=1)
+    max_new_tokens: int = option(64, "Largest number of tokens to generate.", least=1)
+    batch_size: int = option(32, "Rows per batch.", least=1)
     repetition_penalty: float | None = option(
-        None, "Generation: divides the scores of tokens that are there already; null: 1.", above=0
+        None, "Generation: divides the scores of tokens that occur already; null: 1.", above=0
     )
     no_repeat_ngram_size: int | None = option(
-        None, "Generation: no n-gram of this size occurs twice; null: any may.", least=1
+        None, "Generation: no n-gram of this size occurs twice; null: no limit.", least=1
     )
     min_new_tokens: int | None = option(
-        None, "Generation: tokens before a text may end; null: 0.", least=1
+        None, "Generation: smallest number of tokens; null: 0.", least=1
     )
     num_beams: int | None = option(
         None,
-        "Generation: beams of beam search; null: 1, the likeliest token each time.",
+        "Generation: number of beams in beam search; null: 1, greedy.",
         least=1,
         most=1024,
     )
     length_penalty: float | None = option(
-        None, "Generation: exponent on the length in the score of a beam; null: 1."
+        None, "Generation: exponent of the length in a beam's score; null: 1."
     )
 
     @property
@@ -215,13 +216,13 @@ class ParallelConfig:
 
     kind: Literal["auto", "ddp", "fsdp2", "deepspeed"] = option(
         "auto",
-        "ddp: each process holds the whole model; fsdp2: each holds a part of it, on GPUs; auto: "
+        "ddp: each process holds the whole model; fsdp2: each holds a shard of it, on GPUs; auto: "
         "ddp. deepspeed is refused.",
     )
     processes: int | None = option(
         None,
-        "Processes of the run. `plait train` starts them on this machine, unless a launcher such "
-        "as torchrun did; null: one, or those of the launcher.",
+        "Number of processes. `plait train` starts them on this machine unless a launcher such as "
+        "torchrun did; null: one, or those of the launcher.",
         least=1,
         most=65_536,
     )
@@ -230,8 +231,8 @@ class ParallelConfig:
         if self.kind == "deepspeed":
             raise ValueError(
                 "parallel.kind is deepspeed, which hides its optimizer steps from the schedules "
-                "and penalties of methods. Set it to ddp, or to fsdp2 for a model that one GPU "
-                "does not hold."
+                "and penalties of methods. Set it to ddp, or to fsdp2 for a model that does "
+                "not fit on one GPU."
             )
 
 
@@ -239,10 +240,10 @@ class ParallelConfig:
 class OutputConfig:
     """Where the run goes."""
 
-    dir: str = option("runs/first", "The run folder; one that holds something is refused.", least=1)
+    dir: str = option("runs/first", "The run folder; it must be new or empty.", least=1)
     also: list[Literal["lora"]] = option(
         list,
-        "What else training leaves: lora, the adapter as a plain LoRA that loads without "
+        "What else to write after training: lora, the adapter as a plain LoRA that loads without "
         "plait, in the folder lora; []: nothing.",
     )
 
@@ -258,15 +259,15 @@ class OutputConfig:
 
 @dataclass(kw_only=True)
 class ChainConfig:
-    """A chain of adapters; an option that is null has the recipe's own default."""
+    """A chain of adapters; an option that is null takes the default of the recipe."""
 
     plan: str = option("chain", "The recipe: chain, rac or xgb.")
     links: int | None = option(
-        None, "Number of links; or give steps_per_link.", least=1, most=65_536
+        None, "Number of links; give this or steps_per_link.", least=1, most=65_536
     )
-    steps_per_link: int | None = option(None, "Optimizer steps of a link.", least=1)
+    steps_per_link: int | None = option(None, "Optimizer steps per link.", least=1)
     ranks: int | list[int] | None = option(
-        None, "Rank of all links, or of each.", least=1, most=65_536
+        None, "One rank for all links, or one per link.", least=1, most=65_536
     )
     lr: Literal["restart", "global"] | None = option(
         None, "Whether the learning rate's schedule restarts with each link."
@@ -277,15 +278,19 @@ class ChainConfig:
         None, "Keep all links as one stacked adapter, or merge them into the base."
     )
     freeze: Literal["A", "B"] | None = option(None, "rac: the factor that is a frozen sketch.")
-    sketch: Literal["orthonormal", "gaussian"] | None = option(None, "rac: how it is drawn.")
+    sketch: Literal["orthonormal", "gaussian"] | None = option(
+        None, "rac: how the sketch is drawn."
+    )
     sketch_std: float | None = option(
         None, "rac: standard deviation of a Gaussian sketch.", least=0
     )
     blocks_per_link: int | float | None = option(
-        None, "xgb: blocks of the model that a link trains, or their share."
+        None, "xgb: number or share of the blocks that a link trains."
     )
     rank: int | None = option(None, "xgb: rank of a link.", least=1, most=65_536)
-    seed: int | None = option(None, "Seed of the links' starts and of the blocks drawn.")
+    seed: int | None = option(
+        None, "Seed of the links' starts, the sketches and the choice of blocks."
+    )
 
     def build(self) -> "ChainPlan":
         """Return the plan.

@@ -24,16 +24,16 @@ _WIDTH, _COLUMN = 100, 30  # of a line, and where its comment starts
 _HEAD = """\
 # A run of plait. Look at it with `plait check FILE`, train it with `plait train FILE`.
 # Every key can be set on the command line, too: plait train FILE method.r=16 output.dir=runs/r16
-# A key that is not known is an error. What is left out has the value shown here, unless a comment
+# An unknown key is an error. A key that is left out takes the value shown here, unless a comment
 # says otherwise.
 """
 
 _TRAINING = """\
-# Any field of transformers.TrainingArguments. What is left out has plait's default:
-# learning_rate 2e-4, cosine with 3 % warm-up, batch 8, 3 epochs, evaluation (where there are
-# validation rows) and checkpoint each epoch, the last two kept, seed 42, no tracker.
+# Any field of transformers.TrainingArguments. plait's defaults:
+# learning_rate 2e-4, cosine with 3 % warm-up, batch 8, 3 epochs, evaluation (if there are
+# validation rows) and a checkpoint each epoch, the last two kept, seed 42, no tracker.
 training:
-  learning_rate: 5e-3         # a model this small wants more than the default
+  learning_rate: 5e-3         # a small model needs more than the default
   per_device_train_batch_size: 16
   max_steps: 300              # left out: num_train_epochs decides
 """
@@ -56,7 +56,7 @@ def starter_config() -> str:
         "model:\n" + _lines(ModelConfig),
         "method:\n" + method + _METHOD_KEYS + factors,
         "optimizer:\n" + _lines(OptimizerConfig, leave_out=("options",)),
-        "# objective: sft             # sft | dpo | kto | reward | grpo. What is trained for, see\n"
+        "# objective: sft             # sft | dpo | kto | reward | grpo. The objective; see\n"
         "                              # docs/objectives.md.\n",
         "data:\n" + _lines(DataConfig, _DATA),
         _TRAINING,

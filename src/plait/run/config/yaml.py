@@ -150,7 +150,7 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key)
             if twice:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {shown(key)} stands twice", key_node.start_mark
+                    None, None, f"the key {shown(key)} is given twice", key_node.start_mark
                 )
         return super().construct_mapping(node, deep)
 

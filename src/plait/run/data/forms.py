@@ -271,7 +271,7 @@ def _spoken(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     role = _SPEAKERS.get(message["from"])
     if role is None:
         raise ValueError(
-            f"{where}: from is {message['from']!r:.60}, which is nobody known. Give one of "
+            f"{where}: from is {message['from']!r:.60}, which is not a known speaker. Give one of "
             f"{', '.join(_SPEAKERS)}."
         )
     others = {k: v for k, v in message.items() if k not in ("from", "value")}

@@ -222,7 +222,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in values if names.count(name) > 1)
         shown = ", ".join(f"{str(value)!r:.30}" for name, value in pairs if name == twice)
         raise DuplicateKey(
-            f"the key {twice!r:.60} stands twice in an object ({shown}). Remove one."
+            f"the key {twice!r:.60} is given twice in an object ({shown}). Remove one."
         )
     return values
 
@@ -299,7 +299,7 @@ def _read_delimited(path: Path, file: IO[str], kind: str, data: DataConfig) -> I
         elif names is None:
             names = [name.strip() for name in fields]
             if len(set(names)) < len(names):
-                raise ValueError(f"{where}: a column name stands twice: {names}. Rename one.")
+                raise ValueError(f"{where}: a column name is given twice: {names}. Rename one.")
         elif len(fields) != len(names):
             raise ValueError(
                 f"{where}: {len(fields)} values, but the header names {len(names)} columns. "

@@ -70,7 +70,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     path = Path(name).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"data.chat_template is {shown(name)}, which is no file here and no template of "
+            f"data.chat_template is {shown(name)}, which is neither a file nor a template of "
             f"plait's. {did_you_mean(name, TEMPLATES)}"
         )
     size = path.stat().st_size

@@ -57,7 +57,7 @@ def _ranks(config: FederateConfig, clients: Sequence[str]) -> dict[str, int | No
         for name in ranks:
             if name not in clients:
                 raise ValueError(
-                    f"federated.ranks names {name!r}, which is no client. "
+                    f"federated.ranks names {name!r}, which is not a client. "
                     f"{did_you_mean(name, clients)}"
                 )
         missing = sorted(set(clients) - set(ranks))

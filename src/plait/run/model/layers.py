@@ -85,7 +85,7 @@ def _check_pattern(key: str, text: str, expression: str, names: Iterable[str]) -
     except (re.error, RecursionError, OverflowError, subprocess.CalledProcessError) as error:
         reason = "too large" if isinstance(error, subprocess.CalledProcessError) else error
         raise ValueError(
-            f"{key} has {shown(text)}, which is no regular expression ({reason}). Correct it."
+            f"{key} has {shown(text)}, which is not a regular expression ({reason}). Correct it."
         ) from None
     except subprocess.TimeoutExpired:
         raise ValueError(

@@ -42,8 +42,8 @@ def settle_reference(model: PeftModel, batch: Mapping[str, Tensor]) -> None:
     if float((policy - reference).abs().max()) > slack:
         kind = str(model.peft_config["default"].peft_type).removeprefix("PeftType.")
         raise ValueError(
-            f"objective: a copy of this {kind} adapter computes something else, so the reference "
-            "would not be where training starts. Start from a new adapter, or use another method."
+            f"objective: a copy of this {kind} adapter computes other logits, so the reference "
+            "would not be the model at the start. Start from a new adapter, or use another method."
         )
 
 

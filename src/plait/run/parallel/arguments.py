@@ -33,8 +33,8 @@ def group_options(cfg: RunConfig) -> dict[str, Any]:
     """
     if cfg.objective.name != "sft":
         raise ValueError(
-            f"{cfg.source.at('objective.name')} is {cfg.objective.name}, whose trainer shares out "
-            "rows in a way of its own. Train in one process."
+            f"{cfg.source.at('objective.name')} is {cfg.objective.name}, whose trainer divides the "
+            "rows in its own way. Train in one process."
         )
     for key, (taken, reason) in _TAKEN.items():
         value = cfg.training.get(key)

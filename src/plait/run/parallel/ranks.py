@@ -61,7 +61,7 @@ def join(cfg: RunConfig) -> None:
             raise told(
                 ValueError(
                     f"parallel: the launcher set {name}, and the run file decides how a model is "
-                    "shared out. Set parallel.kind to fsdp2 or ddp and launch without it."
+                    "sharded. Set parallel.kind to fsdp2 or ddp and launch without it."
                 )
             )
     seconds = timedelta(seconds=cfg.training.get("ddp_timeout") or _SECONDS)
@@ -85,8 +85,8 @@ def join(cfg: RunConfig) -> None:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(
             f"parallel: process {place.rank} of {place.size} could not join the others at {where} "
-            f"({reason}). Look whether all were started, and whether that address is the machine "
-            "of the first."
+            f"({reason}). Check that all were started and that the address is the machine of the "
+            "first."
         ) from error
     if dist.get_world_size() != place.size:
         raise ValueError(

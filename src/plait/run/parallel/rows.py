@@ -60,8 +60,8 @@ def share(loader: DataLoader, size: int, rank: int) -> DataLoader:
     shard: Any = loader.batch_sampler
     if not isinstance(shard, BatchSamplerShard) or shard.split_batches:
         raise ValueError(
-            "data.train: these rows cannot be shared out among processes, because they have no "
-            "numbers. Train in one process, or leave out streaming and split_batches."
+            "data.train: these rows cannot be divided among processes, because they have no "
+            "index. Train in one process, or leave out streaming and split_batches."
         )
     batches: Any = shard.batch_sampler
     shard.batch_sampler = Shares(batches, size, rank)

@@ -44,7 +44,7 @@ def fsdp_options(cfg: RunConfig) -> dict[str, Any]:
         reason = "shards of quantised weights are not tested"
     if cfg.training.get("load_best_model_at_end"):
         key = "training.load_best_model_at_end is true"
-        reason = "weights cannot be loaded into a model that is shared out"
+        reason = "weights cannot be loaded into a sharded model"
     if reason is not None:
         raise ValueError(
             f"{cfg.source.at('parallel.kind')} is fsdp2, and {key}: {reason}. Set parallel.kind: "
@@ -68,7 +68,7 @@ def check_kind(accelerator: Accelerator, cfg: RunConfig) -> None:
     if sharded != (cfg.parallel.kind == "fsdp2"):
         raise ValueError(
             f"{cfg.source.at('parallel.kind')} is {cfg.parallel.kind}, and accelerate would train "
-            f"with {accelerator.distributed_type.value}. It shares a model out on GPUs only; set "
+            f"with {accelerator.distributed_type.value}. It shards a model on GPUs only; set "
             "parallel.kind: ddp."
         )
 
@@ -87,7 +87,7 @@ class CheckSharded(TrainerCallback):
         ):
             raise RuntimeError(
                 f"parallel.kind: fsdp2: this process holds {held:,} of {every:,} numbers, so the "
-                "model is not shared out. Set parallel.kind: ddp."
+                "model is not sharded. Set parallel.kind: ddp."
             )
 
 

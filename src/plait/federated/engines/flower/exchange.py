@@ -313,7 +313,7 @@ class GridExchange:
     def _fault(self, names: tuple[str, ...]) -> str | None:
         for name in names:
             if self.clients is not None and name not in self.clients:
-                return f"it says it is {name!r}, which is no client of this run"
+                return f"it says it is {name!r}, which is not a client of this run"
             holder = self._nodes.of.get(name)
             if holder is not None:
                 return f"it says it is {name!r}, which node {holder} is already"
