@@ -7,8 +7,8 @@ def add_parser(subparsers: "argparse._SubParsersAction") -> argparse.ArgumentPar
     """Describe the verb."""
     parser = subparsers.add_parser(
         "rate",
-        help="carry a learning rate over from a tuned run to another method",
-        description="Print the learning rate at which the layers of a run change as much a step "
+        help="predict a method's learning rate from a tuned run of another one",
+        description="Print the learning rate at which the layers of a run change as much per step "
         "as those of a finished run do at its own rate. Both need the same base, rows and batch; "
         "each makes a few steps on its training rows. Nothing is written.",
     )

@@ -1,4 +1,4 @@
-"""Carry a learning rate over to another method: the rate at which its layers change as much a step.
+"""Carry a learning rate over: the rate at which a method's layers change as much per step.
 
 The probe makes five Adam steps at a constant rate on the run's own training rows. The change of a
 layer is then the norm of the change of its output for the input that it had at the start, divided
