@@ -104,6 +104,10 @@ def test_a_run_is_named_by_what_decides_its_result(
         ({"base": 3, "arms": ARMS}, "base is 3. Give a run file or its sections."),
         ({"base": sections(test=None), "arms": ARMS}, "base: data.test is not set"),
         (
+            {"base": {**sections(), "objective": "dpo"}, "arms": ARMS},
+            "base: objective is dpo, and comparisons are of supervised runs (sft).",
+        ),
+        (
             {"base": sections(validation=None), "arms": ARMS, "tune": GRID},
             "A rate is chosen on validation rows",
         ),

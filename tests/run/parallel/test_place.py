@@ -95,6 +95,10 @@ def test_other_numbers_than_asked_for_are_refused(monkeypatch: pytest.MonkeyPatc
         ({"training": {"auto_find_batch_size": True}}, "auto_find_batch_size is True, which would"),
         ({"training": {"deepspeed": "x.json"}}, "training.deepspeed is 'x.json', which hides its"),
         ({"method": {"name": "tied"}}, "parallel.kind is fsdp2, and method.name is tied: its blo"),
+        (
+            {"objective": {"name": "dpo"}},
+            "objective.name is dpo, whose trainer shares out rows in a way of its own",
+        ),
         ({"chain": {"links": 2}}, "parallel.kind is fsdp2, and there is a chain: its links"),
         (
             {"optimizer": {"name": "lora_rite"}},
