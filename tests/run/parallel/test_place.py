@@ -97,7 +97,7 @@ def test_other_numbers_than_asked_for_are_refused(monkeypatch: pytest.MonkeyPatc
         ({"method": {"name": "tied"}}, "parallel.kind is fsdp2, and method.name is tied: its blo"),
         (
             {"objective": {"name": "dpo"}},
-            "objective.name is dpo, whose trainer shares out rows in a way of its own",
+            "objective.name is dpo, whose trainer divides the rows in its own way.",
         ),
         ({"chain": {"links": 2}}, "parallel.kind is fsdp2, and there is a chain: its links"),
         (
