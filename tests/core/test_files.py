@@ -204,7 +204,9 @@ except FileExistsError:
         time.sleep(0.01)
     (tmp_path / "end").touch()
     assert sorted(p.wait(30) for p in processes) == [0, *[2] * 7]
-    assert names(tmp_path) == ["end"]
+    # Where another process than the winner made the folder, an empty one may stay behind.
+    assert names(tmp_path) in (["end"], ["end", "run"])
+    assert not (tmp_path / "run").exists() or not names(tmp_path / "run")
 
 
 def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:

@@ -224,7 +224,8 @@ def check_place(folder: str | Path) -> Path:
 def lock(folder: str | Path) -> Iterator[None]:
     """Keep other processes from writing to a folder; a lock whose holder is dead is taken over.
 
-    The folder is made if it is missing, and removed again if it is empty at the end.
+    The folder is made if it is missing, and removed again if it is empty at the end. Where several
+    processes ask at once, an empty folder that a refused one made may stay.
 
     Raises FileExistsError if a process holds the folder, and what `check_place` raises.
     """
