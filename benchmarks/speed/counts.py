@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks._common import parser, read_results, table, versions, write_results
-from benchmarks.speed.ratios import LINEARS, METHODS, config, ids_of, llama
+from benchmarks.speed.ratios import LINEARS, METHODS, config, ids_of, llama, model_of
 from plait.run.folder import environment
 from plait.run.trainer import only_targets
 
@@ -83,18 +83,7 @@ def saved(model: nn.Module, run: Callable[[], Tensor]) -> int:
 
 def saved_of(name: str, dtype: torch.dtype) -> float:
     """MiB saved by the step of benchmarks.speed.ratios."""
-    base = llama(512, 1376, 2, 512).to(dtype).requires_grad_(False)
-    model: Any = base
-    if name == "full":
-        base.requires_grad_(True)
-    elif name == "lora-native":
-        model = get_peft_model(base, config("lora", LINEARS), autocast_adapter_dtype=False)
-    elif name != "frozen":
-        model = get_peft_model(base, config(name, LINEARS))
-    base.get_input_embeddings().register_forward_hook(
-        lambda module, args, out: out if out.requires_grad else out.requires_grad_()
-    )
-    model.train()
+    model = model_of(name, dtype)
     tokens = torch.randint(0, 512, (4, 256), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": tokens, "labels": tokens, **ids_of(name, 4)}
     return saved(model, lambda: model(**inputs).loss) / MIB

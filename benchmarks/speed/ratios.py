@@ -131,8 +131,8 @@ def llama(hidden: int, inner: int, layers: int, vocabulary: int) -> Any:
     return LlamaForCausalLM(shape)
 
 
-def step(name: str, dtype: torch.dtype) -> Callable[[], float]:
-    """A training step of 4 x 256 tokens; every variant sends a gradient into the first layer."""
+def model_of(name: str, dtype: torch.dtype) -> Any:
+    """The model of a variant; each sends a gradient into the first layer."""
     base = llama(512, 1376, 2, 512).to(dtype).requires_grad_(False)
     model: Any = base
     if name == "full":
@@ -144,7 +144,12 @@ def step(name: str, dtype: torch.dtype) -> Callable[[], float]:
     base.get_input_embeddings().register_forward_hook(
         lambda module, args, out: out if out.requires_grad else out.requires_grad_()
     )
-    model.train()
+    return model.train()
+
+
+def step(name: str, dtype: torch.dtype) -> Callable[[], float]:
+    """A training step of 4 x 256 tokens."""
+    model = model_of(name, dtype)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
     tokens = torch.randint(0, 512, (4, 256), generator=torch.Generator().manual_seed(1))

@@ -36,7 +36,7 @@ CONFIG = "adapter_config.json"
 _REMEDY = "Copy it again, or train again."
 # Options that training, the data or the base model decide: an adapter may have others than the run.
 _DECIDED = PEFT_INTERNAL | {
-    *("target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out", "rank_pattern"),
+    *("modules_to_save", "fan_in_fan_out", "rank_pattern"),  # and names that end in _modules
     *("total_steps", "total_step", "tinit", "tfinal", "tasks"),
 }
 _PICKLES = ("adapter_model.bin", "pytorch_model.bin", "adapter_model.pt", "adapter_model.pth")

@@ -273,16 +273,8 @@ def _rewards(
     advance: Callable[[int], None],
 ) -> NDArray[Any]:
     """Return the reward of what generation answers to each prompt, (rows,)."""
-    answers: list[list[int]] = [[] for _ in range(len(rows))]
-    for batch in batches(rows, rows["prompt_length"], cfg.evaluation.batch_size):
-        prompts, extra = [rows[i]["input_ids"] for i in batch], {}
-        if data.collator.task_ids:
-            extra["task_ids"] = torch.tensor([rows[i]["task_id"] for i in batch])
-        most, decoding = cfg.evaluation.max_new_tokens, cfg.evaluation.decoding
-        made = generate_ids(model, data.tokenizer, prompts, most, decoding=decoding, **extra)
-        for i, ids in zip(batch, made, strict=True):
-            answers[i] = ids
-        advance(len(batch))
+    made = dict(_generated(model, data, rows, cfg, advance))
+    answers = [made[i] for i in range(len(rows))]
     texts = [decode(data.tokenizer, ids) for ids in answers]
     return reward_rows(
         cfg.objective, [json.loads(given) for given in rows["given"]], texts, answers
@@ -304,17 +296,28 @@ def _exact_matches(
     """
     matches = np.zeros(len(rows))
     lengths = rows["prompt_length"]
-    for batch in own_batches(model, rows, lengths, cfg.evaluation.batch_size):
-        prompts = [rows[i]["input_ids"][: lengths[i]] for i in batch]
-        extra = {}
+    for i, ids in _generated(model, data, rows, cfg, advance):
+        target = rows[i]["input_ids"][lengths[i] :]
+        if not cfg.data.add_eos:
+            ids = ids[: len(target)]
+        matches[i] = decode(data.tokenizer, ids) == decode(data.tokenizer, target)
+    return matches
+
+
+def _generated(
+    model: nn.Module,
+    data: DataBundle,
+    rows: Dataset,
+    cfg: RunConfig,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield the number of each row of this process and what generation answers to its prompt."""
+    lengths, evaluation = rows["prompt_length"], cfg.evaluation
+    for batch in own_batches(model, rows, lengths, evaluation.batch_size):
+        prompts, extra = [rows[i]["input_ids"][: lengths[i]] for i in batch], {}
         if data.collator.task_ids:
             extra["task_ids"] = torch.tensor([rows[i]["task_id"] for i in batch])
-        most, decoding = cfg.evaluation.max_new_tokens, cfg.evaluation.decoding
+        most, decoding = evaluation.max_new_tokens, evaluation.decoding
         made = generate_ids(model, data.tokenizer, prompts, most, decoding=decoding, **extra)
-        for i, ids in zip(batch, made, strict=True):
-            if not cfg.data.add_eos:
-                ids = ids[: len(rows[i]["input_ids"]) - lengths[i]]
-            target = rows[i]["input_ids"][lengths[i] :]
-            matches[i] = decode(data.tokenizer, ids) == decode(data.tokenizer, target)
+        yield from zip(batch, made, strict=True)
         advance(len(batch))
-    return matches

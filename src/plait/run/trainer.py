@@ -6,6 +6,7 @@ pickled training arguments are left out: the run folder's config.yaml holds them
 """
 
 import copy
+import functools
 import inspect
 import math
 import shutil
@@ -107,9 +108,16 @@ def only_targets(
 def narrowed(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     """As `only_targets`; None also where the model, adapted or not, takes no `logits_to_keep`."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
+    if not _takes_positions(type(base)):
         return None
     return only_targets(inputs, getattr(base.config, "vocab_size", 0))
+
+
+@functools.cache
+def _takes_positions(kind: type) -> bool:
+    """Whether a class of models takes `logits_to_keep`; asked in every micro-batch."""
+    forward: Any = kind.forward  # type: ignore[attr-defined]
+    return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def training_collator(run: Prepared) -> Any:
